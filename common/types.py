@@ -73,11 +73,18 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStreams:
+    """What the learner saw of one rollout, over its sampled tokens."""
+
+    advantage: float
+    entropies: np.ndarray  # float32 [N], nats, of which the weights are made
+    weights: np.ndarray  # float32 [N], before normalising
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """What one optimizer step did: scalars by metric name, and the streams behind them, one row a rollout."""
+    """What one optimizer step did."""
 
     metrics: Mapping[str, float]
-    advantages: tuple[float, ...]  # B values, in the order of the groups and their rollouts
-    entropies: tuple[np.ndarray, ...]  # B float32 arrays over the sampled tokens, nats
-    weights: tuple[np.ndarray, ...]  # B float32 arrays over the sampled tokens, before normalising
+    streams: tuple[TokenStreams | None, ...]  # B, in the order of the groups and their rollouts; None: took no part
     refused: str | None = None  # why the optimizer refused the step (not finite); None: it was taken

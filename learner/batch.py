@@ -1,0 +1,189 @@
+"""Groups -> packed micro-batches by token budget, and values of scored tokens -> padded [B, T] and back.
+
+A row of a micro-batch is one prompt followed by rollouts of it: the prompt is computed once, and a block mask keeps
+the rollouts from seeing each other. Only padding between rows of one micro-batch is wasted.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.types import Group, Rollout
+
+PADDING = -1
+PROMPT = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """R rows of L positions, of which N predict a scored token. All tensors int64."""
+
+    token_ids_RL: Tensor
+    position_ids_RL: Tensor
+    segment_RL: Tensor  # PADDING, PROMPT, or 1, 2, ... for the rollouts of the row
+    predictor_N: Tensor  # index into the R * L positions: where the distribution of the token is made
+    target_N: Tensor  # the token
+    rollout_N: Tensor  # its rollout, 0..B-1
+    token_N: Tensor  # its place among the sampled tokens of the rollout, 0..T-1
+
+    def attention_mask(self) -> Tensor:
+        """bool [R, 1, L, L]: each position sees the prompt and the earlier positions of its own segment.
+
+        Padding sees itself, so that no row of the softmax is empty.
+        """
+        length = self.segment_RL.shape[1]
+        query, key = self.segment_RL[:, :, None], self.segment_RL[:, None, :]
+        causal_LL = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        return ((causal_LL & ((query == key) | (key == PROMPT)))).unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """The micro-batches of one optimizer step. Scored tokens of the step are numbered in micro-batch order."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    mask_BT: Tensor  # bool, true at sampled tokens
+    rollout_N: Tensor  # over the whole step
+    token_N: Tensor
+
+    def pad(self, values_N: Tensor) -> Tensor:
+        """[N] -> [B, T], 0 outside the mask."""
+        values_BT = values_N.new_zeros(self.mask_BT.shape)
+        values_BT[self.rollout_N, self.token_N] = values_N
+        return values_BT
+
+    def gather(self, values: Sequence[np.ndarray]) -> Tensor:
+        """B arrays over the sampled tokens of each rollout -> float32 [N]."""
+        offsets_B = np.cumsum([0, *(len(v) for v in values)])[:-1]
+        flat = torch.from_numpy(np.concatenate(values).astype(np.float32)).to(self.rollout_N.device)
+        return flat[torch.from_numpy(offsets_B).to(self.rollout_N.device)[self.rollout_N] + self.token_N]
+
+    def split(self, values_N: Tensor) -> list[np.ndarray]:
+        """[N] -> B float32 arrays over the sampled tokens of each rollout."""
+        values_BT, mask_BT = self.pad(values_N).float().cpu().numpy(), self.mask_BT.cpu().numpy()
+        return [values_T[mask_T] for values_T, mask_T in zip(values_BT, mask_BT, strict=True)]
+
+    def flatten(self, values_BT: Tensor) -> Tensor:
+        """[B, T] -> [N]."""
+        return values_BT[self.rollout_N, self.token_N]
+
+
+def pack(groups: Sequence[Group], *, max_tokens: int, min_micro_batches: int, device: torch.device) -> StepBatch:
+    """Pack the rollouts of `groups`, numbered in their order, into micro-batches of at most `max_tokens` positions.
+
+    A prompt with a single rollout longer than that makes a micro-batch of its own. At least `min_micro_batches`
+    are made where there are so many rows. The cut never changes the gradient.
+    """
+    rows = [row for group, first in _numbered(groups) for row in _rows(group.rollouts, first, max_tokens)]
+    most_rows = max(1, len(rows) // min_micro_batches)
+    micro_batches = tuple(_micro_batch(cut, device) for cut in _cut(rows, max_tokens, most_rows))
+    rollout_N = torch.cat([m.rollout_N for m in micro_batches])
+    token_N = torch.cat([m.token_N for m in micro_batches])
+    num_rollouts = sum(len(group.rollouts) for group in groups)
+    mask_BT = torch.zeros(num_rollouts, int(token_N.max()) + 1, dtype=torch.bool, device=device)
+    mask_BT[rollout_N, token_N] = True
+    return StepBatch(micro_batches=micro_batches, mask_BT=mask_BT, rollout_N=rollout_N, token_N=token_N)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """One prompt and some rollouts of it, laid end to end. All arrays int64."""
+
+    token_ids_L: np.ndarray
+    position_ids_L: np.ndarray
+    segment_L: np.ndarray
+    predictor_N: np.ndarray  # index into L
+    rollout_N: np.ndarray
+    token_N: np.ndarray
+    target_N: np.ndarray
+
+
+def _numbered(groups: Sequence[Group]) -> Iterable[tuple[Group, int]]:
+    """Each group with the number of its first rollout."""
+    first = 0
+    for group in groups:
+        yield group, first
+        first += len(group.rollouts)
+
+
+def _rows(rollouts: Sequence[Rollout], first: int, max_tokens: int) -> Iterable[_Row]:
+    """Rows of one group: as many rollouts each as fit behind the prompt."""
+    prompt_length = int(np.argmax(rollouts[0].mask))
+    taken: list[int] = []
+    tokens = prompt_length
+    for i, rollout in enumerate(rollouts):
+        length = len(rollout.token_ids) - prompt_length
+        if taken and tokens + length > max_tokens:
+            yield _row(rollouts, taken, first, prompt_length)
+            taken, tokens = [], prompt_length
+        taken.append(i)
+        tokens += length
+    yield _row(rollouts, taken, first, prompt_length)
+
+
+def _row(rollouts: Sequence[Rollout], taken: Sequence[int], first: int, prompt_length: int) -> _Row:
+    prompt_ids = rollouts[taken[0]].token_ids[:prompt_length]
+    token_ids, segments, positions = [prompt_ids], [np.full(prompt_length, PROMPT)], [np.arange(prompt_length)]
+    predictors, numbers, tokens, targets = [], [], [], []
+    start = prompt_length  # of the next rollout in the row
+    for segment, i in enumerate(taken, start=PROMPT + 1):
+        rollout = rollouts[i]
+        assert np.array_equal(rollout.token_ids[:prompt_length], prompt_ids), "the rollouts of a group share a prompt"
+        tail_ids, scored = rollout.token_ids[prompt_length:], np.flatnonzero(rollout.mask[prompt_length:])
+        token_ids.append(tail_ids)
+        segments.append(np.full(len(tail_ids), segment))
+        positions.append(prompt_length + np.arange(len(tail_ids)))
+        predictors.append(np.where(scored == 0, prompt_length, start + scored) - 1)  # the first: the prompt's last
+        numbers.append(np.full(len(scored), first + i))
+        tokens.append(np.arange(len(scored)))
+        targets.append(tail_ids[scored])
+        start += len(tail_ids)
+    return _Row(
+        token_ids_L=np.concatenate(token_ids),
+        position_ids_L=np.concatenate(positions),
+        segment_L=np.concatenate(segments),
+        predictor_N=np.concatenate(predictors),
+        rollout_N=np.concatenate(numbers),
+        token_N=np.concatenate(tokens),
+        target_N=np.concatenate(targets),
+    )
+
+
+def _cut(rows: Sequence[_Row], max_tokens: int, most_rows: int) -> Iterable[list[_Row]]:
+    """Consecutive rows, padded to the longest of them, within the budget."""
+    taken: list[_Row] = []
+    for row in rows:
+        longest = max(len(r.token_ids_L) for r in [*taken, row])
+        if taken and (len(taken) == most_rows or longest * (len(taken) + 1) > max_tokens):
+            yield taken
+            taken = []
+        taken.append(row)
+    yield taken
+
+
+def _micro_batch(rows: Sequence[_Row], device: torch.device) -> MicroBatch:
+    length = max(len(row.token_ids_L) for row in rows)
+
+    def stack(name: str, fill: int) -> Tensor:
+        padded_RL = np.full((len(rows), length), fill, dtype=np.int64)
+        for padded_L, row in zip(padded_RL, rows, strict=True):
+            values_L = getattr(row, name)
+            padded_L[: len(values_L)] = values_L
+        return torch.from_numpy(padded_RL).to(device)
+
+    def concatenate(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]).astype(np.int64)).to(device)
+
+    predictors = [row.predictor_N + r * length for r, row in enumerate(rows)]
+    return MicroBatch(
+        token_ids_RL=stack("token_ids_L", 0),
+        position_ids_RL=stack("position_ids_L", 0),
+        segment_RL=stack("segment_L", PADDING),
+        predictor_N=torch.from_numpy(np.concatenate(predictors)).to(device),
+        target_N=concatenate("target_N"),
+        rollout_N=concatenate("rollout_N"),
+        token_N=concatenate("token_N"),
+    )

@@ -1,0 +1,133 @@
+"""The learner: scored rollouts in, one new adapter version out. launch/cluster.py makes a Ray actor of it."""
+
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.adapter import Adapter
+from common.config import Config
+from common.types import Group, TokenStreams, UpdateResult
+from learner import checkpoint, streams
+from learner.batch import StepBatch, pack
+from learner.head import HeadStats, concatenate
+from learner.metrics import step_metrics
+from learner.model import Policy
+from learner.optimizer import Optimizer
+from learner.selection import select
+from learner.streams import Streams
+
+
+class Learner:
+    """One policy, its optimizer and the number of steps behind them."""
+
+    def __init__(self, model_folder: Path, config: Config, canary_token_ids: np.ndarray) -> None:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray gives an actor one thread
+        torch.manual_seed(config.run.seed)
+        self.config = config
+        self.method = config.method.resolve()
+        self.canary_token_ids = canary_token_ids
+        self.policy = Policy(
+            model_folder,
+            config.model,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            checkpointing=config.learner.gradient_checkpointing,
+        )
+        self.optimizer = Optimizer(self.policy.parameters(), config.learner, steps=config.run.steps)
+        self.step = 0
+
+    def update(self, groups: Sequence[Group]) -> UpdateResult:
+        """One optimizer step: `learner.inner_updates` updates on the same groups.
+
+        A step in which no group takes part changes nothing and is not refused.
+        """
+        step, self.step = self.step, self.step + 1
+        selection = select(groups, self.method)
+        result: list[TokenStreams | None] = [None] * sum(len(group.rollouts) for group in groups)
+        metrics = {"learner/rate": self.optimizer.rate(step), "groups/dropped": float(selection.num_dropped_groups)}
+        if not selection.groups:
+            return UpdateResult(metrics=metrics, streams=tuple(result))
+
+        batch = pack(
+            selection.groups,
+            max_tokens=self.config.learner.micro_batch_tokens,
+            min_micro_batches=self.config.learner.gradient_accumulation,
+            device=self.policy.device,
+        )
+        reference_logprobs_N = self._reference_logprobs(batch)
+        fixed: Streams | None = None
+        for _ in range(self.config.learner.inner_updates):
+            stats = self._stats(batch)
+            if fixed is None:
+                fixed = streams.fix(
+                    stats,
+                    batch,
+                    selection,
+                    self.method,
+                    vocab_size=self.policy.vocab_size,
+                    reference_logprobs_N=reference_logprobs_N,
+                )
+                metrics |= step_metrics(stats, fixed, selection, vocab_size=self.policy.vocab_size)
+            loss, terms = streams.loss(stats, fixed, self.method)
+            metrics |= terms
+            metrics["gradient/norm"], refused = self.optimizer.step(loss, step)
+            if refused:
+                break
+
+        assert fixed is not None
+        columns = zip(batch.split(fixed.entropy_N), batch.split(fixed.raw_weights_N), strict=True)
+        for place, advantage, (entropies, weights) in zip(
+            selection.place_B, selection.advantages_B.tolist(), columns, strict=True
+        ):
+            result[place] = TokenStreams(advantage=advantage, entropies=entropies, weights=weights)
+        metrics["memory/peak_bytes"] = peak_bytes()
+        return UpdateResult(metrics=metrics, streams=tuple(result), refused=refused)
+
+    def adapter(self) -> Adapter:
+        """The current weights as version number of steps taken."""
+        return self.policy.adapter(self.step, self.canary_token_ids)
+
+    def save(self, folder: Path) -> None:
+        """Adapter, optimizer, step and random state into the existing `folder`."""
+        self.policy.save(folder)
+        checkpoint.save_state(folder, step=self.step, optimizer=self.optimizer.state_dict())
+
+    def load(self, folder: Path) -> int:
+        """All that `save` wrote; the next update is then the one that followed it. Returns the step."""
+        self.policy.load(folder)
+        self.step, optimizer = checkpoint.load_state(folder)
+        self.optimizer.load_state_dict(optimizer)
+        return self.step
+
+    def _stats(self, batch: StepBatch) -> HeadStats:
+        """One forward pass over the whole step, whose graph is kept: the weights need all its entropies."""
+        return concatenate(
+            [
+                self.policy.stats(
+                    micro_batch,
+                    temperature=self.config.actor.temperature,
+                    topk=None if self.method.entropy == "exact" else self.method.entropy_topk,
+                    entropy_gradient=self.method.weight_gradient,
+                )
+                for micro_batch in batch.micro_batches
+            ]
+        )
+
+    def _reference_logprobs(self, batch: StepBatch) -> Tensor | None:
+        if self.method.kl == "none" or self.method.beta == 0:
+            return None
+        with self.policy.reference():
+            return torch.cat(
+                [self.policy.stats(m, temperature=self.config.actor.temperature).logprob_N for m in batch.micro_batches]
+            )
+
+
+def peak_bytes() -> float:
+    """Most memory this process has held: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

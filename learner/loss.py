@@ -1,0 +1,29 @@
+"""The terms of the loss: pure functions per sampled token. The loss itself is a sum, see learner/learner.py."""
+
+import torch
+from torch import Tensor
+
+
+def clipped_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
+    """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = exp(logprobs - old_logprobs).
+
+    All arguments and the result have one shape; nats. To be maximised (arXiv 2606.05434, Eq. 2).
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def kl(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: str) -> Tensor:
+    """Per-token estimates, nats, of KL(policy || reference) on tokens that the policy sampled.
+
+    With d = reference - policy log-probability: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1
+    (J. Schulman, "Approximating KL divergence", 2020).
+    """
+    difference = reference_logprobs - logprobs
+    if estimator == "k1":
+        return -difference
+    if estimator == "k2":
+        return difference.square() / 2
+    return torch.expm1(difference) - difference

@@ -1,0 +1,125 @@
+"""The policy: a frozen base with a LoRA adapter (peft). The reference is the same model, adapter off.
+
+Dtype policy, said once: frozen weights and activations have `model.dtype`; adapter weights, head sums and loss are
+float32 (peft casts the input of an adapter up and its output back).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from common.adapter import Adapter, Canary, checksum
+from common.config import ModelConfig
+from common.types import UserError
+from learner.batch import MicroBatch
+from learner.head import HeadStats, head_stats
+
+
+class Policy:
+    """Base, adapter and head, on one device, in training mode (dropout on) unless said otherwise."""
+
+    def __init__(self, folder: Path, config: ModelConfig, *, device: torch.device, checkpointing: bool) -> None:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, attn_implementation="sdpa").to(device)
+        unsupported = [n for n in ("final_logit_softcapping", "logits_scaling") if getattr(base.config, n, None)]
+        if unsupported:
+            raise UserError(f"model.path={config.path} has {unsupported[0]}, which the head does not compute yet")
+        self.device = device
+        self.config = config
+        self.peft_model: PeftModel = get_peft_model(  # type: ignore[assignment]
+            base,
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+                lora_dropout=config.lora_dropout,
+                target_modules=list(config.lora_targets),
+                task_type="CAUSAL_LM",
+            ),
+        )
+        if checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.peft_model.train()
+        self.trunk = base.get_decoder()
+        self.head_weight_VH = base.get_output_embeddings().weight
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.head_weight_VH)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The adapter's weights: all that is trained."""
+        return [p for p in self.peft_model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The adapter switched off, no dropout, no gradient."""
+        with torch.no_grad(), self.peft_model.disable_adapter():
+            yield
+
+    def stats(
+        self,
+        batch: MicroBatch,
+        *,
+        temperature: float,
+        topk: int | None = None,
+        entropy_gradient: bool = False,
+    ) -> HeadStats:
+        """Head statistics of the N scored tokens of a micro-batch: one pass through the trunk."""
+        hidden_RLH = self.trunk(
+            input_ids=batch.token_ids_RL,
+            position_ids=batch.position_ids_RL,
+            attention_mask=batch.attention_mask(),
+            use_cache=False,
+        ).last_hidden_state
+        return head_stats(
+            hidden_RLH.flatten(0, 1)[batch.predictor_N],
+            self.head_weight_VH,
+            batch.target_N,
+            temperature=temperature,
+            topk=topk,
+            entropy_gradient=entropy_gradient,
+        )
+
+    def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
+        """float32 [T - 1]: nats at temperature 1 of tokens 1..T-1; no dropout, no gradient."""
+        tokens_T = torch.from_numpy(token_ids.astype(np.int64)).to(self.device)
+        self.peft_model.eval()
+        with torch.no_grad():
+            hidden_TH = self.trunk(input_ids=tokens_T[None, :-1], use_cache=False).last_hidden_state[0]
+            logprobs = head_stats(hidden_TH, self.head_weight_VH, tokens_T[1:]).logprob_N
+        self.peft_model.train()
+        return logprobs.float().cpu().numpy()
+
+    def adapter(self, version: int, canary_token_ids: np.ndarray) -> Adapter:
+        """A copy of the current weights as adapter version `version`, with its canary."""
+        with self.reference():
+            base_logprobs = self.logprobs(canary_token_ids)
+        state = get_peft_model_state_dict(self.peft_model)
+        tensors = {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in state.items()}
+        return Adapter(
+            version=version,
+            tensors=tensors,
+            rank=self.config.lora_rank,
+            alpha=self.config.lora_alpha,
+            target_modules=self.config.lora_targets,
+            canary=Canary(
+                token_ids=canary_token_ids,
+                logprobs=self.logprobs(canary_token_ids),
+                base_logprobs=base_logprobs,
+            ),
+            checksum=checksum(tensors),
+        )
+
+    def save(self, folder: Path) -> None:
+        """The adapter in PEFT's own format: adapter_model.safetensors and adapter_config.json."""
+        self.peft_model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """The adapter of `save`, into this model."""
+        set_peft_model_state_dict(self.peft_model, load_file(folder / "adapter_model.safetensors"))

@@ -1,0 +1,53 @@
+"""Token weights: how much each sampled token counts, and the one normalisation over the whole optimizer step.
+
+Pure functions on padded [B, T] tensors, T over the sampled tokens of a rollout; 0 outside the mask.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def uniform(mask_BT: Tensor) -> Tensor:
+    """1 at every sampled token."""
+    return mask_BT.to(torch.float64)
+
+
+def horizon(
+    entropy_BT: Tensor,
+    mask_BT: Tensor,
+    advantages_B: Tensor,
+    *,
+    alpha: float,
+    vocab_size: int,
+    selective: bool,
+) -> Tensor:
+    """w_t = exp(-alpha * sum_{s <= t} H_s / log V): the entropy-adaptive horizon (arXiv 2606.05434, Eq. 3-5).
+
+    entropy_BT in nats, mask_BT true at sampled tokens. With `selective` only rollouts of negative advantage are
+    discounted, all others have weight 1 (Eq. 7-8). Not normalised. The result has the dtype of entropy_BT: give
+    float64 where a negative alpha lets weights grow.
+    """
+    normalized_BT = entropy_BT.where(mask_BT, entropy_BT.new_zeros(())) / math.log(vocab_size)
+    weights_BT = torch.exp(-alpha * normalized_BT.cumsum(dim=1))
+    if selective:
+        weights_BT = weights_BT.where((advantages_B < 0)[:, None], torch.ones_like(weights_BT))
+    return weights_BT * mask_BT
+
+
+def normalise(weights_BT: Tensor, mask_BT: Tensor, group_B: Tensor, *, normaliser: str) -> Tensor:
+    """Weights divided so that the loss is a plain sum over the tokens of the step.
+
+    group_B numbers the group of each rollout, 0..P-1. Every rollout must have a sampled token.
+    - "sequence-mean": 1 / (B |o_i|): the mean over rollouts of per-sequence means (Eq. 2)
+    - "group": 1 / (P sum of the group's weights): Eq. 6 and 9 per group, then the mean over groups
+    - "step": 1 / (sum of all weights of the step)
+    """
+    if normaliser == "sequence-mean":
+        return weights_BT / (mask_BT.sum(dim=1, keepdim=True) * len(weights_BT))
+    if normaliser == "step":
+        return weights_BT / weights_BT.sum()
+    num_groups = int(group_B.max()) + 1
+    sum_P = weights_BT.new_zeros(num_groups).index_add(0, group_B, weights_BT.sum(dim=1))
+    return weights_BT / (sum_P[group_B] * num_groups)[:, None]
