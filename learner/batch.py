@@ -37,7 +37,7 @@ class MicroBatch:
         length = self.segment_RL.shape[1]
         query, key = self.segment_RL[:, :, None], self.segment_RL[:, None, :]
         causal_LL = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        return ((causal_LL & ((query == key) | (key == PROMPT)))).unsqueeze(1)
+        return (causal_LL & ((query == key) | (key == PROMPT))).unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

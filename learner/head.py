@@ -126,7 +126,15 @@ def _chunk(hidden_cH, weight_VH, target_c, temperature, topk, wants_u, wants_v):
         for tile, weight_tH in _tiles(weight_VH, dtype):
             v_cH.addmm_(exp_Vc[tile].T, weight_tH, alpha=-1)
         v_cH.div_((sum_c * temperature)[:, None])
-    return logprob_c, entropy_c, entropy_c.clone() if at_one_c is None else at_one_c, topk_entropy_c, topk_mass_c, u_cH, v_cH
+    return (
+        logprob_c,
+        entropy_c,
+        entropy_c.clone() if at_one_c is None else at_one_c,
+        topk_entropy_c,
+        topk_mass_c,
+        u_cH,
+        v_cH,
+    )
 
 
 def _tiles(weight_VH, dtype):

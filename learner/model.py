@@ -1,7 +1,7 @@
 """The policy: a frozen base with a LoRA adapter (peft). The reference is the same model, adapter off.
 
-Dtype policy, said once: frozen weights and activations have `model.dtype`; adapter weights, head sums and loss are
-float32 (peft casts the input of an adapter up and its output back).
+Dtype policy, said once: frozen weights and activations have `model.dtype`; adapter weights, their gradients, head sums
+and loss are float32. Autocast rounds the adapter's weights at use, so that no activation is kept in float32 for them.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -71,12 +72,9 @@ class Policy:
         entropy_gradient: bool = False,
     ) -> HeadStats:
         """Head statistics of the N scored tokens of a micro-batch: one pass through the trunk."""
-        hidden_RLH = self.trunk(
-            input_ids=batch.token_ids_RL,
-            position_ids=batch.position_ids_RL,
-            attention_mask=batch.attention_mask(),
-            use_cache=False,
-        ).last_hidden_state
+        hidden_RLH = self._hidden(
+            input_ids=batch.token_ids_RL, position_ids=batch.position_ids_RL, attention_mask=batch.attention_mask()
+        )
         return head_stats(
             hidden_RLH.flatten(0, 1)[batch.predictor_N],
             self.head_weight_VH,
@@ -86,12 +84,18 @@ class Policy:
             entropy_gradient=entropy_gradient,
         )
 
+    def _hidden(self, **inputs: Tensor) -> Tensor:
+        dtype = self.head_weight_VH.dtype
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype == torch.bfloat16):
+            with disable_input_dtype_casting(self.peft_model):
+                return self.trunk(**inputs, use_cache=False).last_hidden_state
+
     def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         """float32 [T - 1]: nats at temperature 1 of tokens 1..T-1; no dropout, no gradient."""
         tokens_T = torch.from_numpy(token_ids.astype(np.int64)).to(self.device)
         self.peft_model.eval()
         with torch.no_grad():
-            hidden_TH = self.trunk(input_ids=tokens_T[None, :-1], use_cache=False).last_hidden_state[0]
+            hidden_TH = self._hidden(input_ids=tokens_T[None, :-1])[0]
             logprobs = head_stats(hidden_TH, self.head_weight_VH, tokens_T[1:]).logprob_N
         self.peft_model.train()
         return logprobs.float().cpu().numpy()

@@ -1,0 +1,58 @@
+# make run [ARGS="--run.steps 3 …"]   train: sets up on first use, starts Ray if none runs, submits launch/run.py
+# make test | lint | setup | clean
+#
+# torch comes from where pip is told to look. Where that offers a CPU build (2.13.0+cpu), pip prefers it.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+MAKEFLAGS += --no-print-directory
+
+FLAVOUR := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+LOCK := requirements-$(FLAVOUR).lock
+READY := .venv/ready-$(FLAVOUR)
+BIN := .venv/bin
+
+.PHONY: run test lint setup clean
+
+run: $(READY)
+	@exec $(BIN)/python -m launch.cluster submit $(ARGS)
+
+test: $(READY)
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+# $(READY) is written last and removed first: without it an environment is unfinished, and is made anew.
+# The locks are complete, so nothing is resolved: --no-deps also keeps out what fails beside a CPU-only torch.
+$(READY): $(LOCK)
+	@python=
+	for candidate in python3 python3.13 python3.12 python3.11; do
+	    if $$candidate -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+	        python=$$candidate; break
+	    fi
+	done
+	if [ -z "$$python" ]; then echo "Horizon needs Python 3.11, 3.12 or 3.13 with its venv module; found none" >&2; exit 1; fi
+	if [ ! -e $@ ]; then rm -rf .venv; fi
+	rm -f $@
+	echo "Setting up .venv from $(LOCK) (a few minutes, once; log: .venv/setup.log)" >&2
+	$$python -m venv .venv
+	install() {
+	    if ! $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check "$$@" >>.venv/setup.log 2>&1; then
+	        echo "Setup failed: $$(grep -m 1 ERROR .venv/setup.log || tail -n 1 .venv/setup.log) (more in .venv/setup.log)" >&2
+	        exit 1
+	    fi
+	}
+	: >.venv/setup.log
+	if [ $(FLAVOUR) = cpu ]; then install --constraint $(LOCK) torch==2.13.0; fi
+	install --no-deps --requirement $(LOCK)
+	touch $@
+
+clean:
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +

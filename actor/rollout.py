@@ -1,0 +1,85 @@
+"""Prompts -> groups: chat template, G samples of each prompt, mask and log-probabilities, scores."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from actor.engine import Engine, Sample
+from actor.reward import RewardPool
+from common.types import Group, Prompt, Rollout, Score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions are drawn. temperature 0 is greedy."""
+
+    group_size: int
+    temperature: float
+    max_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+    fixed_length: bool = False
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """The chat as the model's template renders it, up to where the assistant's turn begins."""
+    messages = [dict(message) for message in prompt.messages]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def prompt_seed(seed: int, index: int) -> int:
+    """Sampling seed of the prompt at place `index` of the stream: equal for equal runs, whatever the batching."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) // 2  # vLLM adds 0..G-1: stay below 2^32
+
+
+def roll_out(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: RewardPool,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    version: int,
+) -> list[Group]:
+    """One scored group per prompt, in order, tagged with the adapter version that sampled it."""
+    started = time.perf_counter()
+    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    samples = engine.sample(
+        tokens,
+        num_samples=sampling.group_size,
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens,
+        stop=sampling.stop,
+        seeds=[prompt_seed(sampling.seed, prompt.index) for prompt in prompts],
+        fixed_length=sampling.fixed_length,
+    )
+    sampled = time.perf_counter()
+    jobs = [(sample.text, prompt) for prompt, group in zip(prompts, samples, strict=True) for sample in group]
+    scores = iter(rewards.score_all(jobs))
+    groups = [
+        Group(
+            prompt=prompt,
+            rollouts=tuple(_rollout(ids, sample, next(scores), version) for sample in group),
+            rollout_seconds=sampled - started,
+        )
+        for prompt, ids, group in zip(prompts, tokens, samples, strict=True)
+    ]
+    reward_seconds = time.perf_counter() - sampled
+    return [replace(group, reward_seconds=reward_seconds) for group in groups]
+
+
+def _rollout(prompt_ids: Sequence[int], sample: Sample, score: Score | str, version: int) -> Rollout:
+    before = len(prompt_ids)
+    return Rollout(
+        token_ids=np.concatenate([np.asarray(prompt_ids, dtype=np.int32), sample.token_ids]),
+        mask=np.arange(before + len(sample.token_ids)) >= before,
+        actor_logprobs=np.concatenate([np.zeros(before, dtype=np.float32), sample.logprobs]),
+        text=sample.text,
+        finish_reason=sample.finish_reason,
+        version=version,
+        score=score if isinstance(score, Score) else None,
+        reward_error=score if isinstance(score, str) else None,
+    )

@@ -1,0 +1,31 @@
+"""Tasks: each is a module with prompts and their reward.
+
+load(task: TaskConfig, split: "train" | "eval") -> list[Prompt]
+reward(completion: str, prompt: Prompt) -> Score
+"""
+
+import importlib
+from types import ModuleType
+
+from common.types import UserError
+
+TASKS = ("gsm8k", "gym")
+
+
+def task_module(name: str) -> ModuleType:
+    """The module of a task: one of TASKS, or a module of the user's by its dotted path.
+
+    Raises UserError for a name that is neither, a module that cannot be imported, and one without load and reward.
+    """
+    path = f"{__name__}.{name}" if name in TASKS else name
+    try:
+        module = importlib.import_module(path)
+    except (ImportError, ValueError, TypeError) as error:  # ValueError, TypeError: an empty or a relative name
+        known = ", ".join(TASKS)
+        raise UserError(
+            f"task.name={name} is no task ({error}); name one of {known}, or a module that can be imported"
+        ) from None
+    for function in ("load", "reward"):
+        if not callable(getattr(module, function, None)):
+            raise UserError(f"task.name={name}: the module has no function {function}; a task needs load and reward")
+    return module

@@ -1,0 +1,81 @@
+"""The weight-sync channel: an adapter version goes through Ray's object store to every actor, and comes back proved.
+
+The store holds one copy per node; actors on it map that copy, they do not receive it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from actor.actor import Receipt
+from common.adapter import Adapter
+
+
+class AdapterMismatch(RuntimeError):
+    """An actor does not sample with the weights that the learner published. Ends the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What every actor proved of one version."""
+
+    version: int
+    load_seconds: float  # of the slowest actor, canary included
+    canary_difference: float  # nats, mean |learner - actor| of the worst actor
+    canary_signal: float  # nats, mean |adapter - base| in the learner: what an unused adapter would differ by
+
+
+class Channel:
+    """Publishes to `actors` (handles of actor.actor.Actor), and insists on proof."""
+
+    def __init__(self, actors: Sequence[Any], *, canary_bound_nats: float) -> None:
+        self.actors = list(actors)
+        self.canary_bound_nats = canary_bound_nats
+
+    def publish(self, adapter_ref: Any) -> Published:
+        """Returns when every actor holds the adapter behind `adapter_ref` (an object reference) and has proved it.
+
+        Raises AdapterMismatch, naming both numbers, for a wrong version, checksum or canary.
+        """
+        receipts: list[Receipt] = ray.get([actor.load.remote(adapter_ref) for actor in self.actors])
+        adapter: Adapter = ray.get(adapter_ref)
+        differences = [check(adapter, receipt, bound_nats=self.canary_bound_nats) for receipt in receipts]
+        return Published(
+            version=adapter.version,
+            load_seconds=max(receipt.load_seconds for receipt in receipts),
+            canary_difference=max(differences),
+            canary_signal=_distance(adapter.canary.logprobs, adapter.canary.base_logprobs),
+        )
+
+
+def check(adapter: Adapter, receipt: Receipt, *, bound_nats: float) -> float:
+    """Mean |learner - actor| log-probability of the canary, nats; AdapterMismatch if anything disagrees.
+
+    The bound is on the noise between two implementations in bfloat16. An adapter that moves the canary by more
+    than the bound must also leave the actor nearer to the learner's adapter than to its base.
+    """
+    if receipt.version != adapter.version:
+        raise AdapterMismatch(f"published adapter version {adapter.version}, but an actor holds {receipt.version}")
+    if receipt.checksum != adapter.checksum:
+        raise AdapterMismatch(
+            f"adapter version {adapter.version} has checksum {adapter.checksum} in the learner, "
+            f"but {receipt.checksum} in an actor: it was damaged on the way"
+        )
+    canary = adapter.canary
+    difference = _distance(canary.logprobs, receipt.canary_logprobs)
+    from_base = _distance(canary.base_logprobs, receipt.canary_logprobs)
+    unused = _distance(canary.logprobs, canary.base_logprobs) > bound_nats and from_base < difference
+    if not difference <= bound_nats or unused:  # a NaN is a mismatch too
+        raise AdapterMismatch(
+            f"adapter version {adapter.version} is not what an actor samples with: mean log-probability of the canary "
+            f"{canary.logprobs.mean():.4f} in the learner, {receipt.canary_logprobs.mean():.4f} in the actor, mean "
+            f"|difference| {difference:.4f} nats (bound {bound_nats:g}), {from_base:.4f} from the base without adapter"
+        )
+    return difference
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).mean())

@@ -1,0 +1,230 @@
+"""How Ray is started, joined and left: the only place that knows.
+
+    python -m launch.cluster submit [OPTIONS of launch/run.py]     what `make run` calls
+
+A Ray that is started here has a keeper, a process that starts it, adopts every orphan among its descendants and ends
+them all when the process that asked for it ends, however that ends: nothing else survives a `kill -9` of a driver
+without leaving agents of Ray or engines of vLLM behind.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.utils import read_ray_address
+from ray.job_submission import JobInfo, JobStatus, JobSubmissionClient
+
+from common import config
+from common.types import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = ROOT / "launch" / "configs" / "default.toml"
+
+OBJECT_STORE_BYTES = 512 << 20  # a few adapter versions and groups; Ray's own default is 30 % of the memory
+JOB_STOP_SECONDS = 15  # what a stopped driver has to end its actors in before it is killed
+KEEPER_STOP_SECONDS = 20
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+@contextlib.contextmanager
+def connect() -> Iterator[None]:
+    """Be connected to Ray for the length of the block; call it from the main thread.
+
+    In a Ray job, to the job's cluster; else to the one that RAY_ADDRESS names or that `ray start` began on this
+    machine; else to an own one, which ends with the block or with this process. What actors print appears in this
+    process's output. SIGTERM ends the block as sys.exit(143) would.
+    """
+    if not sys.stdout.isatty():
+        os.environ["RAY_COLOR_PREFIX"] = "0"
+    with _cluster(job_server=False) as address:
+        ray.init(address=address, logging_level=logging.ERROR)
+        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray's own handler prints a C++ stack first
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def submit(options: Sequence[str]) -> int:
+    """Run launch/run.py with `options` as a Ray job, follow its log, and return the driver's exit status.
+
+    It is what `ray job submit` does, which turns every failure into status 1. The job is stopped when this call is
+    interrupted.
+    """
+    logging.disable(logging.WARNING)  # of Ray's job client
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    command = shlex.join([sys.executable, "launch/run.py", *options])
+    with _cluster(job_server=True) as address:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(entrypoint=f"cd {shlex.quote(str(ROOT))} && exec {command}")
+        try:
+            asyncio.run(_follow(client, job))
+            return _exit_status(_ended(client, job))
+        finally:
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, signal.SIG_IGN)  # what follows is bounded in time: no second Ctrl-C is needed
+            client.stop_job(job)
+            _ended(client, job)
+
+
+@contextlib.contextmanager
+def _cluster(*, job_server: bool) -> Iterator[str]:
+    """The address of the Ray that runs, or of a new one."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    running = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS") or _started_by_hand()
+    with contextlib.nullcontext("auto") if running else _keeper(job_server=job_server) as address:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        yield address
+
+
+def _started_by_hand() -> bool:
+    """Whether a Ray that `ray start` began on this machine still answers; a killed one leaves its record behind."""
+    host, _, port = (read_ray_address() or "").rpartition(":")
+    if not host:
+        return False
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _keeper(*, job_server: bool) -> Iterator[str]:
+    """A new Ray for this process alone; yields its address."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),  # for the workers too
+        "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
+        "RAY_worker_niceness": "0",  # Ray's 15 lets anything else on the machine starve the training
+    }
+    keeper = subprocess.Popen(
+        [sys.executable, "-m", "launch.cluster", "keep", str(os.getpid()), *["--job-server"] * job_server],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a Ctrl-C is for us, who then end the keeper in good order
+    )
+    assert keeper.stdout
+    try:
+        address = keeper.stdout.readline().strip()
+        if not address:
+            raise RuntimeError(f"Ray did not start: its keeper ended with status {keeper.wait()}")
+        yield address
+    finally:
+        keeper.terminate()
+        try:
+            keeper.wait(KEEPER_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            keeper.kill()
+
+
+def keep(parent: int, *, job_server: bool) -> None:
+    """Start a Ray on free ports, with token authentication, print its address, and end it all on SIGTERM.
+
+    The kernel sends that SIGTERM too when the process `parent`, which started this one, dies.
+    """
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    if os.getppid() != parent:
+        return
+    # An own folder, so that neither another user's /tmp/ray nor `ray start`'s record of the running Ray is touched.
+    # Not below TMPDIR: the paths of Ray's sockets have 107 bytes at most.
+    folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    try:
+        context = ray.init(
+            address="local",
+            include_dashboard=job_server,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=folder,
+        )
+        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # again, over Ray's own handler
+        print(f"http://{context.dashboard_url}" if job_server else context.address_info["gcs_address"], flush=True)
+        while True:
+            signal.pause()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ray.shutdown()
+        _kill_children()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill_children() -> None:
+    """Kill every descendant, and those that a killed one leaves to us, until there is none."""
+    while children := psutil.Process().children():
+        for child in children:
+            child.kill()
+        psutil.wait_procs(children)
+
+
+def _exit_on_sigterm(*_: object) -> None:
+    sys.exit(128 + signal.SIGTERM)
+
+
+async def _follow(client: JobSubmissionClient, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+
+
+def _ended(client: JobSubmissionClient, job: str) -> JobInfo:
+    """What the job server says of the job once it has ended, or a little after it should have."""
+    deadline = time.monotonic() + JOB_STOP_SECONDS + 5
+    info = client.get_job_info(job)
+    while not info.status.is_terminal() and time.monotonic() < deadline:
+        time.sleep(0.2)
+        info = client.get_job_info(job)
+    return info
+
+
+def _exit_status(info: JobInfo) -> int:
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    if not info.driver_exit_code or info.driver_exit_code < 0:  # never started, stopped, or killed by a signal
+        print(f"The job is {info.status}: {info.message}", file=sys.stderr)
+        return 1
+    return info.driver_exit_code
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit status."""
+    match list(argv):
+        case ["keep", parent, *flags]:
+            keep(int(parent), job_server=bool(flags))
+            return 0
+        case ["submit", *options]:
+            try:
+                config.load(options, default=DEFAULT_CONFIG)
+                return submit(options)
+            except UserError as error:
+                print(error, file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                print("Interrupted: the job was stopped", file=sys.stderr)
+                return 128 + signal.SIGINT
+        case _:
+            print("usage: python -m launch.cluster submit [OPTIONS of launch/run.py]", file=sys.stderr)
+            return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""What a person sees of a run: a live panel on a terminal, plain lines elsewhere (a Ray job's log)."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+
+from common.types import Group
+
+# Metric, label, format: the columns of a step, in the order in which they are read.
+COLUMNS = (
+    ("reward/mean", "reward", "{:.2f}"),
+    ("reward/std", "±", "{:.2f}"),
+    ("reward/correct_fraction", "correct", "{:.2f}"),
+    ("kl/mean", "kl", "{:.4f}"),
+    ("entropy/normalized_mean", "entropy", "{:.4f}"),
+    ("weight/mean", "weight", "{:.3f}"),
+    ("completion/length_mean", "length", "{:.0f}"),
+    ("throughput/tokens_per_second", "tok/s", "{:.0f}"),
+    ("time/step_seconds", "s/step", "{:.1f}"),
+)
+PARTS = ("reward/format", "reward/present", "reward/steps", "reward/correct")
+RECENT = 12  # steps of the live table
+
+
+class Display:
+    """Progress of a run of `steps` optimizer steps, of which `first_step` are done."""
+
+    def __init__(self, title: str, *, steps: int, first_step: int = 0, console: Console | None = None) -> None:
+        self.title = title
+        self.steps = steps
+        self.first_step = first_step
+        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.started = time.monotonic()
+        self.recent: list[tuple[int, Mapping[str, float]]] = []
+        self.live = Live(console=self.console, refresh_per_second=2) if self.console.is_terminal else None
+        if self.live:
+            self.live.start()
+
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text, markup=False)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A finished optimizer step."""
+        self.recent = [*self.recent, (step, metrics)][-RECENT:]
+        if self.live:
+            self.live.update(self._panel(step))
+        else:
+            shown = " ".join(f"{label} {text}" for label, text in _cells(metrics))
+            parts = " ".join(f"{p.removeprefix('reward/')} {metrics[p]:.2f}" for p in PARTS if p in metrics)
+            self.note(f"step {step}/{self.steps} {shown} ({parts}) left {self._left(step)}")
+
+    def sample(self, step: int, group: Group) -> None:
+        """The best and the worst completion of a group."""
+        scored = sorted((r for r in group.rollouts if r.score), key=lambda r: r.score.total)
+        self.note(f"--- sample of step {step}: {group.prompt.messages[-1]['content']} [answer {group.prompt.answer}]")
+        for name, rollout in zip(("best", "worst"), scored[-1:] + scored[:1], strict=False):
+            parts = " ".join(f"{part} {value:g}" for part, value in rollout.score.parts.items())
+            self.note(f"{name}, reward {rollout.score.total:g} ({parts}), {rollout.finish_reason}: {rollout.text}")
+        self.note("---")
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """A finished evaluation (launch/evaluate.py)."""
+        several = f", pass@{record['k']} {record['pass_at_k']:.3f}" if "k" in record else ""
+        self.note(
+            f"evaluation at step {record['step']}: Pass@1 {record['pass_at_1']:.3f} ± {record['ci95']:.3f}{several}, "
+            f"reward {record['reward_mean']:.3f}, {record['num_problems']} problems, {record['seconds']:.1f} s"
+        )
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+
+    def _left(self, step: int) -> str:
+        per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
+        minutes, seconds = divmod(round(per_step * (self.steps - step)), 60)
+        return f"{minutes}:{seconds:02d}"
+
+    def _panel(self, step: int) -> Panel:
+        table = Table(box=None, padding=(0, 1))
+        table.add_column("step", justify="right")
+        for _, label, _ in COLUMNS:
+            table.add_column(label, justify="right")
+        for number, metrics in self.recent:
+            table.add_row(str(number), *(text for _, text in _cells(metrics)))
+        return Panel(table, title=f"{self.title}  step {step}/{self.steps}  left {self._left(step)}", expand=False)
+
+
+def _cells(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Label and formatted value of every column; a metric that the step lacks is a dash."""
+    return [(label, style.format(metrics[name]) if name in metrics else "-") for name, label, style in COLUMNS]

