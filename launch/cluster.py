@@ -38,6 +38,7 @@ DEFAULT_CONFIG = ROOT / "launch" / "configs" / "default.toml"
 OBJECT_STORE_BYTES = 512 << 20  # a few adapter versions and groups; Ray's own default is 30 % of the memory
 JOB_STOP_SECONDS = 15  # what a stopped driver has to end its actors in before it is killed
 KEEPER_STOP_SECONDS = 20
+AGENT_START_SECONDS = 60
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
@@ -72,7 +73,7 @@ def submit(options: Sequence[str]) -> int:
     command = shlex.join([sys.executable, "launch/run.py", *options])
     with _cluster(job_server=True) as address:
         client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=f"cd {shlex.quote(str(ROOT))} && exec {command}")
+        job = _start(client, f"cd {shlex.quote(str(ROOT))} && exec {command}")
         try:
             asyncio.run(_follow(client, job))
             return _exit_status(_ended(client, job))
@@ -179,6 +180,18 @@ def _kill_children() -> None:
 
 def _exit_on_sigterm(*_: object) -> None:
     sys.exit(128 + signal.SIGTERM)
+
+
+def _start(client: JobSubmissionClient, command: str) -> str:
+    """Submit the job; on a Ray that has only just started, the agent that is to run it may take a while to come."""
+    deadline = time.monotonic() + AGENT_START_SECONDS
+    while True:
+        try:
+            return client.submit_job(entrypoint=command)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> None:

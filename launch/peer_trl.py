@@ -5,10 +5,9 @@ goes to stderr. After set-up it prints {"ready": true, ...}; each line `step` on
 from fetching its prompts to the optimizer, and answers with one line; `quit` or the end of input ends the process.
 In between it is blocked on stdin, so that the other side of the benchmark can be timed alone.
 
-TRL does the work of the method "grpo": one group of completions per prompt, sampled in one batch by the current
-policy, Eq. 2 with the k3 KL to the model without its adapter, one update. Its fastest settings that do this work are
-chosen here, each with its reason in `grpo_config`; Job.overrides changes any of them. Completions end at an
-end-of-sequence token or at max_tokens: TRL's own sampler takes no stop strings.
+TRL does the work of the method "grpo": completions sampled in one batch by the current policy, Eq. 2 with the k3 KL
+to the model without its adapter, one update. `grpo_config` holds its settings and their reasons. Completions end at
+an end-of-sequence token or at max_tokens: TRL's own sampler takes no stop strings.
 """
 
 import importlib
@@ -24,102 +23,100 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
-from pydantic import Field
 from transformers import TrainerCallback
 
 from common.config import Section
 from common.types import UserError
 
-MAX_STEPS = 1_000_000  # the other side says when to stop
-
 
 class Job(Section):
-    """What the JSON file says. The numbers have the meaning of the options of the same name in common/config.py."""
+    """What the JSON file says; names and meanings are those of the options in common/config.py."""
 
     model_dir: Path
     task: str
     """Module of actor/tasks whose score(completion, answer)["total"] is the reward."""
-    prompts: list[list[dict[str, str]]]
+    prompts: tuple[tuple[dict[str, str], ...], ...]
     """Chat messages of each prompt, taken in this order, prompts_per_step a step, and again from the start."""
-    answers: list[str]
-    """The answer of each prompt, as the task's reward reads it."""
-    group_size: int = Field(4, ge=2)
-    prompts_per_step: int = Field(4, ge=1)
-    max_tokens: int = Field(128, ge=1)
+    answers: tuple[str, ...]
+    """The answer of each prompt."""
+    group_size: int = 4
+    prompts_per_step: int = 4
+    max_tokens: int = 128
     fixed_length: bool = True
-    temperature: float = Field(1.0, gt=0)
-    beta: float = Field(0.04, ge=0)
-    clip: float = Field(0.2, ge=0)
-    learning_rate: float = Field(5e-6, gt=0)
-    lora_rank: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
-    lora_targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    temperature: float = 1.0
+    beta: float = 0.04
+    clip: float = 0.2
+    learning_rate: float = 5e-6
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     seed: int = 123
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = None
     """Of torch on the CPU; None: as many as torch finds."""
-    gpu_memory_fraction: float = Field(0.3, gt=0, lt=1)
+    gpu_memory_fraction: float = 0.3
     """Share of the GPU that TRL's colocated vLLM takes."""
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] | None = None
     """Fields of trl.GRPOConfig that win over the choices made here."""
 
 
 def load_job(path: Path) -> Job:
     """The job in a JSON file; raises pydantic.ValidationError or UserError for one that cannot be run."""
     job = Job.model_validate_json(path.read_bytes())
-    if len(job.prompts) != len(job.answers):
-        raise UserError(f"{path}: {len(job.prompts)} prompts but {len(job.answers)} answers; give one answer a prompt")
-    if len(job.prompts) < job.prompts_per_step:
-        raise UserError(f"{path}: {len(job.prompts)} prompts do not fill prompts_per_step={job.prompts_per_step}")
+    if not job.prompts_per_step <= len(job.prompts) == len(job.answers):
+        raise UserError(
+            f"{path}: {len(job.prompts)} prompts and {len(job.answers)} answers; give as many answers as prompts, "
+            f"and at least prompts_per_step={job.prompts_per_step} of each"
+        )
     return job
 
 
 def grpo_config(job: Job, output_dir: str) -> trl.GRPOConfig:
-    """TRL's settings for this job: the same work as ours, and within that TRL's fastest."""
+    """TRL's settings for this job: the same work as ours and, within that, TRL's fastest."""
     cuda = torch.cuda.is_available()
-    exactly = {"min_tokens" if cuda else "min_new_tokens": job.max_tokens} if job.fixed_length else {}
-    settings: dict[str, Any] = dict(
+    exactly = {"min_tokens" if cuda else "min_new_tokens": job.max_tokens}
+    settings: dict[str, Any] = {
         # the work
-        model_init_kwargs={"dtype": "bfloat16"},  # frozen weights as ours; TRL loads float32 unless told
-        num_generations=job.group_size,
-        per_device_train_batch_size=job.prompts_per_step * job.group_size,  # the whole step in one batch: no padding
-        gradient_accumulation_steps=1,  # to the longest of several, and one generation batch an optimizer step
-        num_iterations=1,
-        max_completion_length=job.max_tokens,
-        generation_kwargs=exactly,
-        temperature=job.temperature,
-        loss_type="grpo",  # the mean over a completion's tokens, then over completions: Eq. 2
-        scale_rewards="group",
-        epsilon=job.clip,
-        beta=job.beta,
-        use_bias_correction_kl=False,  # plain k3
-        learning_rate=job.learning_rate,
-        lr_scheduler_type="constant",
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        shuffle_dataset=False,
-        seed=job.seed,
-        max_steps=MAX_STEPS,
+        "model_init_kwargs": {"dtype": "bfloat16"},  # frozen weights as ours; TRL loads float32 unless told
+        "num_generations": job.group_size,
+        "per_device_train_batch_size": job.prompts_per_step * job.group_size,
+        "gradient_accumulation_steps": 1,  # with it, one generation batch an optimizer step
+        "num_iterations": 1,
+        "max_completion_length": job.max_tokens,
+        "generation_kwargs": exactly if job.fixed_length else None,
+        "temperature": job.temperature,
+        "loss_type": "grpo",  # the mean over a completion's tokens, then over completions: Eq. 2
+        "scale_rewards": "group",
+        "epsilon": job.clip,
+        "beta": job.beta,
+        "use_bias_correction_kl": False,  # plain k3
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "shuffle_dataset": False,
+        "seed": job.seed,
+        "max_steps": 1_000_000,  # the other side says when to stop
         # speed
-        bf16=True,  # autocast: without it peft runs every adapter product in float32
-        gradient_checkpointing=False,  # TRL's default, True, computes every layer's forward pass twice
-        use_cpu=not cuda,
-        use_vllm=cuda,  # on a CPU colocated vLLM fails: 'Parameter' object has no attribute 'weight_loader'
-        vllm_mode="colocate",
-        vllm_gpu_memory_utilization=job.gpu_memory_fraction,
-        vllm_importance_sampling_correction=False,  # True costs one more forward pass, which ours does not make
+        "bf16": True,  # autocast: without it peft multiplies with the adapter in float32
+        "gradient_checkpointing": False,  # TRL's default, True, computes every layer's forward pass twice
+        "use_cpu": not cuda,
+        "use_vllm": cuda,  # on a CPU colocated vLLM fails: 'Parameter' object has no attribute 'weight_loader'
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": job.gpu_memory_fraction,
+        "vllm_importance_sampling_correction": False,  # True costs one more forward pass, which ours does not make
         # silence
-        output_dir=output_dir,
-        report_to="none",
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    return trl.GRPOConfig(**(settings | job.overrides))
+        "output_dir": output_dir,
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return trl.GRPOConfig(**settings | (job.overrides or {}))
 
 
 class TimedTrainer(trl.GRPOTrainer):
-    """GRPOTrainer that notes the phases of a step: TRL keeps its own timings for W&B and MLflow."""
+    """GRPOTrainer that notes what a step did: TRL gives its own timings to W&B and MLflow only."""
 
     generate_seconds = 0.0
     loss = 0.0
@@ -137,40 +134,35 @@ class TimedTrainer(trl.GRPOTrainer):
         self.loss += loss.item()
         return loss
 
-    def take_step(self) -> dict[str, Any]:
+    def take_notes(self) -> dict[str, float]:
         """What was noted since the last call."""
-        noted = {
-            "generate_seconds": self.generate_seconds,
-            "tokens": sum(self.lengths),
-            "mean_length": sum(self.lengths) / len(self.lengths),
-            "loss": self.loss,
-        }
+        tokens = sum(self.lengths)
+        notes = {"generate_seconds": self.generate_seconds, "tokens": tokens, "loss": self.loss}
+        notes["mean_length"] = tokens / len(self.lengths)
         self.generate_seconds, self.loss, self.lengths = 0.0, 0.0, ()
-        return noted
+        return notes
 
 
 class StepOnRequest(TrainerCallback):
-    """Holds the trainer between steps, from the end of one to the request for the next.
+    """Holds the trainer from the end of a step to the request for the next.
 
-    Held there, and not where a step begins, a step's time has the fetching of its prompts in it too.
+    Held there, and not where a step begins, a step's time has the fetching of its prompts in it.
     """
 
     def __init__(self, protocol: Any) -> None:
         self.protocol = protocol
         self.trainer: Any = None  # set once the trainer exists
-        self.started = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        settings = {"vllm": args.use_vllm, "gradient_checkpointing": args.gradient_checkpointing, "bf16": args.bf16}
-        setup_seconds = time.perf_counter() - self.started
-        self._say(ready=True, trl=trl.__version__, setup_seconds=setup_seconds, **settings)
+        chosen = ("use_vllm", "bf16", "gradient_checkpointing", "per_device_train_batch_size")
+        self._say(ready=True, trl=trl.__version__, **{name: getattr(args, name) for name in chosen})
         self._wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         step_seconds = time.perf_counter() - self.started
-        self._say(step_seconds=step_seconds, **self.trainer.take_step(), peak_bytes=peak_bytes())
+        self._say(step_seconds=step_seconds, peak_bytes=peak_bytes(), **self.trainer.take_notes())
         self._wait()
 
     def _say(self, **message: Any) -> None:
@@ -201,22 +193,17 @@ def main() -> None:
         torch.set_num_threads(job.threads)
     score = importlib.import_module(f"actor.tasks.{job.task}").score
 
-    def reward(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float]:
+    def reward(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float | None]:
         return [score(c[0]["content"], a)["total"] for c, a in zip(completions, answer, strict=True)]
 
-    rows = [{"prompt": p, "answer": a} for p, a in zip(job.prompts, job.answers, strict=True)]
-    adapter = trl.ModelConfig(
-        use_peft=True,
-        lora_r=job.lora_rank,
-        lora_alpha=job.lora_alpha,
-        lora_dropout=job.lora_dropout,
-        lora_target_modules=job.lora_targets,
-    )
+    rows = [{"prompt": list(p), "answer": a} for p, a in zip(job.prompts, job.answers, strict=True)]
+    lora = {"lora_r": job.lora_rank, "lora_alpha": job.lora_alpha, "lora_dropout": job.lora_dropout}
+    adapter = trl.ModelConfig(use_peft=True, lora_target_modules=list(job.lora_targets), **lora)
     steps = StepOnRequest(protocol)
     with tempfile.TemporaryDirectory() as output_dir:
         steps.trainer = TimedTrainer(
-            model=str(job.model_dir),
-            reward_funcs=reward,
+            str(job.model_dir),
+            reward,
             args=grpo_config(job, output_dir),
             train_dataset=Dataset.from_list(rows),
             peft_config=trl.get_peft_config(adapter),

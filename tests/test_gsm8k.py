@@ -4,6 +4,7 @@ import json
 import time
 from decimal import Decimal
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -181,19 +182,19 @@ def row(n: int) -> str:
     return json.dumps({"question": f"What is {n}?", "answer": f"It is {n}.\n#### {n:,}"})
 
 
-def task(data: str | None, num_train: int = 5, num_eval: int = 3, **changes: object) -> TaskConfig:
+def task(data: str | None, num_train: int = 5, num_eval: int = 3, **changes: Any) -> TaskConfig:
     return TaskConfig(name="gsm8k", data=data, num_train=num_train, num_eval=num_eval, **changes)
 
 
 def test_a_draw_is_repeatable_without_replacement_and_extends(tmp_path: Path) -> None:
-    data = write(tmp_path, [row(n) for n in range(3000, 3200)], [row(n) for n in range(10)])
-    train, evaluation = load(task(data), "train"), load(task(data), "eval")
-    assert load(task(data), "train") == train
-    assert load(task(data, num_train=200), "eval") == evaluation
-    assert load(task(data, num_train=200), "train")[:5] == train
-    assert sorted(p.answer for p in load(task(data, num_train=200), "train")) == [f"{n:,}" for n in range(3000, 3200)]
-    assert load(task(data, seed=7), "train") != train
-    assert [p.index for p in train] == [0, 1, 2, 3, 4]
+    data = write(tmp_path, [row(n) for n in range(3000, 3400)], [row(n) for n in range(10)])
+    train, evaluation = load(task(data, num_train=40), "train"), load(task(data), "eval")
+    every = load(task(data, num_train=400), "train")
+    assert load(task(data, num_train=40), "train") == train == every[:40]
+    assert load(task(data, num_train=400), "eval") == evaluation
+    assert sorted(p.answer for p in every) == [f"{n:,}" for n in range(3000, 3400)]
+    assert load(task(data, num_train=40, seed=7), "train") != train
+    assert [p.index for p in train] == list(range(40))
     assert train[0].messages[-1]["content"] == f"What is {train[0].answer.replace(',', '')}?"
 
 
@@ -235,7 +236,7 @@ def test_a_bad_row_is_named(tmp_path: Path, line: str, words: str) -> None:
 def test_bad_data_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write(tmp_path, [row(1)], [])
 
-    def message(config: TaskConfig, split: str) -> str:
+    def message(config: TaskConfig, split: Literal["train", "eval"]) -> str:
         with pytest.raises(UserError, match=r"^[^\n]*$") as error:
             load(config, split)
         return str(error.value)

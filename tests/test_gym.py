@@ -11,7 +11,7 @@ from actor.tasks import gsm8k
 from actor.tasks.gsm8k import SOLUTION, completion_of
 from actor.tasks.gym import load, reward
 from common.config import TaskConfig
-from common.types import Prompt, UserError
+from common.types import Prompt, Score, UserError
 
 FIVE_STEPS = "1 + 1 = 2\n2 + 1 = 3\n3 + 1 = 4\n4 + 1 = 5\n5 + 1 = 6"
 SMALL = {"min_terms": 2, "max_terms": 2, "max_digits": 1}  # 200 problems in all
@@ -74,6 +74,17 @@ def test_the_example_of_a_sum_earns_everything_and_is_short(name: str, seed: int
     assert len(shown["content"]) < 170
 
 
+def test_the_example_is_the_shortest_that_earns_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entries(task: TaskConfig, purpose: str, size: int) -> list[dict[str, Any]]:
+        sums = ("0 + 0", "100 + 200", "10 + 20") if purpose == "example" else ("1 + 1",) * size
+        return [{"question": s, "answer": str(eval(s)), "metadata": {"expression": s}} for s in sums]
+
+    monkeypatch.setattr("actor.tasks.gym._entries", entries)
+    monkeypatch.setattr("actor.tasks.gym._split", lambda question: "train")
+    prompt = load(task(num_train=1, example=True), "train")[0]
+    assert prompt.messages[1]["content"] == "10 + 20"  # 0 + 0 repeats a line of its working
+
+
 def test_rewards_of_numbers_by_hand() -> None:
     prompt = load(task(num_train=1), "train")[0]
     truth = int(prompt.answer)
@@ -100,13 +111,18 @@ def test_rewards_of_words_by_hand() -> None:
 def test_the_data_sets_own_scorer(monkeypatch: pytest.MonkeyPatch, value: float, correct: float) -> None:
     class Scorer:
         def score_answer(self, answer: str, entry: dict[str, Any]) -> float:
-            assert (answer, entry["answer"]) == ("said", "it")
+            assert (answer, len(entry["answer"]) > 0) == ("20", True)
             return value
 
     monkeypatch.setattr("actor.tasks.gym._scorer", lambda name, options: Scorer())
-    meta = {"gym": "any", "options": {}, "entry": {"answer": "it"}}
-    score = reward(f"{SOLUTION[0]}said{SOLUTION[1]}", Prompt(messages=(), answer="it", metadata=meta))
-    assert (score.parts["correct"], score.correct) == (correct, correct == 4.0)
+
+    def said(answer: str) -> Score:
+        meta = {"gym": "any", "options": {}, "entry": {"answer": answer}}
+        return reward(f"{SOLUTION[0]}20{SOLUTION[1]}", Prompt(messages=(), answer=answer, metadata=meta))
+
+    assert said("words").parts["correct"] == correct
+    assert said("words").correct == (correct == 4.0)
+    assert said("10").parts["correct"] == (4.0 if value == 1.0 else 0.0)  # of a number it is heard when it says exact
 
 
 def test_a_scorer_that_allows_for_rounding_is_heard() -> None:

@@ -119,12 +119,17 @@ def test_workers_killed_while_idle_are_replaced(pool: RewardPool, pause_seconds:
 
 def test_a_pool_outlives_the_thread_that_made_it(path: Path) -> None:
     pools: list[RewardPool] = []
-    maker = threading.Thread(target=lambda: pools.append(RewardPool("rough_task", workers=1, timeout_seconds=5)))
+    scores: list[Score | str] = []
+
+    def make() -> None:
+        pools.append(RewardPool("rough_task", workers=1, timeout_seconds=5))
+        scores.extend(pools[0].score_all([("ok", PROMPT)]))
+
+    maker = threading.Thread(target=make)
     maker.start()
     maker.join()
     time.sleep(0.5)
-    first = pools[0].score_all([("ok", PROMPT)])
-    assert pools[0].score_all([("ok", PROMPT)]) == first  # the same process
+    assert pools[0].score_all([("ok", PROMPT)]) == scores  # by the same process
     pools[0].close()
     with pytest.raises(RuntimeError, match="closed"):
         pools[0].score_all([("ok", PROMPT)])
@@ -191,5 +196,4 @@ def test_an_interrupt_leaves_the_workers_alone(pool: RewardPool) -> None:
     assert isinstance(before, Score)
     os.kill(int(before.parts["process"]), signal.SIGINT)
     time.sleep(0.3)
-    scores = pool.score_all([("ok", PROMPT)] * 20)
-    assert before.parts["process"] in {s.parts["process"] for s in scores if isinstance(s, Score)}
+    assert _running(str(int(before.parts["process"])))
