@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 
 from actor.reward import RewardPool
 from actor.rollout import Sampling, roll_out
-from actor.vllm_engine import VLLMEngine
 from common.adapter import Adapter
 from common.config import Config
 from common.types import Group, Prompt
@@ -30,6 +29,8 @@ class Actor:
     """One engine, one pool of reward workers."""
 
     def __init__(self, model_folder: Path, config: Config) -> None:
+        from actor.vllm_engine import VLLMEngine  # here, so that the driver, which names this class, loads no vllm
+
         self.tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self.engine = VLLMEngine(str(model_folder), config.model, config.actor, seed=config.run.seed)
         self.rewards = RewardPool(

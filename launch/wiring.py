@@ -34,7 +34,14 @@ def start(plan: Plan) -> Iterator[Workers]:
     options = {
         "num_cpus": 0,  # Ray must not queue them behind each other: they take turns on the same cores
         "num_gpus": 0.5 if torch.cuda.is_available() else 0,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}},
+        "runtime_env": {
+            "env_vars": {
+                "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),  # Ray would set it to 1
+                "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads would steal the cores of the side whose turn it is
+                "TORCH_CPP_LOG_LEVEL": "ERROR",
+                "PYTHONWARNINGS": "ignore::FutureWarning",
+            }
+        },
     }
     learner = ray.remote(Learner).options(**options).remote(plan.model_folder, config, plan.canary_token_ids)
     actor_class = ray.remote(Actor).options(**options)

@@ -1,7 +1,7 @@
 """Groups -> packed micro-batches by token budget, and values of scored tokens -> padded [B, T] and back.
 
-A row of a micro-batch is one prompt followed by rollouts of it: the prompt is computed once, and a block mask keeps
-the rollouts from seeing each other. Only padding between rows of one micro-batch is wasted.
+A row is one prompt followed by rollouts of it: the prompt is computed once. A micro-batch is rows laid end to end,
+with no padding; learner/attention.py keeps rows and rollouts from seeing each other.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,31 +13,18 @@ from torch import Tensor
 
 from common.types import Group, Rollout
 
-PADDING = -1
-PROMPT = 0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """R rows of L positions, of which N predict a scored token. All tensors int64."""
+    """L positions, of which N predict a scored token. All tensors int64."""
 
-    token_ids_RL: Tensor
-    position_ids_RL: Tensor
-    segment_RL: Tensor  # PADDING, PROMPT, or 1, 2, ... for the rollouts of the row
-    predictor_N: Tensor  # index into the R * L positions: where the distribution of the token is made
+    token_ids_L: Tensor
+    position_ids_L: Tensor  # a rollout's positions go on from its prompt's
+    lengths: tuple[tuple[int, ...], ...]  # of each row: its prompt, then its rollouts; they sum to L
+    predictor_N: Tensor  # index into L: where the distribution of the token is made
     target_N: Tensor  # the token
     rollout_N: Tensor  # its rollout, 0..B-1
     token_N: Tensor  # its place among the sampled tokens of the rollout, 0..T-1
-
-    def attention_mask(self) -> Tensor:
-        """bool [R, 1, L, L]: each position sees the prompt and the earlier positions of its own segment.
-
-        Padding sees itself, so that no row of the softmax is empty.
-        """
-        length = self.segment_RL.shape[1]
-        query, key = self.segment_RL[:, :, None], self.segment_RL[:, None, :]
-        causal_LL = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        return (causal_LL & ((query == key) | (key == PROMPT))).unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +61,7 @@ class StepBatch:
 def pack(groups: Sequence[Group], *, max_tokens: int, min_micro_batches: int, device: torch.device) -> StepBatch:
     """Pack the rollouts of `groups`, numbered in their order, into micro-batches of at most `max_tokens` positions.
 
-    A prompt with a single rollout longer than that makes a micro-batch of its own. At least `min_micro_batches`
+    A prompt with one rollout that is longer makes a micro-batch of its own. At least `min_micro_batches`
     are made where there are so many rows. The cut never changes the gradient.
     """
     rows = [row for group, first in _numbered(groups) for row in _rows(group.rollouts, first, max_tokens)]
@@ -94,11 +81,11 @@ class _Row:
 
     token_ids_L: np.ndarray
     position_ids_L: np.ndarray
-    segment_L: np.ndarray
-    predictor_N: np.ndarray  # index into L
+    lengths: tuple[int, ...]
+    predictor_N: np.ndarray  # index into this row
+    target_N: np.ndarray
     rollout_N: np.ndarray
     token_N: np.ndarray
-    target_N: np.ndarray
 
 
 def _numbered(groups: Sequence[Group]) -> Iterable[tuple[Group, int]]:
@@ -126,38 +113,38 @@ def _rows(rollouts: Sequence[Rollout], first: int, max_tokens: int) -> Iterable[
 
 def _row(rollouts: Sequence[Rollout], taken: Sequence[int], first: int, prompt_length: int) -> _Row:
     prompt_ids = rollouts[taken[0]].token_ids[:prompt_length]
-    token_ids, segments, positions = [prompt_ids], [np.full(prompt_length, PROMPT)], [np.arange(prompt_length)]
-    predictors, numbers, tokens, targets = [], [], [], []
+    token_ids, positions, lengths = [prompt_ids], [np.arange(prompt_length)], [prompt_length]
+    predictors, targets, numbers, tokens = [], [], [], []
     start = prompt_length  # of the next rollout in the row
-    for segment, i in enumerate(taken, start=PROMPT + 1):
+    for i in taken:
         rollout = rollouts[i]
         assert np.array_equal(rollout.token_ids[:prompt_length], prompt_ids), "the rollouts of a group share a prompt"
         tail_ids, scored = rollout.token_ids[prompt_length:], np.flatnonzero(rollout.mask[prompt_length:])
         token_ids.append(tail_ids)
-        segments.append(np.full(len(tail_ids), segment))
         positions.append(prompt_length + np.arange(len(tail_ids)))
+        lengths.append(len(tail_ids))
         predictors.append(np.where(scored == 0, prompt_length, start + scored) - 1)  # the first: the prompt's last
+        targets.append(tail_ids[scored])
         numbers.append(np.full(len(scored), first + i))
         tokens.append(np.arange(len(scored)))
-        targets.append(tail_ids[scored])
         start += len(tail_ids)
     return _Row(
         token_ids_L=np.concatenate(token_ids),
         position_ids_L=np.concatenate(positions),
-        segment_L=np.concatenate(segments),
+        lengths=tuple(lengths),
         predictor_N=np.concatenate(predictors),
+        target_N=np.concatenate(targets),
         rollout_N=np.concatenate(numbers),
         token_N=np.concatenate(tokens),
-        target_N=np.concatenate(targets),
     )
 
 
 def _cut(rows: Sequence[_Row], max_tokens: int, most_rows: int) -> Iterable[list[_Row]]:
-    """Consecutive rows, padded to the longest of them, within the budget."""
+    """Consecutive rows within the budget."""
     taken: list[_Row] = []
     for row in rows:
-        longest = max(len(r.token_ids_L) for r in [*taken, row])
-        if taken and (len(taken) == most_rows or longest * (len(taken) + 1) > max_tokens):
+        tokens = sum(len(r.token_ids_L) for r in [*taken, row])
+        if taken and (len(taken) == most_rows or tokens > max_tokens):
             yield taken
             taken = []
         taken.append(row)
@@ -165,25 +152,16 @@ def _cut(rows: Sequence[_Row], max_tokens: int, most_rows: int) -> Iterable[list
 
 
 def _micro_batch(rows: Sequence[_Row], device: torch.device) -> MicroBatch:
-    length = max(len(row.token_ids_L) for row in rows)
+    def tensor(arrays: Iterable[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(list(arrays)).astype(np.int64)).to(device)
 
-    def stack(name: str, fill: int) -> Tensor:
-        padded_RL = np.full((len(rows), length), fill, dtype=np.int64)
-        for padded_L, row in zip(padded_RL, rows, strict=True):
-            values_L = getattr(row, name)
-            padded_L[: len(values_L)] = values_L
-        return torch.from_numpy(padded_RL).to(device)
-
-    def concatenate(name: str) -> Tensor:
-        return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]).astype(np.int64)).to(device)
-
-    predictors = [row.predictor_N + r * length for r, row in enumerate(rows)]
+    starts = np.cumsum([0, *(len(row.token_ids_L) for row in rows)])
     return MicroBatch(
-        token_ids_RL=stack("token_ids_L", 0),
-        position_ids_RL=stack("position_ids_L", 0),
-        segment_RL=stack("segment_L", PADDING),
-        predictor_N=torch.from_numpy(np.concatenate(predictors)).to(device),
-        target_N=concatenate("target_N"),
-        rollout_N=concatenate("rollout_N"),
-        token_N=concatenate("token_N"),
+        token_ids_L=tensor(row.token_ids_L for row in rows),
+        position_ids_L=tensor(row.position_ids_L for row in rows),
+        lengths=tuple(row.lengths for row in rows),
+        predictor_N=tensor(row.predictor_N + start for row, start in zip(rows, starts, strict=False)),
+        target_N=tensor(row.target_N for row in rows),
+        rollout_N=tensor(row.rollout_N for row in rows),
+        token_N=tensor(row.token_N for row in rows),
     )

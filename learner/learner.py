@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from common.adapter import Adapter
@@ -26,6 +27,7 @@ class Learner:
     """One policy, its optimizer and the number of steps behind them."""
 
     def __init__(self, model_folder: Path, config: Config, canary_token_ids: np.ndarray) -> None:
+        transformers.logging.disable_progress_bar()
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray gives an actor one thread
         torch.manual_seed(config.run.seed)
         self.config = config

@@ -7,6 +7,7 @@ and loss are float32. Autocast rounds the adapter's weights at use, so that no a
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from common.adapter import Adapter, Canary, checksum
 from common.config import ModelConfig
 from common.types import UserError
+from learner.attention import PACKED
 from learner.batch import MicroBatch
 from learner.head import HeadStats, head_stats
 
@@ -27,7 +29,7 @@ class Policy:
     """Base, adapter and head, on one device, in training mode (dropout on) unless said otherwise."""
 
     def __init__(self, folder: Path, config: ModelConfig, *, device: torch.device, checkpointing: bool) -> None:
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, attn_implementation="sdpa").to(device)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, attn_implementation=PACKED).to(device)
         unsupported = [n for n in ("final_logit_softcapping", "logits_scaling") if getattr(base.config, n, None)]
         if unsupported:
             raise UserError(f"model.path={config.path} has {unsupported[0]}, which the head does not compute yet")
@@ -72,11 +74,9 @@ class Policy:
         entropy_gradient: bool = False,
     ) -> HeadStats:
         """Head statistics of the N scored tokens of a micro-batch: one pass through the trunk."""
-        hidden_RLH = self._hidden(
-            input_ids=batch.token_ids_RL, position_ids=batch.position_ids_RL, attention_mask=batch.attention_mask()
-        )
+        hidden_LH = self._hidden(batch.token_ids_L, position_ids=batch.position_ids_L[None], lengths=batch.lengths)
         return head_stats(
-            hidden_RLH.flatten(0, 1)[batch.predictor_N],
+            hidden_LH[batch.predictor_N],
             self.head_weight_VH,
             batch.target_N,
             temperature=temperature,
@@ -84,18 +84,21 @@ class Policy:
             entropy_gradient=entropy_gradient,
         )
 
-    def _hidden(self, **inputs: Tensor) -> Tensor:
+    def _hidden(self, token_ids_L: Tensor, **packing: Any) -> Tensor:
+        """[L, H]: the trunk's output."""
         dtype = self.head_weight_VH.dtype
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype == torch.bfloat16):
-            with disable_input_dtype_casting(self.peft_model):
-                return self.trunk(**inputs, use_cache=False).last_hidden_state
+        with (
+            torch.autocast(self.device.type, dtype=dtype, enabled=dtype == torch.bfloat16),
+            disable_input_dtype_casting(self.peft_model),
+        ):
+            return self.trunk(input_ids=token_ids_L[None], use_cache=False, **packing).last_hidden_state[0]
 
     def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         """float32 [T - 1]: nats at temperature 1 of tokens 1..T-1; no dropout, no gradient."""
         tokens_T = torch.from_numpy(token_ids.astype(np.int64)).to(self.device)
         self.peft_model.eval()
         with torch.no_grad():
-            hidden_TH = self._hidden(input_ids=tokens_T[None, :-1])[0]
+            hidden_TH = self._hidden(tokens_T[:-1])
             logprobs = head_stats(hidden_TH, self.head_weight_VH, tokens_T[1:]).logprob_N
         self.peft_model.train()
         return logprobs.float().cpu().numpy()
