@@ -1,0 +1,71 @@
+"""The buffer's interleavings, with fake actors that only count (a fake serves interleavings alone)."""
+
+from dataclasses import replace
+
+import pytest
+import ray
+
+import tiny
+from actor.rollout import Sampling, prompt_seed
+from common.types import Prompt
+from launch.buffer import Buffer, PromptStream
+
+SAMPLING = Sampling(group_size=2, temperature=1.0, max_tokens=4, stop=(), seed=0)
+PROMPTS = [Prompt(messages=({"role": "user", "content": str(i)},), answer=str(i)) for i in range(5)]
+
+
+class FakeActor:
+    """Answers a rollout request with groups tagged with the version it holds when the request is made."""
+
+    def __init__(self):
+        self.version = 0
+        self.requests = []
+        self.rollout = self
+
+    def remote(self, prompts, sampling):
+        self.requests.append([prompt.index for prompt in prompts])
+        group = tiny.group(0, [1, 1], [0.0, 1.0])
+        tagged = tuple(replace(r, version=self.version) for r in group.rollouts)
+        return [replace(group, prompt=prompt, rollouts=tagged) for prompt in prompts]
+
+
+@pytest.fixture(autouse=True)
+def _references_are_values(monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda references: references)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+@pytest.mark.parametrize("num_actors", [1, 2, 3])
+def test_bounds_and_order(num_actors, max_staleness):
+    actors = [FakeActor() for _ in range(num_actors)]
+    stream = PromptStream(PROMPTS, seed=1)
+    buffer = Buffer(actors, stream, SAMPLING, prompts_per_step=4, num_steps=6, max_staleness=max_staleness)
+    seen, stalest = [], 0
+    for step in range(6):
+        started = sum(len(r) for actor in actors for r in actor.requests)
+        assert started - len(seen) <= (max_staleness + 1) * 4
+        groups = buffer.take(4)
+        stalest = max([stalest, *(step - group.rollouts[0].version for group in groups)])
+        seen += [group.prompt.index for group in groups]
+        for actor in actors:
+            actor.version = step + 1  # published to every actor ...
+        buffer.release(4)  # ... before new rollouts may start
+    assert seen == list(range(24))
+    assert stalest == max_staleness
+    assert sum(len(r) for actor in actors for r in actor.requests) == 24  # none sampled in vain at the end
+    assert buffer.num_taken == 24
+
+
+def test_stream_depends_on_seed_and_place_alone():
+    whole = PromptStream(PROMPTS, seed=3).draw(12)
+    resumed = PromptStream(PROMPTS, seed=3, cursor=7).draw(5)
+    assert resumed == whole[7:]
+    assert sorted(p.answer for p in whole[:5]) == sorted(p.answer for p in whole[5:10]) == list("01234")  # passes
+    assert [p.answer for p in whole[:5]] != [p.answer for p in whole[5:10]]
+    assert [p.answer for p in PromptStream(PROMPTS, seed=4).draw(10)] != [p.answer for p in whole[:10]]
+
+
+def test_seeds_differ_by_prompt_and_by_run():
+    seeds = {prompt_seed(seed, index) for seed in range(20) for index in range(200)}
+    assert len(seeds) == 4000
+    assert max(seeds) < 2**31

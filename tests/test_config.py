@@ -1,0 +1,131 @@
+"""What a command line and a TOML file make, and the one line that says what is wrong with them."""
+
+from pathlib import Path
+
+import pytest
+
+from common.config import Config, MethodConfig, dump, load, option_names
+from common.methods import METHODS
+from common.types import UserError
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "launch" / "configs").glob("*.toml"))
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--run.stepps 3", "--run.stepps is no option; did you mean --run.steps?"),
+        ("--run.stepps=3", "--run.stepps is no option; did you mean --run.steps?"),
+        ("--steps 3", "--steps is no option; did you mean --run.steps?"),
+        ("--qqq 3", "--qqq is no option; see --help"),
+        ("stray", "stray is no option"),
+        ("--run.steps", "argument --run.steps: expected one argument"),
+        ("--run.steps many", "run.steps='many': Input should be a valid integer"),
+        ("--run.steps 0", "run.steps='0': Input should be greater than or equal to 1"),
+        ("--actor.group_size 1", "actor.group_size='1': Input should be greater than or equal to 2"),
+        ("--actor.temperature -1", "actor.temperature='-1': Input should be greater than 0"),
+        ("--actor.publish disk", "actor.publish='disk': Input should be 'hotswap' or 'merged'"),
+        ("--actor.max_tokens 1024", "actor.max_tokens=1024 leaves no room for a prompt in model.max_length=1024"),
+        ("--learner.learning_rate -0.1", "learner.learning_rate='-0.1': Input should be greater than 0"),
+        ("--method.name grppo", "method.name=grppo is no method; did you mean grpo?"),
+        ("--method.name qqq", "method.name=qqq is no method; known are grpo"),
+        ("--method.alpha inf", "method.alpha='inf': Input should be a finite number"),
+        ("--method.clip_low 1.5", "method.clip_low='1.5': Input should be less than 1"),
+        ("--method.weight_gradient true --learner.inner_updates 2", "learner.inner_updates=2; set one of the two back"),
+        ("--evaluation.num_problems 600", "evaluation.num_problems=600 exceeds task.num_eval=500"),
+        ("--task.gym_options {bad", "task.gym_options"),
+        ("--config nowhere.toml", "--config nowhere.toml is no file"),
+        ("--config", "argument --config: expected one argument"),
+    ],
+)
+def test_a_bad_command_line_gets_one_line(options: str, words: str, empty: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load(options.split(), empty)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("[run]\nstepps = 3", "run.stepps=3 is no option; did you mean run.steps?"),
+        ("[rum]\nsteps = 3", "rum={'steps': 3} is no option"),
+        ("[run]\nsteps = 2.5", "run.steps=2.5: Input should be a valid integer"),
+        ("[actor]\ngroup_size = 1", "actor.group_size=1: Input should be greater than or equal to 2"),
+        ("[actor]\ntemperature = 0.0", "actor.temperature=0.0: Input should be greater than 0"),
+        ("[run\nsteps = 3", "is not valid TOML"),
+    ],
+)
+def test_a_bad_file_gets_one_line(toml: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(toml)
+    with pytest.raises(UserError) as caught:
+        load(["--config", str(path)], path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_win_over_the_file_which_wins_over_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "some.toml"
+    path.write_text("[run]\nsteps = 7\nseed = 8\n[task]\ngym_options = { min_terms = 2 }\n")
+    config = load(["--config", str(path), "--run.steps", "9", "--actor.stop", '["a", "b"]', "--run.resume"], path)
+    assert (config.run.steps, config.run.seed, config.run.prompts_per_step) == (9, 8, 4)
+    assert config.actor.stop == ("a", "b")
+    assert config.run.resume
+    assert config.task.gym_options == {"min_terms": 2}
+
+
+def test_the_environment_changes_nothing(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUN", '{"steps": 3}')
+    monkeypatch.setenv("run.steps", "3")
+    assert load([], empty) == Config()
+
+
+def test_an_option_can_be_set_back_to_none(tmp_path: Path) -> None:
+    path = tmp_path / "some.toml"
+    path.write_text("[method]\nalpha = 0.25\n")
+    assert load([], path).method.alpha == 0.25
+    assert load(["--method.alpha", "null"], path).method.alpha is None
+    assert load(["--method.alpha", "-0.5"], path).method.alpha == -0.5
+
+
+def test_a_dumped_configuration_loads_again_as_the_same(empty: Path, tmp_path: Path) -> None:
+    options = ["--method.alpha", "-0.5", "--run.dir", "runs/x", "--task.gym_options", '{"a": [1, 2]}']
+    config = load(options, empty)
+    path = tmp_path / "config.toml"
+    path.write_text(dump(config))
+    assert load([], path) == config
+
+
+def test_help_describes_every_option(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(["--help"], empty)
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for section in Config.model_fields:
+        for key, field in Config.model_fields[section].annotation.model_fields.items():  # type: ignore[union-attr]
+            assert f"--{section}.{key}" in text
+            assert field.description, f"{section}.{key} has no description"
+            assert field.description.split("\n")[0] in text
+    assert len(option_names()) > 50
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_of_the_repository_loads(path: Path) -> None:
+    config = load(["--config", str(path)], path)
+    assert config.method.resolve().paper
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_resolves_to_its_row_and_can_be_changed(name: str) -> None:
+    assert MethodConfig(name=name).resolve() == METHODS[name]
+    changed = MethodConfig(name=name, alpha=-2.0, normaliser="step", reward_threshold=0.5).resolve()
+    assert (changed.alpha, changed.normaliser, changed.reward_threshold) == (-2.0, "step", 0.5)
+    assert (changed.paper, changed.equation) == (METHODS[name].paper, METHODS[name].equation)

@@ -1,0 +1,259 @@
+"""Real vLLM on the real SmolLM2, in both publish modes, against transformers and PEFT in float32."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actor.engine import Sample
+from common.adapter import Adapter, Canary, checksum
+from common.config import ActorConfig, ModelConfig
+from launch import models
+
+pytestmark = pytest.mark.slow
+
+ALL_TARGETS = ModelConfig().lora_targets
+MEAN_NOISE_NATS = 0.05  # of bfloat16 against float32, in the mean; the adapters below move the mean by 0.2 to 0.7
+TEXT = "Question: Tom has 12 apples and buys 3 bags of 7 apples each. How many apples does he have?\nAnswer: 12 + 3 * 7"
+
+_engine: Any = None  # of the engine's own process
+
+
+def _start(publish: str, folder: str) -> None:
+    from actor.vllm_engine import VLLMEngine
+
+    global _engine
+    _engine = VLLMEngine(folder, ModelConfig(), ActorConfig(publish=publish), seed=1)
+
+
+def _call(method: str, args: tuple, options: dict) -> Any:
+    return getattr(_engine, method)(*args, **options)
+
+
+def _held_adapters() -> set[int]:
+    [held] = _engine._llm.collective_rpc("list_loras")
+    return set(held)
+
+
+class Remote:
+    """The engine in a process of its own, as an actor has it: vLLM changes global state of torch."""
+
+    def __init__(self, publish: str, folder: str) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.publish = publish
+        self.pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start, initargs=(publish, folder))
+        self.pid = self.pool.submit(os.getpid).result()
+
+    def __getattr__(self, method: str) -> Any:
+        return lambda *args, **options: self.pool.submit(_call, method, args, options).result()
+
+
+@pytest.fixture(scope="module")
+def folder() -> str:
+    return str(models.smollm2())
+
+
+@pytest.fixture(scope="module", params=["hotswap", "merged"])
+def engine(request: pytest.FixtureRequest, folder: str) -> Iterator[Remote]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        remote = Remote(request.param, folder)
+        yield remote
+        remote.pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def make_adapter(
+    model: torch.nn.Module, version: int, *, scale: float, targets: tuple[str, ...] = ALL_TARGETS
+) -> Adapter:
+    """Random A, and random B times `scale`; an odd alpha / rank, so that a wrong factor shows."""
+    rng = np.random.default_rng(version)
+    rank, tensors = 8, {}
+    for name, module in model.named_modules():
+        if name.endswith(targets):
+            rows, columns = module.weight.shape
+            prefix = f"base_model.model.{name}"
+            lora_a = rng.standard_normal((rank, columns)) / np.sqrt(columns)
+            tensors[f"{prefix}.lora_A.weight"] = lora_a.astype(np.float32)
+            tensors[f"{prefix}.lora_B.weight"] = (rng.standard_normal((rows, rank)) * scale).astype(np.float32)
+    canary = Canary(token_ids=np.zeros(1, np.int32), logprobs=np.zeros(0), base_logprobs=np.zeros(0))
+    return Adapter(
+        version=version,
+        tensors=tensors,
+        rank=rank,
+        alpha=24.0,
+        target_modules=targets,
+        canary=canary,
+        checksum=checksum(tensors),
+    )
+
+
+@torch.inference_mode()
+def score(model: Any, token_ids: Any, *temperatures: float) -> list[np.ndarray]:
+    """log_softmax(logits / temperature) of tokens 1..T-1, for each temperature."""
+    ids = torch.tensor(np.asarray(token_ids), dtype=torch.long)
+    logits = model(ids[None]).logits[0, :-1].float()
+    return [(logits / t).log_softmax(-1).gather(1, ids[1:, None])[:, 0].numpy() for t in temperatures]
+
+
+def peft_score(reference: Any, adapter: Adapter, token_ids: np.ndarray) -> np.ndarray:
+    lora = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.target_modules))
+    model = get_peft_model(reference, lora).eval()
+    tensors = {n.replace(".weight", ".default.weight"): torch.tensor(t) for n, t in adapter.tensors.items()}
+    assert not model.load_state_dict(tensors, strict=False).unexpected_keys
+    [scored] = score(model, token_ids, 1.0)
+    model.unload()
+    return scored
+
+
+def distance(a: Any, b: Any) -> float:
+    return float(np.abs(np.subtract(a, b)).mean())
+
+
+def same(a: list[list[Sample]], b: list[list[Sample]]) -> bool:
+    pairs = zip(chain(*a), chain(*b), strict=True)
+    return all(
+        np.array_equal(x.token_ids, y.token_ids) and np.array_equal(x.logprobs, y.logprobs) and x.text == y.text
+        for x, y in pairs
+    )
+
+
+def greedy(engine: Remote, prompt: list[int], **options: Any) -> Sample:
+    arguments = {"num_samples": 1, "temperature": 0.0, "max_tokens": 16, "stop": (), "seeds": [0]} | options
+    [[sample]] = engine.sample([prompt], **arguments)
+    return sample
+
+
+def test_equal_calls_give_equal_samples_with_tempered_logprobs(engine: Remote, reference: Any, tokenizer: Any) -> None:
+    prompt = tokenizer(TEXT).input_ids
+    options = {"num_samples": 3, "temperature": 0.6, "max_tokens": 24, "stop": (), "seeds": [5, 6]}
+    groups = engine.sample([prompt, prompt], **options)
+    assert same(groups, engine.sample([prompt, prompt], **options))
+    samples = list(chain(*groups))
+    assert len({sample.token_ids.tobytes() for sample in samples}) == 6  # seeds of neighbours do not overlap
+    scored = [score(reference, np.append(prompt, sample.token_ids), 0.6, 1.0) for sample in samples]
+    tempered, untempered = (
+        np.concatenate([s[len(prompt) - 1 :] for s in column]) for column in zip(*scored, strict=True)
+    )
+    logprobs = np.concatenate([sample.logprobs for sample in samples])
+    assert logprobs.dtype == samples[0].logprobs.dtype == np.float32
+    assert samples[0].token_ids.dtype == np.int32
+    assert distance(logprobs, tempered) < MEAN_NOISE_NATS < distance(logprobs, untempered)
+
+
+def test_an_adapter_is_computed_as_peft_computes_it(engine: Remote, reference: Any, tokenizer: Any) -> None:
+    token_ids = tokenizer(TEXT).input_ids
+    base = engine.logprobs(token_ids)
+    assert base.dtype == np.float32
+    assert distance(base, *score(reference, token_ids, 1.0)) < MEAN_NOISE_NATS
+    whole = make_adapter(reference, 1, scale=0.02)
+    # Of the same number, as after a resume; what the first one changed beside these two is the base again.
+    part = make_adapter(reference, 1, scale=0.03, targets=("q_proj", "v_proj"))
+    for adapter in (whole, part):
+        assert engine.load(adapter) == adapter.checksum
+        expected = peft_score(reference, adapter, token_ids)
+        logprobs = engine.logprobs(token_ids)
+        assert distance(logprobs, expected) < MEAN_NOISE_NATS
+        assert distance(base, expected) > 3 * MEAN_NOISE_NATS
+
+
+def test_version_zero_is_the_base_bit_for_bit(engine: Remote, reference: Any, tokenizer: Any) -> None:
+    token_ids = tokenizer(TEXT).input_ids
+    engine.load(make_adapter(reference, 0, scale=0.0))
+    base = engine.logprobs(token_ids)
+    engine.load(make_adapter(reference, 1, scale=0.02))
+    assert not np.array_equal(engine.logprobs(token_ids), base)
+    engine.load(make_adapter(reference, 0, scale=0.0))
+    assert np.array_equal(engine.logprobs(token_ids), base)
+
+
+def test_old_versions_are_let_go(engine: Remote, reference: Any) -> None:
+    process = psutil.Process(engine.pid)
+    adapters = [make_adapter(reference, version, scale=0.02) for version in (3, 4)]
+    for adapter in adapters:
+        engine.load(adapter)
+    before = process.memory_info().rss
+    for adapter in adapters * 3:
+        engine.load(adapter)
+    assert process.memory_info().rss < before + 100 * 2**20  # one packed copy of the weights is 200 MiB
+    if engine.publish == "hotswap":
+        assert engine.pool.submit(_held_adapters).result() == {5}  # ids start at 1
+
+
+def test_a_new_version_reads_no_prefix_of_the_old_one(engine: Remote, reference: Any) -> None:
+    prompt = list(range(1000, 1300))  # more than two of vLLM's cache blocks, of 128 tokens on a CPU
+    old, new = (make_adapter(reference, version, scale=0.02) for version in (1, 2))
+    engine.load(old)
+    greedy(engine, prompt)
+    engine.load(new)
+    sample = greedy(engine, prompt)
+    scored, stale = [], []
+    for adapter, logprobs in ((new, scored), (old, stale)):
+        engine.load(adapter)
+        logprobs.extend(engine.logprobs([*prompt, *map(int, sample.token_ids)])[len(prompt) - 1 :])  # reads no cache
+    assert distance(sample.logprobs, scored) < MEAN_NOISE_NATS < distance(sample.logprobs, stale) / 3
+
+
+def test_a_completion_ends_at_a_stop_string_or_its_length(engine: Remote, tokenizer: Any) -> None:
+    prompt = tokenizer(TEXT).input_ids
+    whole = greedy(engine, prompt)
+    assert whole.finish_reason == "length"
+    assert len(whole.token_ids) == 16
+    stop = whole.text[5:9]
+    stopped = greedy(engine, prompt, stop=(stop,))
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == whole.text[:9]
+    assert tokenizer.decode(stopped.token_ids).startswith(stopped.text)
+    assert len(greedy(engine, prompt, stop=(stop,), fixed_length=True).token_ids) == 16
+
+
+def test_the_end_token_ends_a_completion_and_is_part_of_it(engine: Remote, reference: Any, tokenizer: Any) -> None:
+    engine.load(make_adapter(reference, 0, scale=0.0))
+    messages = [{"role": "user", "content": "Say only the word yes."}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
+    sample = greedy(engine, prompt, max_tokens=128)
+    assert sample.finish_reason == "stop"
+    assert sample.token_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token not in sample.text
+    longer = greedy(engine, prompt, max_tokens=len(sample.token_ids) + 3, fixed_length=True)
+    assert len(longer.token_ids) == len(sample.token_ids) + 3
+
+
+def test_a_tensor_of_no_module_is_refused(engine: Remote, reference: Any) -> None:
+    adapter = make_adapter(reference, 5, scale=0.02)
+    tensors = {name.replace("layers.0.", "layers.99."): tensor for name, tensor in adapter.tensors.items()}
+    with pytest.raises(ValueError, match=r"model\.layers\.99\.self_attn\.q_proj is no linear module"):
+        engine.load(replace(adapter, tensors=tensors))
+
+
+def test_the_engine_is_one_process_and_frees_its_memory(engine: Remote) -> None:
+    owner = psutil.Process(engine.pid)
+    assert owner.children(recursive=True) == []  # so nothing is left where the owner dies, however it dies
+    held = owner.memory_info().rss
+    engine.close()
+    assert owner.memory_info().rss < held - 2**30  # the KV cache's GiB and more
+
+
+def test_the_converted_tokenizer_splits_digits_off(tokenizer: Any) -> None:
+    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
+    assert tokenizer.eos_token == "<|im_end|>"
