@@ -11,26 +11,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+# Read while the libraries below are loaded. On a CPU, OpenMP threads that wait by spinning take the cores from the
+# learner and from each other (7 times slower with other load); in a process that has torch already, set it earlier.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
 import numpy as np
 import safetensors
 import torch
-
-from actor.engine import Sample
-from common.adapter import Adapter, checksum
-from common.config import ActorConfig, ModelConfig
-from common.types import UserError
-
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read while vllm is imported
-
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.config.lora import MaxLoRARanks
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.logprobs import Logprob
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
+
+from actor.engine import Sample
+from common.adapter import Adapter, checksum
+from common.config import ActorConfig, ModelConfig
+from common.types import UserError
 
 PEFT_PREFIX = "base_model.model."
 LORA_A = ".lora_A.weight"
@@ -66,7 +69,6 @@ class VLLMEngine:
             self._lora_request = LoRARequest(f"version-{adapter.version}", lora_id, "in-memory")
         else:
             received = self._llm.collective_rpc("merge_adapter", args=arguments)
-        self._forget_prefixes()
         return received[0]
 
     def sample(
@@ -81,7 +83,10 @@ class VLLMEngine:
         fixed_length: bool = False,
     ) -> list[list[Sample]]:
         """See Engine.sample. A completion that reaches model.max_length ends there, with finish_reason "length"."""
-        self._forget_prefixes()  # else a repeated call would compute less, round otherwise and sample otherwise
+        # Every call starts with an empty prefix cache: what an older version left in it is never read, and an equal
+        # call computes the same again (reading what the first one cached, it would round and so sample otherwise).
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: requests are still running")
         parameters = [
             SamplingParams(
                 n=num_samples,
@@ -95,7 +100,7 @@ class VLLMEngine:
             )
             for seed in seeds
         ]
-        requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        requests = [TokensPrompt(prompt_token_ids=np.asarray(prompt).tolist()) for prompt in prompts]
         outputs = self._llm.generate(requests, parameters, use_tqdm=False, lora_request=self._lora_request)
         return [[_sample(completion) for completion in output.outputs] for output in outputs]
 
@@ -103,20 +108,15 @@ class VLLMEngine:
         """See Engine.logprobs. T is at most model.max_length - 1, since vLLM must sample one token more."""
         # vLLM reads no prefix cache for a request with prompt log-probabilities: all T tokens are computed.
         parameters = SamplingParams(temperature=1.0, max_tokens=1, seed=0, prompt_logprobs=0, detokenize=False)
-        request = TokensPrompt(prompt_token_ids=list(token_ids))
+        request = TokensPrompt(prompt_token_ids=np.asarray(token_ids).tolist())
         [output] = self._llm.generate([request], [parameters], use_tqdm=False, lora_request=self._lora_request)
-        scored = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        return np.array([logprobs[token].logprob for token, logprobs in scored], dtype=np.float32)
+        return _chosen(token_ids[1:], output.prompt_logprobs[1:])
 
     def close(self) -> None:
         """Free the engine's memory. It has no process of its own."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
-
-    def _forget_prefixes(self) -> None:
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache: requests are still running")
 
 
 class WorkerExtension:
@@ -137,7 +137,7 @@ class WorkerExtension:
             device="cpu",  # activate_adapter copies it to the device
             dtype=manager.lora_config.lora_dtype,
         )
-        manager.remove_all_adapters()
+        manager.remove_all_adapters()  # also one of the same id, which add_adapter would keep in place of the new one
         manager.add_adapter(adapter)
         manager.activate_adapter(lora_id)
         return checksum(arrays)
@@ -185,7 +185,7 @@ class WorkerExtension:
         return {name: file for file in files for name in list(file.keys())}
 
 
-def _set_weight(layer: torch.nn.Module, weight: torch.Tensor) -> None:
+def _set_weight(layer: Any, weight: torch.Tensor) -> None:
     if current_platform.is_cpu():  # computes with a packed copy, made here; the parameter itself is empty
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
@@ -199,7 +199,7 @@ def _projections(arrays: Mapping[str, np.ndarray]) -> list[str]:
     return [name.removeprefix(PEFT_PREFIX).removesuffix(LORA_A) for name in arrays if name.endswith(LORA_A)]
 
 
-def _locate(model: torch.nn.Module, projection: str) -> tuple[str, tuple[str, ...]]:
+def _locate(model: Any, projection: str) -> tuple[str, tuple[str, ...]]:
     """The name of vLLM's layer that computes `projection`, and all projections fused in it, in order."""
     parent, _, leaf = projection.rpartition(".")
     fused, leaves = leaf, [leaf]
@@ -207,8 +207,10 @@ def _locate(model: torch.nn.Module, projection: str) -> tuple[str, tuple[str, ..
         if leaf in parts:
             fused, leaves = name, parts
     layer = f"{parent}.{fused}"
-    if layer not in dict(model.named_modules()):
-        raise ValueError(f"the adapter's {projection} is no linear module of {type(model).__name__}")
+    try:
+        model.get_submodule(layer)
+    except AttributeError:
+        raise ValueError(f"the adapter's {projection} is no linear module of {type(model).__name__}") from None
     return layer, tuple(f"{parent}.{part}" for part in leaves)
 
 
@@ -239,11 +241,13 @@ def _spread(seed: int) -> int:
 
 
 def _sample(completion: CompletionOutput) -> Sample:
-    token_ids = completion.token_ids
-    logprobs = [entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)]
     return Sample(
-        token_ids=np.array(token_ids, dtype=np.int32),
-        logprobs=np.array(logprobs, dtype=np.float32),
+        token_ids=np.array(completion.token_ids, dtype=np.int32),
+        logprobs=_chosen(completion.token_ids, completion.logprobs),
         text=completion.text,
         finish_reason=completion.finish_reason,
     )
+
+
+def _chosen(token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]) -> np.ndarray:
+    return np.array([entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True)], dtype=np.float32)

@@ -6,21 +6,15 @@ Where a default is a number of the paper (arXiv 2606.05434, Table 1), it is the 
 import argparse
 import dataclasses
 import difflib
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+import pydantic_settings
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
-)
 
 from common.methods import METHODS, Entropy, KLEstimator, Method, Normaliser
 from common.types import UserError
@@ -57,8 +51,11 @@ class ModelConfig(Section):
     max_length: int = Field(1024, ge=2)
     """Tokens of prompt and completion together."""
     lora_rank: int = Field(16, ge=1)
+    """r of the adapter's two factors, B (output, r) and A (r, input)."""
     lora_alpha: float = Field(32.0, gt=0)
+    """The adapter adds (lora_alpha / lora_rank) B A to a weight."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
+    """Of the adapter's input, while learning."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear modules that get an adapter."""
 
@@ -73,7 +70,9 @@ class TaskConfig(Section):
     gym_options: dict[str, Any] = {}
     """gym: options of that data set."""
     num_train: int = Field(800, ge=1)
+    """Problems that prompts are drawn from."""
     num_eval: int = Field(500, ge=1)
+    """Held-out problems."""
     seed: int = Field(123, ge=0)
     """Which problems are drawn; independent of run.seed, so that seeds of a run share their data."""
     example: bool = False
@@ -82,9 +81,11 @@ class TaskConfig(Section):
 
 class ActorConfig(Section):
     num_actors: int = Field(1, ge=1)
+    """vLLM engines; each holds the whole model and samples its share of the prompts."""
     group_size: int = Field(4, ge=2)
     """G: completions per prompt."""
     temperature: float = Field(1.0, gt=0)
+    """Of the sampling, and of every log-probability of the loss."""
     max_tokens: int = Field(512, ge=1)
     """Completion tokens; a longer completion is cut and known as truncated."""
     stop: tuple[str, ...] = ("</SOLUTION>",)
@@ -102,6 +103,7 @@ class ActorConfig(Section):
     canary_bound_nats: float = Field(0.1, gt=0)
     """Largest mean |log-probability difference| between learner and actor that proves an adapter in use."""
     reward_workers: int = Field(2, ge=1)
+    """Processes that score completions."""
     reward_timeout_seconds: float = Field(10.0, gt=0)
     """Hard limit of one reward call; a call that outlives it is killed and counted."""
 
@@ -110,21 +112,37 @@ class MethodConfig(Section):
     """A row of common.methods.METHODS by name, and the fields of it to change (None: the row's own)."""
 
     name: str = "sa-ah-grpo"
+    """Row of the table: see README.md, Methods."""
     advantage: Literal["group_std", "group_mean"] | None = None
+    """How rewards become advantages, within a group."""
     token_weight: Literal["uniform", "horizon"] | None = None
+    """How much each token counts: all the same, or by its entropy (horizon)."""
     alpha: float | None = Field(None, allow_inf_nan=False)
+    """Horizon discount; negative amplifies uncertain tokens."""
     selective: bool | None = None
+    """Discount only rollouts of negative advantage (Eq. 8)."""
     weight_gradient: bool | None = None
+    """Let the gradient through the token weights as well."""
     entropy: Entropy | None = None
+    """Of the whole vocabulary, or one of two estimates from the likeliest tokens."""
     entropy_topk: int | None = Field(None, ge=1)
+    """K of the two estimates."""
     entropy_temperature: Literal["sampling", "one"] | None = None
+    """Entropy at actor.temperature or at 1."""
     normaliser: Normaliser | None = None
+    """What the token weights are divided by: each sequence's own sum, the group's or the step's."""
     clip_low: float | None = Field(None, ge=0, lt=1)
+    """The ratio counts from 1 - clip_low,"""
     clip_high: float | None = Field(None, ge=0)
+    """to 1 + clip_high."""
     kl: KLEstimator | None = None
+    """Estimator of the divergence from the frozen model."""
     beta: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Weight of that divergence in the loss."""
     drop_zero_variance: bool | None = None
+    """Groups whose rewards are all equal take no part, not even in the KL."""
     reward_threshold: float | None = Field(None, ge=0)
+    """Groups whose rewards spread (population std) less than this take no part."""
 
     def resolve(self) -> Method:
         """The row with this section's changes."""
@@ -136,6 +154,7 @@ class LearnerConfig(Section):
     learning_rate: float = Field(5e-6, gt=0)
     """Peak; cosine decay to 0 after a linear warm-up of max(5, steps // 10) steps."""
     weight_decay: float = Field(0.01, ge=0)
+    """AdamW's, on the adapter."""
     gradient_clip: float = Field(1.0, gt=0)
     """Largest gradient norm."""
     inner_updates: int = Field(1, ge=1)
@@ -145,6 +164,7 @@ class LearnerConfig(Section):
     micro_batch_tokens: int = Field(4096, ge=1)
     """Most tokens of a micro-batch (a single longer sequence is still taken)."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
 
 
 class EvaluationConfig(Section):
@@ -154,10 +174,10 @@ class EvaluationConfig(Section):
     """k of pass@k, sampled at actor.temperature beside the greedy Pass@1; 0: none."""
 
 
-class Config(BaseSettings):
+class Config(pydantic_settings.BaseSettings):
     """Everything a run is made of. TOML tables and dotted options have the same names."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = pydantic_settings.SettingsConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -168,12 +188,7 @@ class Config(BaseSettings):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        **_: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
         return (init_settings,)  # no environment variables: what a run is made of is in its folder
 
     @model_validator(mode="after")
@@ -203,7 +218,7 @@ def load(argv: Sequence[str], default: Path) -> Config:
 
     Without --config the file `default` is read. Raises UserError for anything wrong, in one line.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False)
     parser.add_argument("--config", type=Path, default=default)
     chosen, options = parser.parse_known_args(list(argv))
     if not chosen.config.is_file():
@@ -212,19 +227,24 @@ def load(argv: Sequence[str], default: Path) -> Config:
     class Loaded(Config):
         @classmethod
         def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            command_line: Any = CliSettingsSource(
-                settings_cls, cli_parse_args=options, cli_exit_on_error=False, cli_implicit_flags=True
+            cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any
+        ) -> tuple[Any, ...]:
+            command_line: Any = pydantic_settings.CliSettingsSource(
+                settings_cls,
+                root_parser=_Parser(),
+                cli_parse_args=options,
+                cli_parse_none_str="null",
+                cli_avoid_json=True,  # in the help; it is still understood
+                cli_implicit_flags=True,
             )
-            return command_line, TomlConfigSettingsSource(settings_cls, toml_file=chosen.config)
+            return command_line, pydantic_settings.TomlConfigSettingsSource(settings_cls, toml_file=chosen.config)
 
     try:
         return Config.model_construct(**dict(Loaded()))
     except ValidationError as error:
         raise UserError("; ".join(_explain(e) for e in error.errors())) from None
-    except SettingsError as error:
-        raise UserError(f"{_first_line(error)}; see --help for the options") from None
+    except pydantic_settings.SettingsError as error:
+        raise UserError(f"{str(error).strip().splitlines()[0]}; see --help for the options") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"--config {chosen.config} is not valid TOML: {error}") from None
 
@@ -243,6 +263,26 @@ def _explain(error: Any) -> str:
     return f"{where}={error['input']!r}: {error['msg']}"
 
 
+class _Parser(argparse.ArgumentParser):
+    """The command line, with the help of `--help`; its errors are UserErrors."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            usage="launch/run.py [--config FILE.toml] [--dry-run] [--SECTION.KEY VALUE ...]",
+            description="Train. Options win over the file, which wins over the defaults shown here; "
+            "--dry-run checks everything, prints the plan and starts nothing.",
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120),
+            allow_abbrev=False,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            close = difflib.get_close_matches(unknown[1], [f"--{name}" for name in option_names()], n=1)
+            raise UserError(f"{unknown[1]} is no option; {f'did you mean {close[0]}?' if close else 'see --help'}")
+        raise UserError(f"{message}; see --help for the options")
+
+
 def option_names() -> list[str]:
     """Every option as section.key."""
     return [
@@ -255,7 +295,3 @@ def option_names() -> list[str]:
 def _suggest(word: str, known: Any) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

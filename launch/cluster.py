@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 import ray
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.authentication import authentication_token_setup as authentication
 from ray._private.utils import read_ray_address
 from ray.job_submission import JobInfo, JobStatus, JobSubmissionClient
 
@@ -49,13 +49,14 @@ def connect() -> Iterator[None]:
 
     In a Ray job, to the job's cluster; else to the one that RAY_ADDRESS names or that `ray start` began on this
     machine; else to an own one, which ends with the block or with this process. What actors print appears in this
-    process's output. SIGTERM ends the block as sys.exit(143) would.
+    process's output.
     """
     if not sys.stdout.isatty():
         os.environ["RAY_COLOR_PREFIX"] = "0"
     with _cluster(job_server=False) as address:
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, logging_level=logging.ERROR)
-        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray's own handler prints a C++ stack first
+        signal.signal(signal.SIGTERM, handler)  # Ray replaces it, by one that prints a C++ stack
         try:
             yield
         finally:
@@ -69,7 +70,8 @@ def submit(options: Sequence[str]) -> int:
     interrupted.
     """
     logging.disable(logging.WARNING)  # of Ray's job client
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, _exit)
     command = shlex.join([sys.executable, "launch/run.py", *options])
     with _cluster(job_server=True) as address:
         client = JobSubmissionClient(address)
@@ -78,7 +80,7 @@ def submit(options: Sequence[str]) -> int:
             asyncio.run(_follow(client, job))
             return _exit_status(_ended(client, job))
         finally:
-            for name in (signal.SIGINT, signal.SIGTERM):
+            for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(name, signal.SIG_IGN)  # what follows is bounded in time: no second Ctrl-C is needed
             client.stop_job(job)
             _ended(client, job)
@@ -88,10 +90,14 @@ def submit(options: Sequence[str]) -> int:
 def _cluster(*, job_server: bool) -> Iterator[str]:
     """The address of the Ray that runs, or of a new one."""
     logging.getLogger("ray").setLevel(logging.ERROR)
-    running = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS") or _started_by_hand()
-    with contextlib.nullcontext("auto") if running else _keeper(job_server=job_server) as address:
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-        yield address
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS") or _started_by_hand():
+        authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        yield "auto"
+    else:
+        authentication.enable_token_auth_by_default()
+        authentication.ensure_token_if_auth_enabled()
+        with _keeper(job_server=job_server) as address:
+            yield address
 
 
 def _started_by_hand() -> bool:
@@ -115,7 +121,7 @@ def _keeper(*, job_server: bool) -> Iterator[str]:
         "RAY_worker_niceness": "0",  # Ray's 15 lets anything else on the machine starve the training
     }
     keeper = subprocess.Popen(
-        [sys.executable, "-m", "launch.cluster", "keep", str(os.getpid()), *["--job-server"] * job_server],
+        [sys.executable, "-m", "launch.cluster", "keep", str(os.getpid()), str(job_server).lower()],
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -126,7 +132,7 @@ def _keeper(*, job_server: bool) -> Iterator[str]:
     try:
         address = keeper.stdout.readline().strip()
         if not address:
-            raise RuntimeError(f"Ray did not start: its keeper ended with status {keeper.wait()}")
+            raise RuntimeError("Ray did not start; the lines above say why")
         yield address
     finally:
         keeper.terminate()
@@ -136,38 +142,55 @@ def _keeper(*, job_server: bool) -> Iterator[str]:
             keeper.kill()
 
 
-def keep(parent: int, *, job_server: bool) -> None:
-    """Start a Ray on free ports, with token authentication, print its address, and end it all on SIGTERM.
+def keep(parent: int, job_server: str) -> None:
+    """Start a Ray, print its address, and on SIGTERM end it and all that came of it.
 
     The kernel sends that SIGTERM too when the process `parent`, which started this one, dies.
     """
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    signal.signal(signal.SIGTERM, _exit)
     prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if os.getppid() != parent:
         return
-    # An own folder, so that neither another user's /tmp/ray nor `ray start`'s record of the running Ray is touched.
-    # Not below TMPDIR: the paths of Ray's sockets have 107 bytes at most.
-    folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    # An own folder, to touch neither another user's /tmp/ray nor the record of a Ray that was started by hand; not
+    # below TMPDIR: the paths of Ray's sockets have 107 bytes at most.
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
     try:
-        context = ray.init(
-            address="local",
-            include_dashboard=job_server,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=folder,
-        )
-        signal.signal(signal.SIGTERM, _exit_on_sigterm)  # again, over Ray's own handler
-        print(f"http://{context.dashboard_url}" if job_server else context.address_info["gcs_address"], flush=True)
-        while True:
-            signal.pause()
+        with open(folder / "start.log", "w") as log:
+            head = subprocess.Popen(_head_command(folder, job_server), stdout=log, stderr=log)
+        record = folder / "ray_current_cluster"  # written when Ray is up
+        while head.poll() is None and not (record.exists() and record.read_text()):
+            time.sleep(0.1)
+        if head.poll() is None:
+            print(record.read_text(), flush=True)
+            head.wait()  # until SIGTERM, or the end of one of Ray's processes
+        sys.stderr.write((folder / "start.log").read_text())
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        ray.shutdown()
         _kill_children()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _head_command(folder: Path, job_server: str) -> list[str]:
+    """`ray start` with every fixed port replaced by a free one: there may be other Rays on this machine."""
+    options = {
+        "port": 0,
+        "dashboard-port": 0,
+        "dashboard-agent-listen-port": 0,
+        "ray-client-server-port": _free_port(),  # the one option that takes no 0
+        "include-dashboard": job_server,
+        "object-store-memory": OBJECT_STORE_BYTES,
+        "temp-dir": folder,
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    return command + [f"--{name}={value}" for name, value in options.items()]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _kill_children() -> None:
@@ -178,8 +201,8 @@ def _kill_children() -> None:
         psutil.wait_procs(children)
 
 
-def _exit_on_sigterm(*_: object) -> None:
-    sys.exit(128 + signal.SIGTERM)
+def _exit(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def _start(client: JobSubmissionClient, command: str) -> str:
@@ -218,21 +241,31 @@ def _exit_status(info: JobInfo) -> int:
     return info.driver_exit_code
 
 
+def _check(options: Sequence[str]) -> int:
+    """The exit status of launch/run.py --dry-run, whose plan is shown only if it was asked for."""
+    others = [option for option in options if option != "--dry-run"]
+    config.load(others, DEFAULT_CONFIG)  # which alone tells a misspelt option at once, and answers --help
+    command = [sys.executable, "launch/run.py", "--dry-run", *others]
+    return subprocess.run(
+        command, cwd=ROOT, stdout=None if len(others) < len(options) else subprocess.DEVNULL
+    ).returncode
+
+
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     match list(argv):
-        case ["keep", parent, *flags]:
-            keep(int(parent), job_server=bool(flags))
+        case ["keep", parent, job_server]:
+            keep(int(parent), job_server)
             return 0
         case ["submit", *options]:
             try:
-                config.load(options, default=DEFAULT_CONFIG)
-                return submit(options)
+                status = _check(options)
+                return status if status or "--dry-run" in options else submit(options)
             except UserError as error:
                 print(error, file=sys.stderr)
                 return 2
             except KeyboardInterrupt:
-                print("Interrupted: the job was stopped", file=sys.stderr)
+                print("interrupted", file=sys.stderr)
                 return 128 + signal.SIGINT
         case _:
             print("usage: python -m launch.cluster submit [OPTIONS of launch/run.py]", file=sys.stderr)

@@ -3,6 +3,7 @@
 As a command:  python launch/evaluate.py runs/x/checkpoints/step-000030 [--evaluation.num_samples 8 ...]
 """
 
+import json
 import math
 import sys
 import time
@@ -17,9 +18,10 @@ if not __package__:  # run as a script: import from the checkout, not from launc
 import ray
 
 from actor.rollout import Sampling
-from common.config import Config
+from common.config import Config, load
 from common.metrics import mean
-from common.types import Group, Prompt
+from common.types import Group, Prompt, UserError
+from launch import cluster, plan, wiring
 
 
 def interval(p: float, n: int) -> float:
@@ -68,3 +70,26 @@ def sample(actors: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling)
     parts = [prompts[start : start + share] for start in range(0, len(prompts), share)]
     references = [actor.rollout.remote(part, sampling) for actor, part in zip(actors, parts, strict=False)]
     return [group for part in ray.get(references) for group in part]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate a checkpoint with its run's configuration and the options given; the record is the last line."""
+    try:
+        if not argv or argv[0].startswith("-"):
+            raise UserError("name a checkpoint: python launch/evaluate.py runs/x/checkpoints/step-000030 [OPTIONS]")
+        checkpoint = Path(argv[0])
+        written = checkpoint.parent.parent / "config.toml"
+        if not (checkpoint / "adapter_model.safetensors").is_file() or not written.is_file():
+            raise UserError(f"{checkpoint} is no checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030")
+        checked = plan.make(load(["--config", str(written), *argv[1:]], written), saved=checkpoint)
+        with cluster.connect(), wiring.start(checked) as workers:
+            record = evaluate(workers.actors, checked.eval_prompts, checked.config, step=workers.version)
+        print(json.dumps(record))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -36,9 +36,8 @@ class Job(Section):
     task: str
     """Module of actor/tasks whose score(completion, answer)["total"] is the reward."""
     prompts: tuple[tuple[dict[str, str], ...], ...]
-    """Chat messages of each prompt, taken in this order, prompts_per_step a step, and again from the start."""
     answers: tuple[str, ...]
-    """The answer of each prompt."""
+    """One for each prompt. Both are taken in this order, prompts_per_step a step, and again from the start."""
     group_size: int = 4
     prompts_per_step: int = 4
     max_tokens: int = 128
@@ -55,45 +54,33 @@ class Job(Section):
     threads: int | None = None
     """Of torch on the CPU; None: as many as torch finds."""
     gpu_memory_fraction: float = 0.3
-    """Share of the GPU that TRL's colocated vLLM takes."""
     overrides: dict[str, Any] | None = None
     """Fields of trl.GRPOConfig that win over the choices made here."""
 
 
-def load_job(path: Path) -> Job:
-    """The job in a JSON file; raises pydantic.ValidationError or UserError for one that cannot be run."""
-    job = Job.model_validate_json(path.read_bytes())
-    if not job.prompts_per_step <= len(job.prompts) == len(job.answers):
-        raise UserError(
-            f"{path}: {len(job.prompts)} prompts and {len(job.answers)} answers; give as many answers as prompts, "
-            f"and at least prompts_per_step={job.prompts_per_step} of each"
-        )
-    return job
-
-
 def grpo_config(job: Job, output_dir: str) -> trl.GRPOConfig:
-    """TRL's settings for this job: the same work as ours and, within that, TRL's fastest."""
+    """TRL's settings for this job: the same work as ours and, within that, TRL's fastest.
+
+    Left at TRL's defaults: one update of a step's completions, advantages scaled by group, gradient norm at most 1.
+    """
     cuda = torch.cuda.is_available()
-    exactly = {"min_tokens" if cuda else "min_new_tokens": job.max_tokens}
+    least = "min_tokens" if cuda else "min_new_tokens"
     settings: dict[str, Any] = {
         # the work
         "model_init_kwargs": {"dtype": "bfloat16"},  # frozen weights as ours; TRL loads float32 unless told
         "num_generations": job.group_size,
-        "per_device_train_batch_size": job.prompts_per_step * job.group_size,
-        "gradient_accumulation_steps": 1,  # with it, one generation batch an optimizer step
-        "num_iterations": 1,
+        "per_device_train_batch_size": job.group_size,  # micro-batches: the whole step at once is no faster on 2
+        "gradient_accumulation_steps": job.prompts_per_step,  # cores and takes 3 x the memory; sampling is one batch
         "max_completion_length": job.max_tokens,
-        "generation_kwargs": exactly if job.fixed_length else None,
+        "generation_kwargs": {least: job.max_tokens} if job.fixed_length else None,
         "temperature": job.temperature,
         "loss_type": "grpo",  # the mean over a completion's tokens, then over completions: Eq. 2
-        "scale_rewards": "group",
         "epsilon": job.clip,
         "beta": job.beta,
         "use_bias_correction_kl": False,  # plain k3
         "learning_rate": job.learning_rate,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
         "shuffle_dataset": False,
         "seed": job.seed,
         "max_steps": 1_000_000,  # the other side says when to stop
@@ -101,8 +88,7 @@ def grpo_config(job: Job, output_dir: str) -> trl.GRPOConfig:
         "bf16": True,  # autocast: without it peft multiplies with the adapter in float32
         "gradient_checkpointing": False,  # TRL's default, True, computes every layer's forward pass twice
         "use_cpu": not cuda,
-        "use_vllm": cuda,  # on a CPU colocated vLLM fails: 'Parameter' object has no attribute 'weight_loader'
-        "vllm_mode": "colocate",
+        "use_vllm": cuda,  # colocated, which fails on a CPU: 'Parameter' object has no attribute 'weight_loader'
         "vllm_gpu_memory_utilization": job.gpu_memory_fraction,
         "vllm_importance_sampling_correction": False,  # True costs one more forward pass, which ours does not make
         # silence
@@ -136,9 +122,8 @@ class TimedTrainer(trl.GRPOTrainer):
 
     def take_notes(self) -> dict[str, float]:
         """What was noted since the last call."""
-        tokens = sum(self.lengths)
-        notes = {"generate_seconds": self.generate_seconds, "tokens": tokens, "loss": self.loss}
-        notes["mean_length"] = tokens / len(self.lengths)
+        count = {"tokens": sum(self.lengths), "mean_length": sum(self.lengths) / len(self.lengths)}
+        notes = {"generate_seconds": self.generate_seconds, "loss": self.loss, **count}
         self.generate_seconds, self.loss, self.lengths = 0.0, 0.0, ()
         return notes
 
@@ -154,7 +139,7 @@ class StepOnRequest(TrainerCallback):
         self.trainer: Any = None  # set once the trainer exists
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        chosen = ("use_vllm", "bf16", "gradient_checkpointing", "per_device_train_batch_size")
+        chosen = ("use_vllm", "bf16", "gradient_checkpointing", "per_device_train_batch_size", "generation_batch_size")
         self._say(ready=True, trl=trl.__version__, **{name: getattr(args, name) for name in chosen})
         self._wait()
 
@@ -169,12 +154,9 @@ class StepOnRequest(TrainerCallback):
         print(json.dumps(message), file=self.protocol, flush=True)
 
     def _wait(self) -> None:
-        """Returns at the request for a step; ends the process at `quit` and at the end of input."""
-        command = sys.stdin.readline().strip()
-        if command in ("quit", ""):
+        """Returns at the request for a step; ends the process at any other line and at the end of input."""
+        if sys.stdin.readline().strip() != "step":
             raise SystemExit(0)
-        if command != "step":
-            raise UserError(f"{command!r} is no command; known are step, quit")
         self.started = time.perf_counter()
 
 
@@ -188,7 +170,9 @@ def peak_bytes() -> int:
 def main() -> None:
     protocol = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # stdout is the protocol's alone, also against what compiled libraries print
-    job = load_job(Path(sys.argv[1]))
+    job = Job.model_validate_json(Path(sys.argv[1]).read_bytes())
+    if len(job.prompts) < job.prompts_per_step:
+        raise UserError(f"{len(job.prompts)} prompts do not fill prompts_per_step={job.prompts_per_step}; give more")
     if job.threads:
         torch.set_num_threads(job.threads)
     score = importlib.import_module(f"actor.tasks.{job.task}").score
@@ -197,7 +181,7 @@ def main() -> None:
         return [score(c[0]["content"], a)["total"] for c, a in zip(completions, answer, strict=True)]
 
     rows = [{"prompt": list(p), "answer": a} for p, a in zip(job.prompts, job.answers, strict=True)]
-    lora = {"lora_r": job.lora_rank, "lora_alpha": job.lora_alpha, "lora_dropout": job.lora_dropout}
+    lora: dict[str, Any] = {"lora_r": job.lora_rank, "lora_alpha": job.lora_alpha, "lora_dropout": job.lora_dropout}
     adapter = trl.ModelConfig(use_peft=True, lora_target_modules=list(job.lora_targets), **lora)
     steps = StepOnRequest(protocol)
     with tempfile.TemporaryDirectory() as output_dir:

@@ -47,9 +47,12 @@ class Plan:
         )
 
 
-def make(config: Config) -> Plan:
-    """Check `config` against the run folder, the data and the model's own configuration; UserError says what is off."""
-    resume_from = _run_folder(config)
+def make(config: Config, *, saved: Path | None = None) -> Plan:
+    """Check `config` against the run folder, the data and the model's own configuration; UserError says what is off.
+
+    With `saved`, a checkpoint to evaluate, the run folder is only read.
+    """
+    resume_from = saved or _run_folder(config)
     task = task_module(config.task.name)
     train_prompts = tuple(task.load(config.task, "train"))
     eval_prompts = tuple(task.load(config.task, "eval"))[: config.evaluation.num_problems]

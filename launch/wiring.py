@@ -22,6 +22,7 @@ class Workers:
     learner: Any
     actors: list[Any]
     channel: Channel
+    version: int  # of the adapter that the actors hold at the start
 
 
 @contextlib.contextmanager
@@ -50,8 +51,8 @@ def start(plan: Plan) -> Iterator[Workers]:
         if plan.resume_from is not None:
             ray.get(learner.load.remote(plan.resume_from.resolve()))
         channel = Channel(actors, canary_bound_nats=config.actor.canary_bound_nats)
-        channel.publish(learner.adapter.remote())
-        yield Workers(learner=learner, actors=actors, channel=channel)
+        published = channel.publish(learner.adapter.remote())
+        yield Workers(learner=learner, actors=actors, channel=channel, version=published.version)
     finally:
         _end(learner, actors)
 
