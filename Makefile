@@ -44,7 +44,9 @@ $(READY): $(LOCK)
 	$$python -m venv .venv
 	install() {
 	    if ! $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check "$$@" >>.venv/setup.log 2>&1; then
-	        echo "Setup failed: $$(grep -m 1 ERROR .venv/setup.log || tail -n 1 .venv/setup.log) (more in .venv/setup.log)" >&2
+	        reason=$$(grep ERROR .venv/setup.log | tail -n 1 || tail -n 1 .venv/setup.log)
+	        if grep -q Retrying .venv/setup.log; then reason="no package index can be reached"; fi
+	        echo "Setup failed: $$reason (more in .venv/setup.log)" >&2
 	        exit 1
 	    fi
 	}

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actor.engine import Engine, Sample
 from actor.reward import RewardPool
+from common.config import Config
 from common.types import Group, Prompt, Rollout, Score
 
 
@@ -22,6 +23,18 @@ class Sampling:
     stop: tuple[str, ...]
     seed: int
     fixed_length: bool = False
+
+    @classmethod
+    def of(cls, config: Config) -> "Sampling":
+        """How a run samples to train on."""
+        return cls(
+            group_size=config.actor.group_size,
+            temperature=config.actor.temperature,
+            max_tokens=config.actor.max_tokens,
+            stop=config.actor.stop,
+            seed=config.run.seed,
+            fixed_length=config.actor.fixed_length,
+        )
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

@@ -35,13 +35,8 @@ def evaluate(actors: Sequence[Any], prompts: Sequence[Prompt], config: Config, *
     A problem whose reward fails counts as wrong for Pass@1; the mean reward is over the others.
     """
     started = time.perf_counter()
-    greedy = Sampling(
-        group_size=1,
-        temperature=0.0,
-        max_tokens=config.actor.max_tokens,
-        stop=config.actor.stop,
-        seed=config.run.seed,
-    )
+    sampled = replace(Sampling.of(config), fixed_length=False)
+    greedy = replace(sampled, group_size=1, temperature=0.0)
     groups = sample(actors, prompts, greedy)
     firsts = [group.rollouts[0] for group in groups]
     pass_at_1 = mean(float(r.score is not None and r.score.correct) for r in firsts)
@@ -56,7 +51,7 @@ def evaluate(actors: Sequence[Any], prompts: Sequence[Prompt], config: Config, *
     }
     if config.evaluation.num_samples:
         k = config.evaluation.num_samples
-        several = sample(actors, prompts, replace(greedy, group_size=k, temperature=config.actor.temperature))
+        several = sample(actors, prompts, replace(sampled, group_size=k))
         record |= {
             "k": k,
             "pass_at_k": mean(float(any(r.score and r.score.correct for r in g.rollouts)) for g in several),
@@ -80,7 +75,9 @@ def main(argv: Sequence[str]) -> int:
         checkpoint = Path(argv[0])
         written = checkpoint.parent.parent / "config.toml"
         if not (checkpoint / "adapter_model.safetensors").is_file() or not written.is_file():
-            raise UserError(f"{checkpoint} is no checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030")
+            raise UserError(
+                f"{checkpoint} is no checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030"
+            )
         checked = plan.make(load(["--config", str(written), *argv[1:]], written), saved=checkpoint)
         with cluster.connect(), wiring.start(checked) as workers:
             record = evaluate(workers.actors, checked.eval_prompts, checked.config, step=workers.version)

@@ -52,18 +52,10 @@ def run(checked: Plan) -> None:
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
         with cluster.connect(), wiring.start(checked) as workers:
             stream = PromptStream(checked.train_prompts, seed=config.run.seed, cursor=cursor)
-            sampling = Sampling(
-                group_size=config.actor.group_size,
-                temperature=config.actor.temperature,
-                max_tokens=config.actor.max_tokens,
-                stop=config.actor.stop,
-                seed=config.run.seed,
-                fixed_length=config.actor.fixed_length,
-            )
             buffer = Buffer(
                 workers.actors,
                 stream,
-                sampling,
+                Sampling.of(config),
                 prompts_per_step=config.run.prompts_per_step,
                 num_steps=config.run.steps - first_step,
             )

@@ -1,11 +1,11 @@
 """Packing: what each position sees, and values of tokens there and back."""
 
 import numpy as np
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tiny
 from learner.batch import pack
 
 CPU = torch.device("cpu")
@@ -25,7 +25,8 @@ def test_every_sampled_token_is_predicted_once_from_the_position_before_it(shape
         if len(micro_batch.lengths) > 1 or len(micro_batch.lengths[0]) > 2:  # one rollout alone may exceed the budget
             assert len(micro_batch.token_ids_L) <= budget
         for predictor, target, i, t in zip(
-            *(getattr(micro_batch, n).tolist() for n in ("predictor_N", "target_N", "rollout_N", "token_N")), strict=True
+            *(getattr(micro_batch, n).tolist() for n in ("predictor_N", "target_N", "rollout_N", "token_N")),
+            strict=True,
         ):
             rollout = rollouts[i]
             place = np.flatnonzero(rollout.mask)[t]

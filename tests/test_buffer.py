@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import ray
-
 import tiny
+
 from actor.rollout import Sampling, prompt_seed
 from common.types import Prompt
 from launch.buffer import Buffer, PromptStream

@@ -26,10 +26,27 @@ OPTIONS = [
     *("--task.num_eval", "4", "--actor.max_tokens", "24", "--run.prompts_per_step", "2", "--run.sample_every", "2"),
     *("--model.lora_dropout", "0.05", "--actor.publish", "hotswap", "--evaluation.num_samples", "2"),
 ]
-METRICS = """reward/mean reward/std reward/correct_fraction kl/mean entropy/normalized_mean weight/mean
-    weight/negative_mean advantage/negative_fraction completion/length_mean actor_learner_kl staleness/max
-    adapter/version time/rollout_seconds time/reward_seconds time/learn_seconds time/publish_seconds time/step_seconds
-    throughput/tokens_per_second memory/peak_bytes""".split()
+METRICS = [
+    "reward/mean",
+    "reward/std",
+    "reward/correct_fraction",
+    "kl/mean",
+    "entropy/normalized_mean",
+    "weight/mean",
+    "weight/negative_mean",
+    "advantage/negative_fraction",
+    "completion/length_mean",
+    "actor_learner_kl",
+    "staleness/max",
+    "adapter/version",
+    "time/rollout_seconds",
+    "time/reward_seconds",
+    "time/learn_seconds",
+    "time/publish_seconds",
+    "time/step_seconds",
+    "throughput/tokens_per_second",
+    "memory/peak_bytes",
+]
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen:

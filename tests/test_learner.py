@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import tiny
 from learner.learner import Learner
 
 CANARY = np.arange(12, dtype=np.int32)
@@ -54,9 +54,7 @@ def float64_gradients(folder, made: Learner, groups) -> dict[str, torch.Tensor]:
     method = made.method
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=list(made.config.model.lora_targets)))
-    model.double().load_state_dict(
-        {n: p.double() for n, p in made.policy.peft_model.state_dict().items()}, strict=True
-    )
+    model.double().load_state_dict({n: p.double() for n, p in made.policy.peft_model.state_dict().items()}, strict=True)
     losses, kls, step_weighted, step_weights = [], [], 0.0, 0.0
     for group in groups:
         rewards = [r.score.total for r in group.rollouts]
@@ -178,7 +176,9 @@ def test_metrics_by_hand(folder):
     negative = np.concatenate([s.weights for s in streams if s.advantage < 0])
     assert result.metrics["weight/mean"] == pytest.approx(weights.mean(), rel=1e-5)
     assert result.metrics["weight/negative_mean"] == pytest.approx(negative.mean(), rel=1e-5)
-    assert result.metrics["advantage/negative_fraction"] == pytest.approx(3 / 12)  # 0 and -.5 of the first group, 0 of the second
+    assert result.metrics["advantage/negative_fraction"] == pytest.approx(
+        3 / 12
+    )  # 0 and -.5 of the first group, 0 of the second
     entropies = np.concatenate([s.entropies for s in streams])
     assert result.metrics["entropy/normalized_mean"] == pytest.approx(entropies.mean() / math.log(tiny.V), rel=1e-5)
     cumulative = np.exp(-3.0 * np.cumsum(streams[1].entropies) / math.log(tiny.V))

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import ray
-
 import tiny
+
 from actor.actor import Receipt
 from common.metrics import read_lines
 from common.types import Prompt

@@ -13,9 +13,7 @@ from learner.loss import clipped_surrogate, kl
 def test_surrogate_and_gradient(ratio, advantage):
     logprobs = torch.tensor([math.log(ratio) - 1.0], dtype=torch.float64, requires_grad=True)
     old = torch.tensor([-1.0], dtype=torch.float64)
-    got = clipped_surrogate(
-        logprobs, old, torch.tensor([advantage], dtype=torch.float64), clip_low=0.2, clip_high=0.28
-    )
+    got = clipped_surrogate(logprobs, old, torch.tensor([advantage], dtype=torch.float64), clip_low=0.2, clip_high=0.28)
     clipped = min(max(ratio, 0.8), 1.28)
     assert got.item() == pytest.approx(min(ratio * advantage, clipped * advantage), rel=1e-12)
     got.backward()

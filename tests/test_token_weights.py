@@ -96,9 +96,7 @@ def test_selective_denominator_scales_positive_tokens_up():
 
 def test_alpha_zero_is_the_token_mean():
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    raw = horizon(
-        entropies([[0.3] * 3] * 2), mask, torch.tensor([-1.0, 1.0]), alpha=0.0, vocab_size=V, selective=True
-    )
+    raw = horizon(entropies([[0.3] * 3] * 2), mask, torch.tensor([-1.0, 1.0]), alpha=0.0, vocab_size=V, selective=True)
     assert torch.equal(raw, uniform(mask))
     got = normalise(raw, mask, torch.tensor([0, 0]), normaliser="group")
     torch.testing.assert_close(got, mask.double() / 5)
