@@ -154,7 +154,7 @@ class _LightProcess(SpawnProcess):
         spec = main.__spec__
         main.__spec__ = ModuleSpec("__main__", None)  # the one name that multiprocessing leaves alone in the child
         try:
-            return SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]
+            return SpawnProcess._Popen(process_obj)
         finally:
             main.__spec__ = spec
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ def main(argv: Sequence[str]) -> int:
             checked = plan.make(load([*options, "--run.dir", folder], CONFIG))
             stack.enter_context(cluster.connect())
             horizon = Horizon(checked, stack)
-            contenders = {name: lambda name=name: horizon.step(name) for name in METHODS}
+            contenders: dict[str, Callable[[], Seconds]] = {name: partial(horizon.step, name) for name in METHODS}
             if arguments.peer == "trl":
                 contenders["trl"] = Peer(checked, stack).step
             measured = rounds(contenders, arguments.steps)

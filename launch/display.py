@@ -57,11 +57,11 @@ class Display:
 
     def sample(self, step: int, group: Group) -> None:
         """The best and the worst completion of a group."""
-        scored = sorted((r for r in group.rollouts if r.score), key=lambda r: r.score.total)
+        scored = sorted(((r.score, r) for r in group.rollouts if r.score), key=lambda pair: pair[0].total)
         self.note(f"--- sample of step {step}: {group.prompt.messages[-1]['content']} [answer {group.prompt.answer}]")
-        for name, rollout in zip(("best", "worst"), scored[-1:] + scored[:1], strict=False):
-            parts = " ".join(f"{part} {value:g}" for part, value in rollout.score.parts.items())
-            self.note(f"{name}, reward {rollout.score.total:g} ({parts}), {rollout.finish_reason}: {rollout.text}")
+        for name, (score, rollout) in zip(("best", "worst"), scored[-1:] + scored[:1], strict=False):
+            parts = " ".join(f"{part} {value:g}" for part, value in score.parts.items())
+            self.note(f"{name}, reward {score.total:g} ({parts}), {rollout.finish_reason}: {rollout.text}")
         self.note("---")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:

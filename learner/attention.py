@@ -4,6 +4,7 @@ Registered with transformers under the name PACKED; the lengths of a micro-batch
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def packed_attention(
     *,
     scaling: float,
     lengths: Sequence[Sequence[int]] | None = None,
-    **_,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of A query heads over K key heads, output [1, L, A, D].
 

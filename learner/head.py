@@ -8,6 +8,7 @@ tokens exact.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,11 @@ class HeadStats:
 
 def concatenate(parts: Sequence[HeadStats]) -> HeadStats:
     """The statistics of consecutive parts of the scored tokens as one."""
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(HeadStats)}
-    return HeadStats(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+    whole: dict[str, Any] = {}
+    for field in fields(HeadStats):
+        column = [getattr(part, field.name) for part in parts]
+        whole[field.name] = None if column[0] is None else torch.cat(column)
+    return HeadStats(**whole)
 
 
 def head_stats(
@@ -66,7 +70,7 @@ def head_stats(
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, target_N, temperature, topk, entropy_gradient):  # type: ignore[override]
+    def forward(ctx, hidden_NH, weight_VH, target_N, temperature, topk, entropy_gradient):
         wants_u = ctx.needs_input_grad[0]
         wants_v = wants_u and entropy_gradient
         chunks = [
@@ -83,7 +87,7 @@ class _Head(torch.autograd.Function):
         return logprob_N, entropy_N, at_one_N, topk_entropy_N, topk_mass_N
 
     @staticmethod
-    def backward(ctx, grad_logprob_N, grad_entropy_N, *_):  # type: ignore[override]
+    def backward(ctx, grad_logprob_N, grad_entropy_N, *_):
         u_NH, v_NH = ctx.saved_tensors
         grad_NH = grad_logprob_N[:, None] * u_NH
         if v_NH is not None:

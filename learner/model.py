@@ -35,11 +35,11 @@ class Policy:
             raise UserError(f"model.path={config.path} has {unsupported[0]}, which the head does not compute yet")
         self.device = device
         self.config = config
-        self.peft_model: PeftModel = get_peft_model(  # type: ignore[assignment]
+        self.peft_model: PeftModel = get_peft_model(
             base,
             LoraConfig(
                 r=config.lora_rank,
-                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+                lora_alpha=config.lora_alpha,
                 lora_dropout=config.lora_dropout,
                 target_modules=list(config.lora_targets),
                 task_type="CAUSAL_LM",

@@ -9,9 +9,14 @@ from learner import checkpoint
 
 def test_crash_on_the_way_leaves_no_checkpoint(tmp_path):
     target = tmp_path / checkpoint.name(30)
-    with pytest.raises(RuntimeError), checkpoint.written_whole(target) as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError("killed")
+
+    def write_half():
+        with checkpoint.written_whole(target) as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        write_half()
     assert not target.exists()
     assert checkpoint.latest(tmp_path) is None
     with checkpoint.written_whole(target) as folder:

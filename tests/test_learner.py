@@ -176,9 +176,7 @@ def test_metrics_by_hand(folder):
     negative = np.concatenate([s.weights for s in streams if s.advantage < 0])
     assert result.metrics["weight/mean"] == pytest.approx(weights.mean(), rel=1e-5)
     assert result.metrics["weight/negative_mean"] == pytest.approx(negative.mean(), rel=1e-5)
-    assert result.metrics["advantage/negative_fraction"] == pytest.approx(
-        3 / 12
-    )  # 0 and -.5 of the first group, 0 of the second
+    assert result.metrics["advantage/negative_fraction"] == pytest.approx(3 / 12)  # 0, -.5 and 0
     entropies = np.concatenate([s.entropies for s in streams])
     assert result.metrics["entropy/normalized_mean"] == pytest.approx(entropies.mean() / math.log(tiny.V), rel=1e-5)
     cumulative = np.exp(-3.0 * np.cumsum(streams[1].entropies) / math.log(tiny.V))

@@ -92,9 +92,7 @@ def read_answer(completion: str) -> Decimal | None:
 def read_number(text: str) -> Decimal | None:
     """The last number of a text; None where there is none, or none of fewer than 5000 digits."""
     text = text.translate(_PLAIN).replace("{,}", ",").replace("\\", "")
-    match = None
-    for match in _NUMBER.finditer(text):
-        pass
+    match = max(_NUMBER.finditer(text), key=lambda found: found.start(), default=None)
     if match is None:
         return None
     sign = "-" if "-" in (match["sign"], match["inner"]) else ""
@@ -176,7 +174,7 @@ def load(task: TaskConfig, split: Literal["train", "eval"]) -> list[Prompt]:
 
 
 def chat(question: str, example: tuple[str, str, str] | None) -> tuple[Mapping[str, str], ...]:
-    """The messages of a problem: what the tags are, a worked example (question, working, answer) if any, the question."""
+    """The messages of a problem: the tags explained, an example (question, working, answer) if any, the question."""
     turns = [("system", SYSTEM)]
     if example is not None:
         asked, working, answer = example
