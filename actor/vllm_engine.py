@@ -14,7 +14,7 @@ from typing import Any, get_args
 # Read while the libraries below are loaded. On a CPU, OpenMP threads that wait by spinning take the cores from the
 # learner and from each other (7 times slower with other load); in a process that has torch already, set it earlier.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
 import safetensors
