@@ -68,7 +68,7 @@ def _options() -> dict[str, Any]:
         "runtime_env": {
             "env_vars": {
                 "OMP_NUM_THREADS": str(len(cores())),  # Ray would set it to 1
-                "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads would steal the cores of the side whose turn it is
+                "GOMP_SPINCOUNT": "3000",  # waiting threads soon sleep: spinning steals the other side's cores
                 "TORCH_CPP_LOG_LEVEL": "ERROR",
                 "PYTHONWARNINGS": "ignore::FutureWarning",
             }

@@ -54,7 +54,7 @@ def load(task: TaskConfig, split: Literal["train", "eval"]) -> list[Prompt]:
             Prompt(
                 messages=gsm8k.chat(question, example),
                 answer=entry["answer"] or "",
-                metadata={"gym": task.gym, "options": task.gym_options, "entry": json.loads(json.dumps(entry))},
+                metadata={"gym": task.gym, "options": task.gym_options, "entry": _as_json(entry)},
                 index=len(prompts),
             )
         )
@@ -123,11 +123,17 @@ def _entries(task: TaskConfig, purpose: str, size: int) -> Iterator[dict[str, An
         raise UserError(f"task.gym_options={options} does not suit task.gym={name}: {reason}; correct it") from None
 
 
+def _as_json(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry as JSON holds it; other values, such as the fractions of gsm_symbolic, as text."""
+    copy: dict[str, Any] = json.loads(json.dumps(entry, default=str))
+    return copy
+
+
 def _check_json(task: TaskConfig, entry: dict[str, Any]) -> None:
     """A problem travels to its reward as JSON: the scorer must judge the copy as it judges the problem itself."""
     scorer = _scorer(task.gym, json.dumps(task.gym_options, sort_keys=True))
     try:
-        copy = json.loads(json.dumps(entry))
+        copy = _as_json(entry)
         kept = scorer.score_answer(copy["answer"], copy) == scorer.score_answer(entry["answer"], entry)
     except (TypeError, ValueError, KeyError, AttributeError):
         kept = False
