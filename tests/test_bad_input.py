@@ -42,7 +42,7 @@ def refuse(capsys, *options: str) -> str:
         (["--method.name", "sa-ah-grop"], ["sa-ah-grop", "sa-ah-grpo"]),
         (["--config", "nowhere.toml"], ["nowhere.toml"]),
         (["--actor.max_tokens", "512"], ["actor.max_tokens=512", "model.max_length=512"]),
-        (["--actor.max_tokens", "400"], ["model.max_length=512", "actor.max_tokens=400", "longest prompt"]),
+        (["--actor.max_tokens", "480"], ["model.max_length=512", "actor.max_tokens=480", "longest prompt"]),
         (["--model.max_length", "100000"], ["model.max_length=100000", "8192"]),
         (["--model.path", "/no/such/model"], ["model.path=/no/such/model"]),
         (["--model.lora_targets", "q_proj,w_proj"], ["w_proj", "down_proj"]),
