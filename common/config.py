@@ -100,7 +100,7 @@ class ActorConfig(Section):
     """vLLM's KV cache on a CPU, GiB."""
     eager: bool = False
     """No CUDA graphs and no compilation: starts sooner, samples slower on a GPU."""
-    canary_bound_nats: float = Field(0.1, gt=0)
+    canary_bound_nats: float = Field(0.2, gt=0)
     """Largest mean |log-probability difference| between learner and actor that proves an adapter in use."""
     reward_workers: int = Field(2, ge=1)
     """Processes that score completions."""
