@@ -169,8 +169,10 @@ def keep(parent: int, job_server: str) -> None:
             time.sleep(0.1)
         if head.poll() is None:
             print(record.read_text(), flush=True)
-            head.wait()  # until SIGTERM, or the end of one of Ray's processes
-        sys.stderr.write((folder / "start.log").read_text())
+            while head.poll() is None and os.getppid() == parent:  # until SIGTERM, or the end of one of Ray's processes
+                time.sleep(0.2)
+        if os.getppid() == parent:
+            sys.stderr.write((folder / "start.log").read_text())
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _kill_children()
@@ -202,8 +204,9 @@ def _kill_children() -> None:
     """Kill every descendant, and those that a killed one leaves to us, until there is none."""
     while children := psutil.Process().children():
         for child in children:
-            child.kill()
-        psutil.wait_procs(children)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=1)
 
 
 def _exit(number: int, _: object) -> None:
