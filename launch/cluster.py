@@ -210,6 +210,8 @@ def _kill_children() -> None:
 
 
 def _exit(number: int, _: object) -> None:
+    # Once: the kernel sends a dead parent's signal again for each thread of it that dies, into the cleaning up too.
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
