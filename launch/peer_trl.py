@@ -69,8 +69,8 @@ def grpo_config(job: Job, output_dir: str) -> trl.GRPOConfig:
         # the work
         "model_init_kwargs": {"dtype": "bfloat16"},  # frozen weights as ours; TRL loads float32 unless told
         "num_generations": job.group_size,
-        "per_device_train_batch_size": job.group_size,  # micro-batches: the whole step at once is no faster on 2
-        "gradient_accumulation_steps": job.prompts_per_step,  # cores and takes 3 x the memory; sampling is one batch
+        "per_device_train_batch_size": job.group_size,  # micro-batches: the whole step at once took as long on 1
+        "gradient_accumulation_steps": job.prompts_per_step,  # core, and 3 x the memory; sampling is one batch
         "max_completion_length": job.max_tokens,
         "generation_kwargs": {least: job.max_tokens} if job.fixed_length else None,
         "temperature": job.temperature,
