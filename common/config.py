@@ -4,19 +4,20 @@ Where a default is a number of the paper (arXiv 2606.05434, Table 1), it is the 
 """
 
 import argparse
-import dataclasses
 import difflib
 import re
 import tomllib
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import pydantic_settings
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
 
-from common.methods import METHODS, Entropy, KLEstimator, Method, Normaliser
+from common.methods import METHODS, Method
 from common.types import UserError
 
 
@@ -108,46 +109,33 @@ class ActorConfig(Section):
     """Hard limit of one reward call; a call that outlives it is killed and counted."""
 
 
-class MethodConfig(Section):
+class _MethodSection(Section):
     """A row of common.methods.METHODS by name, and the fields of it to change (None: the row's own)."""
 
     name: str = "sa-ah-grpo"
     """Row of the table: see README.md, Methods."""
-    advantage: Literal["group_std", "group_mean"] | None = None
-    """How rewards become advantages, within a group."""
-    token_weight: Literal["uniform", "horizon"] | None = None
-    """How much each token counts: all the same, or by its entropy (horizon)."""
-    alpha: float | None = Field(None, allow_inf_nan=False)
-    """Horizon discount; negative amplifies uncertain tokens."""
-    selective: bool | None = None
-    """Discount only rollouts of negative advantage (Eq. 8)."""
-    weight_gradient: bool | None = None
-    """Let the gradient through the token weights as well."""
-    entropy: Entropy | None = None
-    """Of the whole vocabulary, or one of two estimates from the likeliest tokens."""
-    entropy_topk: int | None = Field(None, ge=1)
-    """K of the two estimates."""
-    entropy_temperature: Literal["sampling", "one"] | None = None
-    """Entropy at actor.temperature or at 1."""
-    normaliser: Normaliser | None = None
-    """What the token weights are divided by: each sequence's own sum, the group's or the step's."""
-    clip_low: float | None = Field(None, ge=0, lt=1)
-    """The ratio counts from 1 - clip_low,"""
-    clip_high: float | None = Field(None, ge=0)
-    """to 1 + clip_high."""
-    kl: KLEstimator | None = None
-    """Estimator of the divergence from the frozen model."""
-    beta: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """Weight of that divergence in the loss."""
-    drop_zero_variance: bool | None = None
-    """Groups whose rewards are all equal take no part, not even in the KL."""
-    reward_threshold: float | None = Field(None, ge=0)
-    """Groups whose rewards spread (population std) less than this take no part."""
 
     def resolve(self) -> Method:
         """The row with this section's changes."""
         changes = {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
-        return dataclasses.replace(METHODS[self.name], **changes)
+        return METHODS[self.name].model_copy(update=changes)
+
+
+def _optional(field: FieldInfo) -> Any:
+    """The field of a row as one that may be left out, with its own constraints and words."""
+    changed = copy(field)
+    changed.default = None
+    return field.annotation | None, changed  # type: ignore[operator]
+
+
+if TYPE_CHECKING:
+    MethodConfig = _MethodSection
+else:
+    MethodConfig = create_model(
+        "MethodConfig",
+        __base__=_MethodSection,
+        **{name: _optional(field) for name, field in Method.model_fields.items() if name not in ("paper", "equation")},
+    )
 
 
 class LearnerConfig(Section):
@@ -163,6 +151,8 @@ class LearnerConfig(Section):
     """Least number of micro-batches a step is cut into. The gradient is the same for any cut."""
     micro_batch_tokens: int = Field(4096, ge=1)
     """Most tokens of a micro-batch (a single longer sequence is still taken)."""
+    head_backend: Literal["auto", "torch", "triton", "trl", "liger"] = "auto"
+    """Log-probabilities and entropies: ours on any device or on an NVIDIA GPU, or a peer's to compare with."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 

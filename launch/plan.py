@@ -14,7 +14,7 @@ from actor.tasks import task_module
 from common.config import Config, dump
 from common.types import Prompt, UserError
 from launch import models
-from learner import checkpoint
+from learner import checkpoint, head
 
 CANARY_TOKENS = 128  # at most; enough to average the noise of bfloat16 out
 MAY_DIFFER = {"run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"}  # on resuming
@@ -52,6 +52,8 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
 
     With `saved`, a checkpoint to evaluate, the run folder is only read.
     """
+    if reason := head.missing(config.learner.head_backend):
+        raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
     resume_from = saved or _run_folder(config)
     task = task_module(config.task.name)
     train_prompts = tuple(task.load(config.task, "train"))

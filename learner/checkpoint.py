@@ -41,24 +41,24 @@ def name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save_state(folder: Path, *, step: int, optimizer: dict[str, Any]) -> None:
-    """Optimizer, step and every random state of this process into `folder`."""
-    state = {"step": step, "optimizer": optimizer, "torch": torch.get_rng_state(), "python": random.getstate()}
+def save_state(folder: Path, learner: dict[str, Any]) -> None:
+    """The learner's own state and every random state of this process into `folder`."""
+    state = {"learner": learner, "torch": torch.get_rng_state(), "python": random.getstate()}
     state["numpy"] = np.random.get_state(legacy=False)
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     torch.save(state, folder / STATE)
 
 
-def load_state(folder: Path) -> tuple[int, dict[str, Any]]:
-    """Set this process's random states as `save_state` saw them; returns its step and optimizer."""
+def load_state(folder: Path) -> dict[str, Any]:
+    """Set this process's random states as `save_state` saw them; returns the learner's own."""
     state = torch.load(folder / STATE, map_location="cpu", weights_only=False)  # our own file: it holds numpy state
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])
-    return state["step"], state["optimizer"]
+    return state["learner"]
 
 
 def _flush(path: Path) -> None:

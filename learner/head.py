@@ -1,33 +1,41 @@
 """The fused entropy path: log-probability and exact entropy of the vocabulary projection, never N x V logits.
 
-The projection is frozen, so the gradient is made in the forward pass: with u = d logprob / d hidden and
-v = d entropy / d hidden kept per row, backward is a row scale. Sums are in float32 (float64 for float64 inputs)
-and centred at the row's maximum; the target is left out of the sum of the others, which keeps near-certain
-tokens exact.
+The projection is frozen, so the gradient is made in the forward pass: u = d logprob / d hidden, and where asked for
+v = d entropy / d hidden, are kept per row, and backward is a row scale. A backend computes them for a chunk of rows:
+head_torch.py on any device, head_triton.py on an NVIDIA GPU. head_peers.py holds TRL's and Liger's heads, to compare.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-CHUNK_ROWS = 256  # rows of hidden states whose logits exist at once
-TILE_COLUMNS = 8192  # rows of the weight that are upcast at once
-NEGLIGIBLE = -1000.0  # exp() of it is 0 in float64 too; finite, so that 0 * it is 0
+from learner import head_peers, head_torch
+from learner.head_types import Projection, Wanted
+
+PEERS = {"trl": head_peers.trl, "liger": head_peers.liger}
+PACKAGES = {"triton": "triton", "trl": "trl", "liger": "liger_kernel"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadStats:
-    """Per scored token, nats. The first two are differentiable in the hidden states."""
+    """Per scored token, nats; float32, or float64 for float64 inputs. The first two are differentiable in hidden."""
 
     logprob_N: Tensor
     entropy_N: Tensor
-    entropy_at_one_N: Tensor  # the entropy at temperature 1, no gradient
+    entropy_at_one_N: Tensor | None = None  # the entropy at temperature 1, no gradient
     topk_entropy_N: Tensor | None = None  # entropy of the K likeliest tokens, renormalised, no gradient
-    topk_mass_N: Tensor | None = None  # their probability; mass * (topk_entropy - log mass) is the partial sum
+    topk_mass_N: Tensor | None = None  # their probability
+
+    @property
+    def topk_partial_entropy_N(self) -> Tensor:
+        """- sum of p log p over the K likeliest tokens, not renormalised."""
+        assert self.topk_entropy_N is not None and self.topk_mass_N is not None, "topk was not asked for"
+        return self.topk_mass_N * (self.topk_entropy_N - self.topk_mass_N.log())
 
 
 def concatenate(parts: Sequence[HeadStats]) -> HeadStats:
@@ -44,21 +52,54 @@ def head_stats(
     weight_VH: Tensor,
     target_N: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     topk: int | None = None,
     entropy_gradient: bool = True,
+    entropy_at_one: bool = False,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
 ) -> HeadStats:
-    """Log-probability of each target and entropy of its distribution softmax(hidden weight^T / temperature).
+    """Log-probability of each target and entropy of its distribution softmax(z / temperature).
 
-    hidden_NH and weight_VH share one floating dtype; target_N holds vocabulary indices. `entropy_gradient=False`
-    saves one matrix product where only the log-probability is differentiated. Raises ValueError for a weight that
-    requires a gradient: this head never makes one.
+    z = hidden weight^T + bias, and with `softcap` c then c tanh(z / c) (Gemma 2). hidden_NH and weight_VH share one
+    floating dtype; target_N holds vocabulary indices (one outside gives NaN); temperature is a number, or one a row.
+    `topk=K` adds the entropy and the mass of the K likeliest tokens, `entropy_at_one` the entropy at temperature 1;
+    `entropy_gradient=False` saves a matrix product where only the log-probability is differentiated.
+
+    Memory is flat in N V: one chunk of rows, and 4 N H bytes for each gradient. A call under no_grad gives bitwise
+    the values of the call with gradient. Raises ValueError for a weight or bias that requires a gradient (the head is
+    frozen: none is made), for numbers out of range, and for what a peer's backend does not offer.
     """
-    if weight_VH.requires_grad:
-        raise ValueError("weight_VH requires a gradient, but the head is frozen; train without an adapter on it")
-    logprob_N, entropy_N, at_one_N, topk_entropy_N, topk_mass_N = _Head.apply(
-        hidden_NH, weight_VH, target_N, temperature, topk, entropy_gradient
-    )
+    if weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad):
+        raise ValueError("weight_VH or bias_V requires a gradient, but the head is frozen; train the layers below it")
+    if topk is not None and topk < 1:
+        raise ValueError(f"topk={topk} keeps no token; ask for 1 or more")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be positive, or None")
+    if not bool((torch.as_tensor(temperature) > 0).all()):
+        raise ValueError(f"temperature={temperature} must be positive")
+    projection = Projection(weight_VH=weight_VH, bias_V=bias_V, softcap=softcap)
+    name = resolve(backend, hidden_NH)
+    if name == "triton" and hidden_NH.dtype == torch.float64:
+        raise ValueError("backend=triton sums in float32; use torch for float64 inputs")
+    at_one_is_extra = entropy_at_one and (isinstance(temperature, Tensor) or temperature != 1)
+    if name in PEERS:
+        if topk is not None or isinstance(temperature, Tensor):
+            raise ValueError(f"backend={name} has neither a top-K entropy nor a temperature a row; use torch or triton")
+        columns = PEERS[name](hidden_NH, projection, target_N, temperature, at_one_is_extra)
+    else:
+        differentiated = torch.is_grad_enabled() and hidden_NH.requires_grad
+        wanted = Wanted(
+            u=differentiated,
+            v=differentiated and entropy_gradient,
+            entropy_at_one=at_one_is_extra,
+            topk=topk,
+        )
+        columns = _Head.apply(hidden_NH, projection, target_N, temperature, wanted, name)
+    logprob_N, entropy_N, at_one_N, topk_entropy_N, topk_mass_N = columns
+    if entropy_at_one and not at_one_is_extra:
+        at_one_N = entropy_N.detach()
     return HeadStats(
         logprob_N=logprob_N,
         entropy_N=entropy_N,
@@ -70,21 +111,18 @@ def head_stats(
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, target_N, temperature, topk, entropy_gradient):
-        wants_u = ctx.needs_input_grad[0]
-        wants_v = wants_u and entropy_gradient
-        chunks = [
-            _chunk(hidden_cH, weight_VH, target_c, temperature, topk, wants_u, wants_v)
-            for hidden_cH, target_c in zip(hidden_NH.split(CHUNK_ROWS), target_N.split(CHUNK_ROWS), strict=True)
-        ]
-        logprob_N, entropy_N, at_one_N, topk_entropy_N, topk_mass_N, u_NH, v_NH = (
-            None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)
-        )
+    def forward(ctx, hidden_NH, projection, target_N, temperature, wanted, backend):
+        module = _module(backend)
+        dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+        temperature_N = torch.as_tensor(temperature, dtype=dtype, device=hidden_NH.device).expand(len(hidden_NH))
+        rows = module.chunk_rows(projection.weight_VH)
+        chunks = zip(hidden_NH.split(rows), target_N.split(rows), temperature_N.split(rows), strict=True)
+        columns = zip(*(module.chunk(*chunk, projection, wanted) for chunk in chunks), strict=True)
+        *outputs, u_NH, v_NH = (None if parts[0] is None else torch.cat(parts) for parts in columns)
         ctx.save_for_backward(u_NH, v_NH)
         ctx.hidden_dtype = hidden_NH.dtype
-        without_gradient = [at_one_N] if wants_v else [at_one_N, entropy_N]
-        ctx.mark_non_differentiable(*without_gradient, *([topk_entropy_N, topk_mass_N] if topk else []))
-        return logprob_N, entropy_N, at_one_N, topk_entropy_N, topk_mass_N
+        ctx.mark_non_differentiable(*(t for t in outputs[1 + wanted.v :] if t is not None))
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, grad_logprob_N, grad_entropy_N, *_):
@@ -95,65 +133,26 @@ class _Head(torch.autograd.Function):
         return grad_NH.to(ctx.hidden_dtype), None, None, None, None, None
 
 
-def _chunk(hidden_cH, weight_VH, target_c, temperature, topk, wants_u, wants_v):
-    """The seven columns of some rows: log-probability, entropy, entropy at 1, top-K entropy and mass, u, v."""
-    dtype = torch.promote_types(hidden_cH.dtype, torch.float32)
-    hidden_cH = hidden_cH.to(dtype)
-    logits_Vc = hidden_cH.new_empty(len(weight_VH), len(hidden_cH))  # V first: a tile is one contiguous block
-    for tile, weight_tH in _tiles(weight_VH, dtype):
-        torch.mm(weight_tH, hidden_cH.T, out=logits_Vc[tile])
-    at_one_c = None if temperature == 1 else _entropy(logits_Vc)
-    centred_Vc = logits_Vc.div_(temperature).sub_(logits_Vc.amax(dim=0)).clamp_(min=NEGLIGIBLE)
-    topk_entropy_c, topk_mass_c = _topk(centred_Vc, topk) if topk else (None, None)
+def _module(backend: str) -> Any:
+    if backend == "torch":
+        return head_torch
+    from learner import head_triton  # only here: without a GPU triton is not needed
 
-    column = torch.arange(len(target_c), device=target_c.device)
-    centred_y_c = centred_Vc[target_c, column]
-    exp_y_c = centred_y_c.exp()
-    exp_Vc = centred_Vc.exp()
-    exp_Vc[target_c, column] = 0
-    others_c = exp_Vc.sum(dim=0)
-    sum_c = others_c + exp_y_c
-    mean_c = ((exp_Vc * centred_Vc).sum(dim=0) + exp_y_c * centred_y_c) / sum_c
-    logprob_c = -softplus(others_c.log() - centred_y_c)
-    entropy_c = sum_c.log() - mean_c
-
-    u_cH = v_cH = None
-    weight_y_cH = weight_VH[target_c].to(dtype) if wants_u else None
-    if wants_u:
-        u_cH = others_c[:, None] * weight_y_cH
-        for tile, weight_tH in _tiles(weight_VH, dtype):
-            u_cH.addmm_(exp_Vc[tile].T, weight_tH, alpha=-1)
-        u_cH.div_((sum_c * temperature)[:, None])
-    if wants_v:
-        v_cH = (exp_y_c * (mean_c - centred_y_c))[:, None] * weight_y_cH
-        exp_Vc.mul_(centred_Vc.sub_(mean_c))
-        for tile, weight_tH in _tiles(weight_VH, dtype):
-            v_cH.addmm_(exp_Vc[tile].T, weight_tH, alpha=-1)
-        v_cH.div_((sum_c * temperature)[:, None])
-    return (
-        logprob_c,
-        entropy_c,
-        entropy_c.clone() if at_one_c is None else at_one_c,
-        topk_entropy_c,
-        topk_mass_c,
-        u_cH,
-        v_cH,
-    )
+    return head_triton
 
 
-def _tiles(weight_VH, dtype):
-    for start in range(0, len(weight_VH), TILE_COLUMNS):
-        tile = slice(start, start + TILE_COLUMNS)
-        yield tile, weight_VH[tile].to(dtype)
+def resolve(backend: str, hidden_NH: Tensor) -> str:
+    """The backend that "auto" means for these inputs, or `backend` itself."""
+    if backend != "auto":
+        return backend
+    return "triton" if hidden_NH.is_cuda and hidden_NH.dtype != torch.float64 and find_spec("triton") else "torch"
 
 
-def _entropy(logits_Vc: Tensor) -> Tensor:
-    centred_Vc = (logits_Vc - logits_Vc.amax(dim=0)).clamp_(min=NEGLIGIBLE)
-    exp_Vc = centred_Vc.exp()
-    sum_c = exp_Vc.sum(dim=0)
-    return sum_c.log() - exp_Vc.mul_(centred_Vc).sum(dim=0) / sum_c
-
-
-def _topk(centred_Vc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    top_Kc = centred_Vc.topk(min(k, len(centred_Vc)), dim=0).values
-    return _entropy(top_Kc), top_Kc.exp().sum(dim=0) / centred_Vc.exp().sum(dim=0)
+def missing(backend: str) -> str | None:
+    """Why `backend` cannot be used on this machine, in a few words; None where it can."""
+    package = PACKAGES.get(backend)
+    if package and find_spec(package) is None:
+        return f"needs the package {package.replace('_', '-')}"
+    if backend == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs an NVIDIA GPU"
+    return None

@@ -16,6 +16,7 @@ from common.types import Group, TokenStreams, UpdateResult
 from learner import checkpoint, streams
 from learner.batch import StepBatch, pack
 from learner.head import HeadStats, concatenate
+from learner.loss import adapt_entropy_bonus
 from learner.metrics import step_metrics
 from learner.model import Policy
 from learner.optimizer import Optimizer
@@ -38,9 +39,11 @@ class Learner:
             config.model,
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             checkpointing=config.learner.gradient_checkpointing,
+            head_backend=config.learner.head_backend,
         )
         self.optimizer = Optimizer(self.policy.parameters(), config.learner, steps=config.run.steps)
         self.step = 0
+        self.entropy_bonus = self.method.entropy_bonus  # as adapted so far
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
         """One optimizer step: `learner.inner_updates` updates on the same groups.
@@ -65,6 +68,7 @@ class Learner:
         for _ in range(self.config.learner.inner_updates):
             stats = self._stats(batch)
             if fixed is None:
+                bonus, following_bonus = self._entropy_bonus(stats)
                 fixed = streams.fix(
                     stats,
                     batch,
@@ -72,6 +76,7 @@ class Learner:
                     self.method,
                     vocab_size=self.policy.vocab_size,
                     reference_logprobs_N=reference_logprobs_N,
+                    entropy_bonus=bonus,
                 )
                 metrics |= step_metrics(stats, fixed, selection, vocab_size=self.policy.vocab_size)
             loss, terms = streams.loss(stats, fixed, self.method)
@@ -81,6 +86,8 @@ class Learner:
                 break
 
         assert fixed is not None
+        if refused is None:
+            self.entropy_bonus = following_bonus
         columns = zip(batch.split(fixed.entropy_N), batch.split(fixed.raw_weights_N), strict=True)
         for place, advantage, (entropies, weights) in zip(
             selection.place_B, selection.advantages_B.tolist(), columns, strict=True
@@ -96,13 +103,15 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Adapter, optimizer, step and random state into the existing `folder`."""
         self.policy.save(folder)
-        checkpoint.save_state(folder, step=self.step, optimizer=self.optimizer.state_dict())
+        learner = {"step": self.step, "optimizer": self.optimizer.state_dict(), "entropy_bonus": self.entropy_bonus}
+        checkpoint.save_state(folder, learner)
 
     def load(self, folder: Path) -> int:
         """All that `save` wrote; the next update is then the one that followed it. Returns the step."""
         self.policy.load(folder)
-        self.step, optimizer = checkpoint.load_state(folder)
-        self.optimizer.load_state_dict(optimizer)
+        learner = checkpoint.load_state(folder)
+        self.step, self.entropy_bonus = learner["step"], learner["entropy_bonus"]
+        self.optimizer.load_state_dict(learner["optimizer"])
         return self.step
 
     def _stats(self, batch: StepBatch) -> HeadStats:
@@ -113,10 +122,23 @@ class Learner:
                     micro_batch,
                     temperature=self.config.actor.temperature,
                     topk=None if self.method.entropy == "exact" else self.method.entropy_topk,
-                    entropy_gradient=self.method.weight_gradient,
+                    entropy_gradient=self.method.weight_gradient or self.method.has_entropy_bonus,
+                    entropy_at_one=True,
                 )
                 for micro_batch in batch.micro_batches
             ]
+        )
+
+    def _entropy_bonus(self, stats: HeadStats) -> tuple[float, float]:
+        """The bonus of this step and of the next."""
+        if self.method.entropy_target is None:
+            return self.entropy_bonus, self.entropy_bonus
+        return adapt_entropy_bonus(
+            self.entropy_bonus,
+            stats.entropy_N.mean().item(),
+            target=self.method.entropy_target,
+            step=self.method.entropy_bonus_step,
+            maximum=self.method.entropy_bonus_max,
         )
 
     def _reference_logprobs(self, batch: StepBatch) -> Tensor | None:

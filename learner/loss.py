@@ -27,3 +27,15 @@ def kl(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: str) -> Tenso
     if estimator == "k2":
         return difference.square() / 2
     return torch.expm1(difference) - difference
+
+
+def adapt_entropy_bonus(
+    bonus: float, entropy: float, *, target: float, step: float, maximum: float
+) -> tuple[float, float]:
+    """The bonus to apply at this step, and the one to go on with (Skywork-OR1, arXiv 2505.22312, section 4).
+
+    Where the mean `entropy` (nats) is at most `target` the bonus is applied, else 0 is; below the target it grows by
+    `step` up to `maximum`, else it shrinks by `step` down to 0.
+    """
+    following = min(bonus + step, maximum) if entropy < target else max(bonus - step, 0.0)
+    return (bonus if entropy <= target else 0.0), following

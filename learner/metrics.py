@@ -12,12 +12,14 @@ from learner.streams import Streams
 
 def step_metrics(stats: HeadStats, streams: Streams, selection: Selection, *, vocab_size: int) -> dict[str, float]:
     """Scalars by metric name, from the first forward pass of the step. Entropies divided by log V lie in 0..1."""
+    assert stats.entropy_at_one_N is not None, "the head was asked for both temperatures"
     negative_N = streams.advantages_N < 0
     mean_negative_weight = streams.raw_weights_N[negative_N].mean().item() if negative_N.any() else 0.0
     metrics = {
         "entropy/mean": stats.entropy_N.mean().item(),
         "entropy/normalized_mean": stats.entropy_N.mean().item() / math.log(vocab_size),
         "entropy/at_one_normalized_mean": stats.entropy_at_one_N.mean().item() / math.log(vocab_size),
+        "entropy/bonus": streams.entropy_bonus,
         "weight/mean": streams.raw_weights_N.mean().item(),
         "weight/negative_mean": mean_negative_weight,  # 0 where no rollout is negative, as in the paper's Table 6
         "weight/effective_fraction": _effective_fraction(streams.token_weights_N),

@@ -28,11 +28,15 @@ from learner.head import HeadStats, head_stats
 class Policy:
     """Base, adapter and head, on one device, in training mode (dropout on) unless said otherwise."""
 
-    def __init__(self, folder: Path, config: ModelConfig, *, device: torch.device, checkpointing: bool) -> None:
+    def __init__(
+        self, folder: Path, config: ModelConfig, *, device: torch.device, checkpointing: bool, head_backend: str
+    ) -> None:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, attn_implementation=PACKED).to(device)
-        unsupported = [n for n in ("final_logit_softcapping", "logits_scaling") if getattr(base.config, n, None)]
-        if unsupported:
-            raise UserError(f"model.path={config.path} has {unsupported[0]}, which the head does not compute yet")
+        for name in ("logits_scaling", "logit_scale"):
+            if getattr(base.config, name, None) not in (None, 1, 1.0):
+                raise UserError(
+                    f"model.path={config.path} has {name}, which the head does not compute; use another model"
+                )
         self.device = device
         self.config = config
         self.peft_model: PeftModel = get_peft_model(
@@ -49,7 +53,13 @@ class Policy:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.peft_model.train()
         self.trunk = base.get_decoder()
-        self.head_weight_VH = base.get_output_embeddings().weight
+        projection = base.get_output_embeddings()
+        if type(projection) is not torch.nn.Linear:
+            raise UserError(f"model.lora_targets={config.lora_targets} adapts the output head, which stays frozen")
+        self.head_weight_VH = projection.weight
+        self.head_bias_V = projection.bias
+        self.softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+        self.head_backend = head_backend
 
     @property
     def vocab_size(self) -> int:
@@ -72,16 +82,28 @@ class Policy:
         temperature: float,
         topk: int | None = None,
         entropy_gradient: bool = False,
+        entropy_at_one: bool = False,
     ) -> HeadStats:
         """Head statistics of the N scored tokens of a micro-batch: one pass through the trunk."""
         hidden_LH = self._hidden(batch.token_ids_L, position_ids=batch.position_ids_L[None], lengths=batch.lengths)
-        return head_stats(
+        return self._head(
             hidden_LH[batch.predictor_N],
-            self.head_weight_VH,
             batch.target_N,
             temperature=temperature,
             topk=topk,
             entropy_gradient=entropy_gradient,
+            entropy_at_one=entropy_at_one,
+        )
+
+    def _head(self, hidden_NH: Tensor, target_N: Tensor, **options: Any) -> HeadStats:
+        return head_stats(
+            hidden_NH,
+            self.head_weight_VH,
+            target_N,
+            bias_V=self.head_bias_V,
+            softcap=self.softcap,
+            backend=self.head_backend,
+            **options,
         )
 
     def _hidden(self, token_ids_L: Tensor, **packing: Any) -> Tensor:
@@ -99,7 +121,7 @@ class Policy:
         self.peft_model.eval()
         with torch.no_grad():
             hidden_TH = self._hidden(tokens_T[:-1])
-            logprobs = head_stats(hidden_TH, self.head_weight_VH, tokens_T[1:]).logprob_N
+            logprobs = self._head(hidden_TH, tokens_T[1:]).logprob_N
         self.peft_model.train()
         return logprobs.float().cpu().numpy()
 

@@ -25,6 +25,7 @@ class Streams:
     raw_weights_N: Tensor  # before normalising
     token_weights_N: Tensor  # normalised over the step: the objective is a plain sum
     entropy_slopes_N: Tensor | None  # d objective / d entropy through the weights, where the method asks for it
+    entropy_bonus: float  # weight of the mean entropy in the objective
 
 
 def fix(
@@ -35,6 +36,7 @@ def fix(
     *,
     vocab_size: int,
     reference_logprobs_N: Tensor | None,
+    entropy_bonus: float,
 ) -> Streams:
     """The streams of a step, from the statistics of its first forward pass."""
     device = stats.logprob_N.device
@@ -52,6 +54,8 @@ def fix(
             selective=method.selective,
         )
     )
+    if method.top_entropy_fraction < 1:
+        raw_BT = raw_BT * token_weights.top_entropy(entropy_BT, batch.mask_BT, fraction=method.top_entropy_fraction)
     weights_BT = token_weights.normalise(raw_BT, batch.mask_BT, group_B, normaliser=method.normaliser)
     slopes_N = None
     if method.weight_gradient:  # at the step's start the ratio is 1, and the surrogate is the advantage
@@ -66,21 +70,24 @@ def fix(
         raw_weights_N=batch.flatten(raw_BT.detach()).float(),
         token_weights_N=batch.flatten(weights_BT.detach()).float(),
         entropy_slopes_N=slopes_N,
+        entropy_bonus=entropy_bonus,
     )
 
 
 def weight_entropy(stats: HeadStats, method: Method) -> Tensor:
     """[N] nats: the entropy that `method` makes weights of, detached."""
+    assert stats.entropy_at_one_N is not None, "the head was asked for both temperatures"
     if method.entropy == "exact":
-        return (stats.entropy_N if method.entropy_temperature == "sampling" else stats.entropy_at_one_N).detach()
-    assert stats.topk_entropy_N is not None and stats.topk_mass_N is not None, "the head was asked for the top K"
-    if method.entropy == "topk-renormalised":
-        return stats.topk_entropy_N
-    return stats.topk_mass_N * (stats.topk_entropy_N - stats.topk_mass_N.log())
+        return stats.entropy_N.detach() if method.entropy_temperature == "sampling" else stats.entropy_at_one_N
+    assert stats.topk_entropy_N is not None, "the head was asked for the top K"
+    return stats.topk_entropy_N if method.entropy == "topk-renormalised" else stats.topk_partial_entropy_N
 
 
 def loss(stats: HeadStats, streams: Streams, method: Method) -> tuple[Tensor, dict[str, float]]:
-    """- sum of token weight * clipped surrogate + beta * mean KL (arXiv 2606.05434, Eq. 2, 6, 9), and its terms."""
+    """- sum of token weight * clipped surrogate + beta * mean KL (arXiv 2606.05434, Eq. 2, 6, 9), and its terms.
+
+    Where the method has an entropy bonus, less that times the mean entropy.
+    """
     surrogate_N = clipped_surrogate(
         stats.logprob_N,
         streams.old_logprobs_N,
@@ -96,4 +103,6 @@ def loss(stats: HeadStats, streams: Streams, method: Method) -> tuple[Tensor, di
         mean_kl = kl(stats.logprob_N, streams.reference_logprobs_N, estimator=method.kl).mean()
         total = total + method.beta * mean_kl
         terms["kl/mean"] = mean_kl.item()
+    if method.has_entropy_bonus:
+        total = total - streams.entropy_bonus * stats.entropy_N.mean()
     return total, terms | {"loss/total": total.item()}

@@ -36,18 +36,32 @@ def horizon(
     return weights_BT * mask_BT
 
 
+def top_entropy(entropy_BT: Tensor, mask_BT: Tensor, *, fraction: float) -> Tensor:
+    """Bool [B, T]: the `fraction` of the step's sampled tokens that have the highest entropy (arXiv 2506.01939).
+
+    At least one token is kept, and every token that ties with the last one kept.
+    """
+    entropy_N = entropy_BT[mask_BT]
+    num_kept = max(1, round(fraction * len(entropy_N)))
+    return mask_BT & (entropy_BT >= entropy_N.topk(num_kept).values[-1])
+
+
 def normalise(weights_BT: Tensor, mask_BT: Tensor, group_B: Tensor, *, normaliser: str) -> Tensor:
     """Weights divided so that the loss is a plain sum over the tokens of the step.
 
     group_B numbers the group of each rollout, 0..P-1. Every rollout must have a sampled token.
     - "sequence-mean": 1 / (B |o_i|): the mean over rollouts of per-sequence means (Eq. 2)
+    - "token-mean": 1 / (number of sampled tokens of the step)
     - "group": 1 / (P sum of the group's weights): Eq. 6 and 9 per group, then the mean over groups
     - "step": 1 / (sum of all weights of the step)
     """
     if normaliser == "sequence-mean":
         return weights_BT / (mask_BT.sum(dim=1, keepdim=True) * len(weights_BT))
+    if normaliser == "token-mean":
+        return weights_BT / mask_BT.sum()
     if normaliser == "step":
         return weights_BT / weights_BT.sum()
     num_groups = int(group_B.max()) + 1
     sum_P = weights_BT.new_zeros(num_groups).index_add(0, group_B, weights_BT.sum(dim=1))
+    sum_P = sum_P.where(sum_P > 0, torch.ones_like(sum_P))  # a group of which no token has a weight
     return weights_BT / (sum_P[group_B] * num_groups)[:, None]
