@@ -43,14 +43,14 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature_c: Tensor, projection
     inverse_c = temperature_c.reciprocal()
     statistics = logits_cV.new_full((8, rows), torch.nan)
     _statistics[(rows,)](logits_cV, target_c, inverse_c, statistics, rows, vocab, wanted.entropy_at_one, BLOCK=BLOCK)
-    log_odds_c, entropy_c, at_one_c, log_total_c, log_others_c, mean_c, excess_y_c, logit_y_c = statistics
+    log_odds_c, entropy_c, at_one_c, highest_c, log_others_c, mean_c, excess_y_c, logit_y_c = statistics
 
     def mean_weight(*, entropy: bool) -> Tensor:
         """[c, H]: sum over the other tokens of q D w, or of q (log p + H) D w; D is the cap's slope."""
         token_weight_cV = torch.empty_like(logits_cV, dtype=weight_VH.dtype)
         grid = (rows, triton.cdiv(vocab, BLOCK))
         _weights[grid](
-            logits_cV, target_c, inverse_c, log_others_c, mean_c, token_weight_cV, vocab, softcap or 1.0,
+            logits_cV, target_c, inverse_c, highest_c, log_others_c, mean_c, token_weight_cV, vocab, softcap or 1.0,
             SCALE=SCALE, ENTROPY=entropy, SOFTCAP=softcap is not None, BLOCK=BLOCK,
         )  # fmt: skip
         return _product(token_weight_cV, weight_VH) / SCALE
@@ -68,7 +68,7 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature_c: Tensor, projection
     if wanted.topk is not None:
         top_cK = logits_cV.topk(min(wanted.topk, vocab), dim=1).values * inverse_c[:, None]
         topk_entropy_c = torch.special.entr(top_cK.softmax(dim=1)).sum(dim=1)
-        topk_mass_c = (top_cK.logsumexp(dim=1) - log_total_c).exp()
+        topk_mass_c = ((top_cK - highest_c[:, None]).logsumexp(dim=1) - entropy_c - mean_c).exp()
     return Chunk(
         logprob_c=-softplus(log_odds_c),
         entropy_c=entropy_c,
@@ -125,9 +125,9 @@ def _statistics(logits, targets, inverses, statistics, rows, vocab, AT_ONE: tl.c
         mean = (moment + exp_y * centred_y) / total
         tl.store(statistics + row, tl.log(others) - (logit_y * inverse - highest))
         tl.store(statistics + rows + row, tl.log(total) - mean)
-        tl.store(statistics + 3 * rows + row, highest + tl.log(total))
-        tl.store(statistics + 4 * rows + row, highest + tl.log(others))
-        tl.store(statistics + 5 * rows + row, highest + mean)
+        tl.store(statistics + 3 * rows + row, highest)
+        tl.store(statistics + 4 * rows + row, tl.log(others))
+        tl.store(statistics + 5 * rows + row, mean)
         tl.store(statistics + 6 * rows + row, centred_y - mean)
         tl.store(statistics + 7 * rows + row, logit_y)
     if AT_ONE:
@@ -137,7 +137,7 @@ def _statistics(logits, targets, inverses, statistics, rows, vocab, AT_ONE: tl.c
 
 @triton.jit
 def _weights(
-    logits, targets, inverses, log_others, means, out, vocab, softcap,
+    logits, targets, inverses, highests, log_others, means, out, vocab, softcap,
     SCALE: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program for each row and block: `out` [rows, vocab] = SCALE q D, or SCALE q (log p + H) D; 0 at the target."""
@@ -146,9 +146,10 @@ def _weights(
     inside = columns < vocab
     logit = tl.load(logits + row * vocab + columns, mask=inside, other=-float("inf"))
     z = logit * tl.load(inverses + row)
-    weight = SCALE * tl.exp(z - tl.load(log_others + row))
+    centred = z - tl.load(highests + row)  # first of all: what is large in z cancels exactly
+    weight = SCALE * tl.exp(centred - tl.load(log_others + row))
     if ENTROPY:
-        excess = z - tl.load(means + row)
+        excess = centred - tl.load(means + row)
         weight *= tl.where(excess < NEGLIGIBLE, NEGLIGIBLE, excess)
     if SOFTCAP:
         weight *= 1 - (logit / softcap) * (logit / softcap)

@@ -11,3 +11,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     VLLM_NO_USAGE_STATS="1",
 )
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
