@@ -1,6 +1,8 @@
 """Throughput, side by side in one run and by turns.
 
     python launch/benchmark.py train [--peer trl] [--steps 3] [--config FILE.toml] [OPTIONS of launch/run.py]
+    python launch/benchmark.py learn --help     the learner alone: launch/benchmark_learner.py
+    python launch/benchmark.py head --help      the head alone: launch/benchmark_head.py
 
 Each round runs one whole step of every contender (sampling, reward, learning, publishing) while the others are idle,
 in an order that turns around from round to round; the first round warms up and is not counted. Prints a table, and
@@ -33,7 +35,7 @@ from rich.table import Table
 from actor.rollout import Sampling
 from common.config import Config, MethodConfig, load
 from common.types import UserError
-from launch import cluster, plan, wiring
+from launch import benchmark_head, benchmark_learner, cluster, plan, wiring
 from launch.buffer import PromptStream
 from launch.evaluate import sample
 from launch.plan import Plan
@@ -205,8 +207,12 @@ def table(measured: dict[str, list[Seconds]]) -> Table:
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["learn"]:
+        return benchmark_learner.main(argv[1:])
+    if argv[:1] == ["head"]:
+        return benchmark_head.main(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train"])
+    parser.add_argument("what", choices=["train", "learn", "head"])
     parser.add_argument("--peer", choices=["trl"])
     parser.add_argument("--steps", type=int, default=3)
     arguments, options = parser.parse_known_args(list(argv))

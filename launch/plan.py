@@ -15,6 +15,7 @@ from common.config import Config, dump
 from common.types import Prompt, UserError
 from launch import models
 from learner import checkpoint, head
+from learner.model import unsupported
 
 CANARY_TOKENS = 128  # at most; enough to average the noise of bfloat16 out
 MAY_DIFFER = {"run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"}  # on resuming
@@ -111,6 +112,8 @@ def _check_model(config: Config, folder: Path) -> int:
         raise UserError(
             f"model.path={config.model.path} is no causal language model: {str(error).splitlines()[0]}"
         ) from None
+    if reason := unsupported(model_config, config.model.max_length):
+        raise UserError(f"model.path={config.model.path} {reason}; use another model")
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     head = model.get_output_embeddings()
     names = {name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head}

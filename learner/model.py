@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from common.adapter import Adapter, Canary, checksum
 from common.config import ModelConfig
@@ -25,6 +25,19 @@ from learner.batch import MicroBatch
 from learner.head import HeadStats, head_stats
 
 
+def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
+    """What a model of this configuration computes that this learner would leave out, in a few words; or None."""
+    text = config.get_text_config()
+    for name in ("logits_scaling", "logit_scale"):
+        if getattr(text, name, None) not in (None, 1):
+            return f"scales its logits ({name}), which learner/head.py does not"
+    if getattr(text, "attn_logit_softcapping", None):
+        return "caps its attention logits (attn_logit_softcapping), which learner/attention.py does not"
+    if getattr(text, "use_sliding_window", True) and (getattr(text, "sliding_window", None) or max_length) < max_length:
+        return f"attends within a window of {text.sliding_window} tokens, less than model.max_length={max_length}"
+    return None
+
+
 class Policy:
     """Base, adapter and head, on one device, in training mode (dropout on) unless said otherwise."""
 
@@ -32,11 +45,8 @@ class Policy:
         self, folder: Path, config: ModelConfig, *, device: torch.device, checkpointing: bool, head_backend: str
     ) -> None:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, attn_implementation=PACKED).to(device)
-        for name in ("logits_scaling", "logit_scale"):
-            if getattr(base.config, name, None) not in (None, 1, 1.0):
-                raise UserError(
-                    f"model.path={config.path} has {name}, which the head does not compute; use another model"
-                )
+        if reason := unsupported(base.config, config.max_length):
+            raise UserError(f"model.path={config.path} {reason}; use another model")
         self.device = device
         self.config = config
         self.peft_model: PeftModel = get_peft_model(
