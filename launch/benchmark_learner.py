@@ -108,3 +108,7 @@ def main(argv: Sequence[str]) -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     print(json.dumps({"gpu": gpu, "model": config.model.path, **said}))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from launch import run, wiring
 
@@ -105,3 +106,10 @@ def test_dry_run_prints_a_configuration_that_loads(capsys, tmp_path):
     assert run.main(["--config", str(written), "--dry-run"]) == 0
     assert "steps = 7" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_head_that_cannot_run_here(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refuse(capsys, "--run.dir", str(tmp_path / "run"), "--learner.head_backend", "triton")
+    assert line == "learner.head_backend=triton needs an NVIDIA GPU; use auto"

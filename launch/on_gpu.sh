@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# What only a GPU can show, one command each; without a GPU the same commands run small, on the CPU.
+#
+#     launch/on_gpu.sh head     the head's tests on the device, and its benchmark at the widths of Qwen2.5
+#     launch/on_gpu.sh learn    SA-AH-GRPO against GRPO in one learner, for each of our heads
+#     launch/on_gpu.sh train    the embedded default end to end, and steps by turns with TRL
+#
+# head and learn need torch, transformers, peft and triton; train needs vLLM and Ray too. PYTHON names the interpreter
+# (default: .venv's), HEAD_ROWS the scored tokens of the head's benchmark.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+if $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    rows=${HEAD_ROWS:-4000} widths="2048 1536" vocab=151936 backends="triton torch"
+else
+    rows=${HEAD_ROWS:-64} widths="576" vocab=49152 backends="torch"
+fi
+
+case ${1:-} in
+head)
+    if $python -c 'import pytest' 2>/dev/null; then $python -m pytest tests/test_head.py tests/test_head_contract.py; fi
+    for width in $widths; do
+        for temperature in 1.0 0.6; do
+            $python -m launch.benchmark_head --rows "$rows" --hidden "$width" --vocab $vocab --temperature $temperature
+        done
+    done
+    ;;
+learn)
+    for backend in $backends; do
+        $python -m launch.benchmark_learner --learner.head_backend "$backend" "${@:2}"
+    done
+    ;;
+train)
+    folder=$(mktemp -d)
+    $python launch/run.py --run.dir "$folder/default" "${@:2}"
+    $python launch/benchmark.py train --peer trl --steps 3
+    ;;
+*)
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+    ;;
+esac
