@@ -21,10 +21,26 @@ class Method(BaseModel):
     """Where the row comes from."""
     equation: str
     """Its numbers there."""
-    advantage: Literal["group_std", "group_mean"] = "group_std"
-    """How rewards become advantages, within a group."""
-    token_weight: Literal["uniform", "horizon"] = "uniform"
-    """How much each token counts: all the same, or by its entropy (horizon)."""
+    advantage: Literal["group_std", "group_mean", "leave_one_out", "asymmetric"] = "group_std"
+    """How rewards (asymmetric: right and wrong answers) become advantages, within a group."""
+    beta_pos: float = Field(0.5, allow_inf_nan=False)
+    """asymmetric: the power for right answers; 0.5 and 0.5 is group_std."""
+    beta_neg: float = Field(0.5, allow_inf_nan=False)
+    """asymmetric: the power for wrong ones."""
+    token_advantage: Literal["broadcast", "erpo-additive", "erpo-gated-outcome", "erpo-multiplicative"] = "broadcast"
+    """How a rollout's advantage becomes its tokens'; the three assemblies of ERPO need a reference pass."""
+    erpo_gate: float = Field(5.0, allow_inf_nan=False)
+    """ERPO: sharpness gamma of the entropy gate."""
+    erpo_weight: float = Field(0.2, ge=0, allow_inf_nan=False)
+    """ERPO: eta, how much progress counts beside the outcome."""
+    erpo_progress: float = Field(0.1, ge=0, allow_inf_nan=False)
+    """ERPO: beta_s, the scale of log pi - log pi_ref."""
+    erpo_buckets: int = Field(10, ge=1)
+    """ERPO: K parts of the rollouts, within which progress is standardised."""
+    token_weight: Literal["uniform", "horizon", "residual"] = "uniform"
+    """How much each token counts: all the same, by its entropy (horizon), or by what the adapter changes (residual)."""
+    residual_power: float = Field(2.0, ge=0, allow_inf_nan=False)
+    """residual: kappa, the power of the hidden states' distance."""
     alpha: float = Field(0.0, allow_inf_nan=False)
     """Horizon discount; negative amplifies uncertain tokens."""
     selective: bool = False
@@ -39,10 +55,18 @@ class Method(BaseModel):
     """K of the two estimates."""
     entropy_temperature: Literal["sampling", "one"] = "sampling"
     """Entropy at actor.temperature or at 1."""
-    normaliser: Literal["sequence-mean", "token-mean", "group", "step"] = "group"
-    """What the token weights are divided by: number of tokens of each sequence or of the step, or the weights' sum."""
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    """The ratio counts from 1 - clip_low,"""
+    normaliser: Literal["sequence-mean", "token-mean", "constant", "group", "step"] = "group"
+    """Weights are divided by the tokens of each sequence or of the step, the longest possible, or the weights' sum."""
+    ratio: Literal["token", "sequence", "power-mean", "stop-gradient"] = "token"
+    """Of each token, of the rollout (GSPO, HölderPO), or of each token as a constant factor (CISPO)."""
+    power_start: float = Field(2.0, allow_inf_nan=False)
+    """power-mean: p at the first step,"""
+    power_end: float = Field(-2.0, allow_inf_nan=False)
+    """and at the last; linear between."""
+    power_clip: Literal["sequence", "token"] = "sequence"
+    """power-mean: clip the mean, or each token's ratio within it."""
+    clip_low: float = Field(0.2, ge=0, le=1)
+    """The ratio counts from 1 - clip_low (1: from 0, no bound),"""
     clip_high: float = Field(0.2, ge=0)
     """to 1 + clip_high."""
     kl: Literal["none", "k1", "k2", "k3"] = "k3"
@@ -57,10 +81,20 @@ class Method(BaseModel):
     """By how much it adapts in a step."""
     entropy_bonus_max: float = Field(1.0, gt=0)
     """How far it grows."""
-    drop_zero_variance: bool = False
-    """Groups whose rewards are all equal take no part, not even in the KL."""
+    group_filter: Literal["none", "zero-variance", "accuracy"] = "none"
+    """Groups that take no part, not even in the KL: of equal rewards, or with all answers right or all wrong."""
     reward_threshold: float | None = Field(None, ge=0)
     """Groups whose rewards spread (population std) less than this take no part."""
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether the objective holds a divergence from the frozen model."""
+        return self.kl != "none" and self.beta > 0
+
+    @property
+    def needs_evaluation_mode(self) -> bool:
+        """Whether the adapter-on and adapter-off passes are compared, so that dropout would be taken for progress."""
+        return self.token_advantage != "broadcast" or self.token_weight == "residual"
 
     @property
     def has_entropy_bonus(self) -> bool:
@@ -86,5 +120,73 @@ METHODS: dict[str, Method] = {
         token_weight="horizon",
         alpha=0.5,
         selective=True,
+    ),
+    "asym-grpo": Method(
+        paper="arXiv 2604.04894",
+        equation="read in independent notes",
+        advantage="asymmetric",
+        beta_pos=0.9,
+        beta_neg=0.4,
+        normaliser="sequence-mean",
+    ),
+    "erpo": Method(
+        paper="arXiv 2603.28204",
+        equation="one secondary source; the assembly is our reading; no results of its authors were found",
+        token_advantage="erpo-additive",
+        normaliser="sequence-mean",
+    ),
+    "arca": Method(
+        paper="arXiv 2606.00257",
+        equation="its code (power 2; its text has 1); its own result is no win: greedy .590, uniform .620",
+        token_weight="residual",
+        normaliser="sequence-mean",
+    ),
+    "holder": Method(
+        paper="arXiv 2605.12058",
+        equation="its code; p runs from 2 to -2; needs learner.inner_updates > 1 (the paper: 8)",
+        ratio="power-mean",
+        normaliser="sequence-mean",
+    ),
+    "dr-grpo": Method(
+        paper="arXiv 2503.20783",
+        equation="the unbiased objective",
+        advantage="group_mean",
+        normaliser="constant",
+        kl="none",
+        beta=0.0,
+    ),
+    "gspo": Method(
+        paper="arXiv 2507.18071",
+        equation="5, 7",
+        ratio="sequence",
+        normaliser="sequence-mean",
+        clip_low=3e-4,
+        clip_high=4e-4,
+    ),
+    "cispo": Method(
+        paper="arXiv 2506.13585",
+        equation="4, 5",
+        ratio="stop-gradient",
+        normaliser="token-mean",
+        clip_low=1.0,
+        clip_high=0.28,
+        kl="none",
+        beta=0.0,
+    ),
+    "entropy-mask": Method(
+        paper="arXiv 2506.01939",
+        equation="the top 20 % of the step's tokens by entropy, on DAPO's loss",
+        top_entropy_fraction=0.2,
+        normaliser="token-mean",
+        clip_high=0.28,
+        kl="none",
+        beta=0.0,
+        group_filter="accuracy",
+    ),
+    "rloo": Method(
+        paper="arXiv 2402.14740",
+        equation="the leave-one-out baseline",
+        advantage="leave_one_out",
+        normaliser="sequence-mean",
     ),
 }

@@ -19,6 +19,11 @@ def group_mean(rewards_PG: Tensor) -> Tensor:
     return rewards_PG - rewards_PG.mean(dim=-1, keepdim=True)
 
 
+def leave_one_out(rewards_PG: Tensor) -> Tensor:
+    """r_i - mean of the others' rewards = G / (G - 1) `group_mean` (RLOO, arXiv 2402.14740); 0 in a group of one."""
+    return group_mean(rewards_PG) * (rewards_PG.shape[-1] / max(1, rewards_PG.shape[-1] - 1))
+
+
 def asymmetric(correct_PG: Tensor, *, beta_pos: float, beta_neg: float) -> Tensor:
     """((1 - p) / p)^beta_pos for a correct rollout, -(p / (1 - p))^beta_neg for a wrong one (arXiv 2604.04894).
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 
 from common.adapter import Adapter
 from common.config import Config
@@ -18,10 +17,10 @@ from learner.batch import StepBatch, pack
 from learner.head import HeadStats, concatenate
 from learner.loss import adapt_entropy_bonus
 from learner.metrics import step_metrics
-from learner.model import Policy
+from learner.model import Pass, Policy
 from learner.optimizer import Optimizer
 from learner.selection import select
-from learner.streams import Streams
+from learner.streams import Reference, Streams
 
 
 class Learner:
@@ -63,23 +62,25 @@ class Learner:
             min_micro_batches=self.config.learner.gradient_accumulation,
             device=self.policy.device,
         )
-        reference_logprobs_N = self._reference_logprobs(batch)
+        reference = self._reference(batch)
         fixed: Streams | None = None
         for _ in range(self.config.learner.inner_updates):
-            stats = self._stats(batch)
+            passed = self._forward(batch)
             if fixed is None:
-                bonus, following_bonus = self._entropy_bonus(stats)
+                bonus, following_bonus = self._entropy_bonus(passed.stats)
                 fixed = streams.fix(
-                    stats,
+                    passed,
                     batch,
                     selection,
                     self.method,
+                    reference=reference,
                     vocab_size=self.policy.vocab_size,
-                    reference_logprobs_N=reference_logprobs_N,
+                    max_tokens=self.config.actor.max_tokens,
                     entropy_bonus=bonus,
+                    power=self._power(step),
                 )
-                metrics |= step_metrics(stats, fixed, selection, vocab_size=self.policy.vocab_size)
-            loss, terms = streams.loss(stats, fixed, self.method)
+                metrics |= step_metrics(passed.stats, fixed, selection, batch, vocab_size=self.policy.vocab_size)
+            loss, terms = streams.loss(passed.stats, fixed, batch, self.method)
             metrics |= terms
             metrics["gradient/norm"], refused = self.optimizer.step(loss, step)
             if refused:
@@ -114,20 +115,36 @@ class Learner:
         self.optimizer.load_state_dict(learner["optimizer"])
         return self.step
 
-    def _stats(self, batch: StepBatch) -> HeadStats:
+    def _forward(self, batch: StepBatch) -> Pass:
         """One forward pass over the whole step, whose graph is kept: the weights need all its entropies."""
-        return concatenate(
-            [
-                self.policy.stats(
-                    micro_batch,
-                    temperature=self.config.actor.temperature,
-                    topk=None if self.method.entropy == "exact" else self.method.entropy_topk,
-                    entropy_gradient=self.method.weight_gradient or self.method.has_entropy_bonus,
-                    entropy_at_one=True,
-                )
-                for micro_batch in batch.micro_batches
-            ]
+        passes = [
+            self.policy.forward(
+                micro_batch,
+                temperature=self.config.actor.temperature,
+                topk=None if self.method.entropy == "exact" else self.method.entropy_topk,
+                entropy_gradient=self.method.weight_gradient or self.method.has_entropy_bonus,
+                entropy_at_one=True,
+                dropout=not self.method.needs_evaluation_mode,
+            )
+            for micro_batch in batch.micro_batches
+        ]
+        return Pass(concatenate([p.stats for p in passes]), torch.cat([p.hidden_NH for p in passes]))
+
+    def _reference(self, batch: StepBatch) -> Reference | None:
+        """The pass with the adapter off, if the method compares with it."""
+        if not (self.method.has_kl or self.method.needs_evaluation_mode):
+            return None
+        with self.policy.reference():
+            passes = [self.policy.forward(m, temperature=self.config.actor.temperature) for m in batch.micro_batches]
+        return Reference(
+            logprobs_N=torch.cat([p.stats.logprob_N for p in passes]),
+            hidden_NH=torch.cat([p.hidden_NH for p in passes]) if self.method.token_weight == "residual" else None,
         )
+
+    def _power(self, step: int) -> float:
+        """p of the power-mean ratio at 0-based step: linear from the first to the last."""
+        done = step / max(1, self.config.run.steps - 1)
+        return self.method.power_start + done * (self.method.power_end - self.method.power_start)
 
     def _entropy_bonus(self, stats: HeadStats) -> tuple[float, float]:
         """The bonus of this step and of the next."""
@@ -140,14 +157,6 @@ class Learner:
             step=self.method.entropy_bonus_step,
             maximum=self.method.entropy_bonus_max,
         )
-
-    def _reference_logprobs(self, batch: StepBatch) -> Tensor | None:
-        if self.method.kl == "none" or self.method.beta == 0:
-            return None
-        with self.policy.reference():
-            return torch.cat(
-                [self.policy.stats(m, temperature=self.config.actor.temperature).logprob_N for m in batch.micro_batches]
-            )
 
 
 def peak_bytes() -> float:

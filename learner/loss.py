@@ -1,5 +1,7 @@
 """The terms of the loss: pure functions per sampled token. The loss itself is a sum, see learner/learner.py."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,25 @@ def clipped_surrogate(
     """
     ratio = torch.exp(logprobs - old_logprobs)
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def stop_gradient_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
+    """sg(clip(rho, 1 - clip_low, 1 + clip_high)) A logprob: no token loses its gradient (CISPO, arXiv 2506.13585).
+
+    Its gradient alone has a meaning. Arguments as of `clipped_surrogate`; the old log-probabilities are constants.
+    """
+    ratio = torch.exp(logprobs - old_logprobs).clamp(1 - clip_low, 1 + clip_high).detach()
+    return ratio * advantages * logprobs
+
+
+def pessimistic_clip(log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+    """The log ratio that `clipped_surrogate` takes: at most log(1 + clip_high) where A > 0, at least log(1 - clip_low)
+    where A < 0."""
+    highest = log_ratio.clamp(max=math.log1p(clip_high))
+    lowest = log_ratio.clamp(min=math.log1p(-clip_low) if clip_low < 1 else -math.inf)
+    return torch.where(advantages > 0, highest, torch.where(advantages < 0, lowest, log_ratio))
 
 
 def kl(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: str) -> Tensor:

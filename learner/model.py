@@ -7,7 +7,7 @@ and loss are float32. Autocast rounds the adapter's weights at use, so that no a
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,13 @@ from common.types import UserError
 from learner.attention import PACKED
 from learner.batch import MicroBatch
 from learner.head import HeadStats, head_stats
+
+
+class Pass(NamedTuple):
+    """One pass through the trunk, at the N scored tokens."""
+
+    stats: HeadStats
+    hidden_NH: Tensor  # the states that predict them
 
 
 def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
@@ -85,7 +92,7 @@ class Policy:
         with torch.no_grad(), self.peft_model.disable_adapter():
             yield
 
-    def stats(
+    def forward(
         self,
         batch: MicroBatch,
         *,
@@ -93,17 +100,22 @@ class Policy:
         topk: int | None = None,
         entropy_gradient: bool = False,
         entropy_at_one: bool = False,
-    ) -> HeadStats:
-        """Head statistics of the N scored tokens of a micro-batch: one pass through the trunk."""
+        dropout: bool = True,
+    ) -> Pass:
+        """One pass through the trunk, and the head at the N scored tokens of a micro-batch."""
+        self.peft_model.train(dropout)
         hidden_LH = self._hidden(batch.token_ids_L, position_ids=batch.position_ids_L[None], lengths=batch.lengths)
-        return self._head(
-            hidden_LH[batch.predictor_N],
+        self.peft_model.train()
+        hidden_NH = hidden_LH[batch.predictor_N]
+        stats = self._head(
+            hidden_NH,
             batch.target_N,
             temperature=temperature,
             topk=topk,
             entropy_gradient=entropy_gradient,
             entropy_at_one=entropy_at_one,
         )
+        return Pass(stats, hidden_NH)
 
     def _head(self, hidden_NH: Tensor, target_N: Tensor, **options: Any) -> HeadStats:
         return head_stats(

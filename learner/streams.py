@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from common.methods import Method
-from learner import token_weights
+from learner import ratio, token_advantages, token_weights
 from learner.batch import StepBatch
 from learner.head import HeadStats
-from learner.loss import clipped_surrogate, kl
+from learner.loss import clipped_surrogate, kl, pessimistic_clip, stop_gradient_surrogate
+from learner.model import Pass
 from learner.selection import Selection
 
 
@@ -19,33 +20,77 @@ class Streams:
 
     old_logprobs_N: Tensor
     actor_logprobs_N: Tensor
-    reference_logprobs_N: Tensor | None  # None: no KL term
+    reference_logprobs_N: Tensor | None  # None: the method compares with no reference
     entropy_N: Tensor  # the one that the weights are made of
     advantages_N: Tensor
     raw_weights_N: Tensor  # before normalising
     token_weights_N: Tensor  # normalised over the step: the objective is a plain sum
     entropy_slopes_N: Tensor | None  # d objective / d entropy through the weights, where the method asks for it
     entropy_bonus: float  # weight of the mean entropy in the objective
+    power: float  # of the power-mean ratio at this step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """The adapter-off pass over the step's N scored tokens."""
+
+    logprobs_N: Tensor
+    hidden_NH: Tensor | None  # where the method compares hidden states
 
 
 def fix(
-    stats: HeadStats,
+    passed: Pass,
     batch: StepBatch,
     selection: Selection,
     method: Method,
     *,
+    reference: Reference | None,
     vocab_size: int,
-    reference_logprobs_N: Tensor | None,
+    max_tokens: int,
     entropy_bonus: float,
+    power: float,
 ) -> Streams:
-    """The streams of a step, from the statistics of its first forward pass."""
+    """The streams of a step, from its first forward pass."""
+    stats = passed.stats
     device = stats.logprob_N.device
     advantages_B, group_B = selection.advantages_B.to(device), selection.group_B.to(device)
     entropy_BT = batch.pad(weight_entropy(stats, method)).double().requires_grad_(method.weight_gradient)
-    raw_BT = (
-        token_weights.uniform(batch.mask_BT)
-        if method.token_weight == "uniform"
-        else token_weights.horizon(
+    raw_BT = _raw_weights(entropy_BT, passed, batch, advantages_B, method, reference, vocab_size=vocab_size)
+    weights_BT = token_weights.normalise(
+        raw_BT, batch.mask_BT, group_B, normaliser=method.normaliser, max_tokens=max_tokens
+    )
+    advantages_BT = _token_advantages(entropy_BT.detach(), passed, batch, advantages_B, group_B, method, reference)
+    slopes_N = None
+    if method.weight_gradient:  # at the step's start the ratio is 1, and the surrogate is the advantage
+        (slopes_BT,) = torch.autograd.grad((weights_BT * advantages_BT).sum(), entropy_BT)
+        slopes_N = batch.flatten(slopes_BT).float()
+    return Streams(
+        old_logprobs_N=stats.logprob_N.detach(),
+        actor_logprobs_N=batch.gather([r.actor_logprobs[r.mask] for g in selection.groups for r in g.rollouts]),
+        reference_logprobs_N=None if reference is None else reference.logprobs_N,
+        entropy_N=batch.flatten(entropy_BT.detach()).float(),
+        advantages_N=batch.flatten(advantages_BT).float(),
+        raw_weights_N=batch.flatten(raw_BT.detach()).float(),
+        token_weights_N=batch.flatten(weights_BT.detach()).float(),
+        entropy_slopes_N=slopes_N,
+        entropy_bonus=entropy_bonus,
+        power=power,
+    )
+
+
+def _raw_weights(
+    entropy_BT: Tensor,
+    passed: Pass,
+    batch: StepBatch,
+    advantages_B: Tensor,
+    method: Method,
+    reference: Reference | None,
+    *,
+    vocab_size: int,
+) -> Tensor:
+    """[B, T] float64, before normalising."""
+    if method.token_weight == "horizon":
+        raw_BT = token_weights.horizon(
             entropy_BT,
             batch.mask_BT,
             advantages_B,
@@ -53,24 +98,46 @@ def fix(
             vocab_size=vocab_size,
             selective=method.selective,
         )
-    )
+    elif method.token_weight == "residual":
+        assert reference is not None and reference.hidden_NH is not None, "the reference pass was asked for both"
+        norm_N = (passed.hidden_NH.detach().float() - reference.hidden_NH.float()).norm(dim=1)
+        raw_BT = token_weights.residual(batch.pad(norm_N), batch.mask_BT, power=method.residual_power)
+    else:
+        raw_BT = token_weights.uniform(batch.mask_BT)
     if method.top_entropy_fraction < 1:
         raw_BT = raw_BT * token_weights.top_entropy(entropy_BT, batch.mask_BT, fraction=method.top_entropy_fraction)
-    weights_BT = token_weights.normalise(raw_BT, batch.mask_BT, group_B, normaliser=method.normaliser)
-    slopes_N = None
-    if method.weight_gradient:  # at the step's start the ratio is 1, and the surrogate is the advantage
-        (slopes_BT,) = torch.autograd.grad((weights_BT * advantages_B[:, None]).sum(), entropy_BT)
-        slopes_N = batch.flatten(slopes_BT).float()
-    return Streams(
-        old_logprobs_N=stats.logprob_N.detach(),
-        actor_logprobs_N=batch.gather([r.actor_logprobs[r.mask] for g in selection.groups for r in g.rollouts]),
-        reference_logprobs_N=reference_logprobs_N,
-        entropy_N=batch.flatten(entropy_BT.detach()).float(),
-        advantages_N=advantages_B[batch.rollout_N].float(),
-        raw_weights_N=batch.flatten(raw_BT.detach()).float(),
-        token_weights_N=batch.flatten(weights_BT.detach()).float(),
-        entropy_slopes_N=slopes_N,
-        entropy_bonus=entropy_bonus,
+    return raw_BT
+
+
+def _token_advantages(
+    entropy_BT: Tensor,
+    passed: Pass,
+    batch: StepBatch,
+    advantages_B: Tensor,
+    group_B: Tensor,
+    method: Method,
+    reference: Reference | None,
+) -> Tensor:
+    """[B, T] float64."""
+    if method.token_advantage == "broadcast":
+        return advantages_B[:, None] * batch.mask_BT
+    assert reference is not None, "the reference pass was asked for"
+    gate_BT = token_advantages.gate(entropy_BT, batch.mask_BT, group_B, sharpness=method.erpo_gate)
+    progress_BT = token_advantages.progress(
+        batch.pad(passed.stats.logprob_N.detach().double()),
+        batch.pad(reference.logprobs_N.double()),
+        batch.mask_BT,
+        group_B,
+        scale=method.erpo_progress,
+        buckets=method.erpo_buckets,
+    )
+    return token_advantages.assemble(
+        advantages_B,
+        gate_BT,
+        progress_BT,
+        batch.mask_BT,
+        assembly=method.token_advantage.removeprefix("erpo-"),
+        weight=method.erpo_weight,
     )
 
 
@@ -83,14 +150,16 @@ def weight_entropy(stats: HeadStats, method: Method) -> Tensor:
     return stats.topk_entropy_N if method.entropy == "topk-renormalised" else stats.topk_partial_entropy_N
 
 
-def loss(stats: HeadStats, streams: Streams, method: Method) -> tuple[Tensor, dict[str, float]]:
+def loss(stats: HeadStats, streams: Streams, batch: StepBatch, method: Method) -> tuple[Tensor, dict[str, float]]:
     """- sum of token weight * clipped surrogate + beta * mean KL (arXiv 2606.05434, Eq. 2, 6, 9), and its terms.
 
     Where the method has an entropy bonus, less that times the mean entropy.
     """
-    surrogate_N = clipped_surrogate(
-        stats.logprob_N,
-        streams.old_logprobs_N,
+    log_ratio_N = _log_ratio(stats.logprob_N, streams, batch, method)
+    objective = stop_gradient_surrogate if method.ratio == "stop-gradient" else clipped_surrogate
+    surrogate_N = objective(
+        log_ratio_N,
+        torch.zeros_like(log_ratio_N),
         streams.advantages_N,
         clip_low=method.clip_low,
         clip_high=method.clip_high,
@@ -98,11 +167,28 @@ def loss(stats: HeadStats, streams: Streams, method: Method) -> tuple[Tensor, di
     total = -(streams.token_weights_N * surrogate_N).sum()
     if streams.entropy_slopes_N is not None:
         total = total - (streams.entropy_slopes_N * stats.entropy_N).sum()
-    terms = {"loss/policy": total.item()}
-    if streams.reference_logprobs_N is not None:
+    ratio_N = log_ratio_N.detach().exp()
+    outside_N = (ratio_N < 1 - method.clip_low) | (ratio_N > 1 + method.clip_high)
+    terms = {"loss/policy": total.item(), "ratio/outside_fraction": outside_N.float().mean().item()}
+    if method.has_kl:
+        assert streams.reference_logprobs_N is not None, "the reference pass was asked for"
         mean_kl = kl(stats.logprob_N, streams.reference_logprobs_N, estimator=method.kl).mean()
         total = total + method.beta * mean_kl
         terms["kl/mean"] = mean_kl.item()
     if method.has_entropy_bonus:
         total = total - streams.entropy_bonus * stats.entropy_N.mean()
     return total, terms | {"loss/total": total.item()}
+
+
+def _log_ratio(logprobs_N: Tensor, streams: Streams, batch: StepBatch, method: Method) -> Tensor:
+    """[N]: log of the ratio that the surrogate takes at each token."""
+    difference_N = logprobs_N - streams.old_logprobs_N
+    if method.ratio == "sequence":
+        return batch.flatten(ratio.sequence(batch.pad(difference_N), batch.mask_BT))
+    if method.ratio == "power-mean":
+        if method.power_clip == "token":  # of what is clipped so, the mean lies within the same bounds
+            difference_N = pessimistic_clip(
+                difference_N, streams.advantages_N, clip_low=method.clip_low, clip_high=method.clip_high
+            )
+        return batch.flatten(ratio.power_mean(batch.pad(difference_N), batch.mask_BT, power=streams.power))
+    return difference_N

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+EPSILON = 1e-12  # ARCA's: makes the weights of an adapter that moves nothing uniform
+
 
 def uniform(mask_BT: Tensor) -> Tensor:
     """1 at every sampled token."""
@@ -36,6 +38,24 @@ def horizon(
     return weights_BT * mask_BT
 
 
+def residual(norm_BT: Tensor, mask_BT: Tensor, *, power: float) -> Tensor:
+    """|o| (a_t^power + eps) / sum over the rollout of it: mean 1 (ARCA, arXiv 2606.00257).
+
+    norm_BT = a_t: how far the adapter moves the last hidden state of the position that predicts token t. Uniform for
+    an adapter that moves nothing.
+    """
+    raised_BT = (norm_BT.double() ** power + EPSILON) * mask_BT
+    return raised_BT * mask_BT.sum(dim=1, keepdim=True) / raised_BT.sum(dim=1, keepdim=True)
+
+
+def gini(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """[B]: Gini coefficient of each rollout's weights, 0 where all are equal: sum |w_s - w_t| / (2 T sum w)."""
+    length_B = mask_BT.sum(dim=1)
+    ascending_BT = (weights_BT * mask_BT).sort(dim=1).values  # what is masked stands first, as 0
+    rank_BT = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device) - (mask_BT.shape[1] - length_B)[:, None]
+    return 2 * (rank_BT * ascending_BT).sum(dim=1) / (length_B * ascending_BT.sum(dim=1)) - (length_B + 1) / length_B
+
+
 def top_entropy(entropy_BT: Tensor, mask_BT: Tensor, *, fraction: float) -> Tensor:
     """Bool [B, T]: the `fraction` of the step's sampled tokens that have the highest entropy (arXiv 2506.01939).
 
@@ -46,17 +66,23 @@ def top_entropy(entropy_BT: Tensor, mask_BT: Tensor, *, fraction: float) -> Tens
     return mask_BT & (entropy_BT >= entropy_N.topk(num_kept).values[-1])
 
 
-def normalise(weights_BT: Tensor, mask_BT: Tensor, group_B: Tensor, *, normaliser: str) -> Tensor:
+def normalise(
+    weights_BT: Tensor, mask_BT: Tensor, group_B: Tensor, *, normaliser: str, max_tokens: int | None = None
+) -> Tensor:
     """Weights divided so that the loss is a plain sum over the tokens of the step.
 
     group_B numbers the group of each rollout, 0..P-1. Every rollout must have a sampled token.
     - "sequence-mean": 1 / (B |o_i|): the mean over rollouts of per-sequence means (Eq. 2)
     - "token-mean": 1 / (number of sampled tokens of the step)
+    - "constant": 1 / (B max_tokens), whatever the lengths are (Dr. GRPO, arXiv 2503.20783)
     - "group": 1 / (P sum of the group's weights): Eq. 6 and 9 per group, then the mean over groups
     - "step": 1 / (sum of all weights of the step)
     """
     if normaliser == "sequence-mean":
         return weights_BT / (mask_BT.sum(dim=1, keepdim=True) * len(weights_BT))
+    if normaliser == "constant":
+        assert max_tokens is not None, "the constant is the longest completion"
+        return weights_BT / (max_tokens * len(weights_BT))
     if normaliser == "token-mean":
         return weights_BT / mask_BT.sum()
     if normaliser == "step":

@@ -37,7 +37,7 @@ def empty(tmp_path: Path) -> Path:
         ("--method.name grppo", "method.name=grppo is no method; did you mean grpo?"),
         ("--method.name qqq", "method.name=qqq is no method; known are grpo"),
         ("--method.alpha inf", "method.alpha='inf': Input should be a finite number"),
-        ("--method.clip_low 1.5", "method.clip_low='1.5': Input should be less than 1"),
+        ("--method.clip_low 1.5", "method.clip_low='1.5': Input should be less than or equal to 1"),
         ("--method.weight_gradient true --learner.inner_updates 2", "learner.inner_updates=2; set one of the two back"),
         ("--evaluation.num_problems 600", "evaluation.num_problems=600 exceeds task.num_eval=500"),
         ("--task.gym_options {bad", "task.gym_options"),

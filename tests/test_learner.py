@@ -141,11 +141,11 @@ def test_failed_reward_costs_its_rollout_only(folder):
 
 def test_zero_variance_groups_are_dropped_or_kept(folder):
     kept = learner(folder).update(tiny.groups())
-    dropped = learner(folder, method={"drop_zero_variance": True}).update(tiny.groups())
+    dropped = learner(folder, method={"group_filter": "zero-variance"}).update(tiny.groups())
     assert kept.metrics["groups/dropped"] == 0
     assert dropped.metrics["groups/dropped"] == 1
     assert [s is None for s in dropped.streams] == [False] * 8 + [True] * 4
-    nothing = learner(folder, method={"drop_zero_variance": True}).update(tiny.groups()[2:])
+    nothing = learner(folder, method={"group_filter": "zero-variance"}).update(tiny.groups()[2:])
     assert nothing.refused is None
     assert nothing.streams == (None,) * 4
 

@@ -1,0 +1,29 @@
+"""Ratios of current to old policy, in log space: pure functions of the per-token difference of log-probabilities.
+
+All take and return padded [B, T] tensors, T over the sampled tokens of a rollout, 0 outside the mask; a ratio of a
+whole rollout stands at each of its tokens.
+"""
+
+import torch
+from torch import Tensor
+
+NEARLY_ZERO = 1e-6  # a power below it is the limit 0
+
+
+def sequence(difference_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The mean over the rollout: log (pi(o) / pi_old(o))^(1 / |o|) (GSPO, arXiv 2507.18071, Eq. 7)."""
+    mean_B1 = (difference_BT * mask_BT).sum(dim=1, keepdim=True) / mask_BT.sum(dim=1, keepdim=True)
+    return mean_B1 * mask_BT
+
+
+def power_mean(difference_BT: Tensor, mask_BT: Tensor, *, power: float) -> Tensor:
+    """log of (mean over the rollout of r^p)^(1 / p), r the token's ratio (HölderPO, arXiv 2605.12058).
+
+    p = 1 is the arithmetic mean, -1 the harmonic one, 0 the geometric one, which is `sequence`. The gradient reaches
+    token t in proportion to r_t^p / sum r^p.
+    """
+    if abs(power) < NEARLY_ZERO:
+        return sequence(difference_BT, mask_BT)
+    scaled_BT = (power * difference_BT).masked_fill(~mask_BT, -torch.inf)
+    log_mean_B1 = torch.logsumexp(scaled_BT, dim=1, keepdim=True) - mask_BT.sum(dim=1, keepdim=True).log()
+    return log_mean_B1 / power * mask_BT
