@@ -121,6 +121,7 @@ class _MethodSection(Section):
         return METHODS[self.name].model_copy(update=changes)
 
 
+# MethodConfig is _MethodSection and every field of a Method: made of it, so that each is described in one place.
 def _optional(field: FieldInfo) -> Any:
     """The field of a row as one that may be left out, with its own constraints and words."""
     changed = copy(field)
@@ -190,7 +191,18 @@ class Config(pydantic_settings.BaseSettings):
                 f"actor.max_tokens={self.actor.max_tokens} leaves no room for a prompt in "
                 f"model.max_length={self.model.max_length}; lower the one or raise the other"
             )
-        if self.method.resolve().weight_gradient and self.learner.inner_updates > 1:
+        method = self.method.resolve()
+        if method.weight_gradient and method.token_weight != "horizon":
+            raise ValueError(
+                f"method.weight_gradient=true has no gradient to let through token_weight={method.token_weight}; "
+                "set it with token_weight=horizon"
+            )
+        if method.entropy != "exact" and self.learner.head_backend in ("trl", "liger"):
+            raise ValueError(
+                f"method.entropy={method.entropy} is not made by learner.head_backend={self.learner.head_backend}; "
+                "use auto"
+            )
+        if method.weight_gradient and self.learner.inner_updates > 1:
             raise ValueError(
                 f"method.weight_gradient=true is defined for one inner update, not for "
                 f"learner.inner_updates={self.learner.inner_updates}; set one of the two back"

@@ -96,11 +96,6 @@ class Method(BaseModel):
         """Whether the adapter-on and adapter-off passes are compared, so that dropout would be taken for progress."""
         return self.token_advantage != "broadcast" or self.token_weight == "residual"
 
-    @property
-    def has_entropy_bonus(self) -> bool:
-        """Whether the objective holds the entropy itself."""
-        return self.entropy_bonus > 0 or self.entropy_target is not None
-
 
 METHODS: dict[str, Method] = {
     "grpo": Method(

@@ -20,9 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -271,7 +268,3 @@ def main(argv: Sequence[str]) -> int:
     }
     print(json.dumps(said))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

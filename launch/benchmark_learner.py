@@ -25,7 +25,7 @@ from launch import models
 from learner.learner import Learner
 
 CONFIG = Path(__file__).parent / "configs" / "benchmark.toml"
-METHODS = ("sa-ah-grpo", "grpo")
+CONTENDERS = ("sa-ah-grpo", "grpo")
 
 
 def random_groups(config: Config, vocab_size: int, prompt_tokens: int) -> list[Group]:
@@ -55,9 +55,9 @@ def random_groups(config: Config, vocab_size: int, prompt_tokens: int) -> list[G
 
 def measure(learner: Learner, groups: Sequence[Group], pairs: int) -> dict[str, list[float]]:
     """Seconds of `pairs` counted updates by method."""
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for number in range(pairs + 1):
-        for name in METHODS[:: -1 if number % 2 else 1]:
+        for name in CONTENDERS[:: -1 if number % 2 else 1]:
             learner.method = MethodConfig(name=name).resolve()
             started = time.perf_counter()
             result = learner.update(groups)
@@ -70,7 +70,7 @@ def measure(learner: Learner, groups: Sequence[Group], pairs: int) -> dict[str, 
 
 def summary(seconds: dict[str, list[float]], num_tokens: int) -> dict[str, Any]:
     """Ratios pair by pair, and completion tokens a second."""
-    ratios = sorted(a / b for a, b in zip(*(seconds[name] for name in METHODS), strict=True))
+    ratios = sorted(a / b for a, b in zip(*(seconds[name] for name in CONTENDERS), strict=True))
     return {
         "completion_tokens": num_tokens,
         "seconds": seconds,
@@ -108,7 +108,3 @@ def main(argv: Sequence[str]) -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     print(json.dumps({"gpu": gpu, "model": config.model.path, **said}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

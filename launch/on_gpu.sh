@@ -21,13 +21,13 @@ head)
     if $python -c 'import pytest' 2>/dev/null; then $python -m pytest tests/test_head.py tests/test_head_contract.py; fi
     for width in $widths; do
         for temperature in 1.0 0.6; do
-            $python -m launch.benchmark_head --rows "$rows" --hidden "$width" --vocab $vocab --temperature $temperature
+            $python launch/benchmark.py head --rows "$rows" --hidden "$width" --vocab $vocab --temperature $temperature
         done
     done
     ;;
 learn)
     for backend in $backends; do
-        $python -m launch.benchmark_learner --learner.head_backend "$backend" "${@:2}"
+        $python launch/benchmark.py learn --learner.head_backend "$backend" "${@:2}"
     done
     ;;
 train)

@@ -115,8 +115,11 @@ def _check_model(config: Config, folder: Path) -> int:
     if reason := unsupported(model_config, config.model.max_length):
         raise UserError(f"model.path={config.model.path} {reason}; use another model")
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    head = model.get_output_embeddings()
-    names = {name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head}
+    head_layer = model.get_output_embeddings()
+    softcap = getattr(model_config.get_text_config(), "final_logit_softcapping", None)
+    if config.learner.head_backend == "liger" and (softcap or head_layer.bias is not None):
+        raise UserError("learner.head_backend=liger has neither the model's softcap nor its bias; use auto")
+    names = {name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head_layer}
     for target in config.model.lora_targets:
         if target not in names:
             raise UserError(

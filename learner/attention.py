@@ -23,13 +23,15 @@ def packed_attention(
     *,
     scaling: float,
     lengths: Sequence[Sequence[int]] | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of A query heads over K key heads, output [1, L, A, D].
 
     `lengths` has an entry per prompt: its length, then those of the rollouts that follow it; their sum is L.
     None: one plain causal sequence.
     """
+    if lost := [name for name in ("s_aux", "softcap") if others.get(name) is not None]:
+        raise ValueError(f"the model's attention has {lost[0]}, which packed attention would leave out")
     repeats = query_1ALD.shape[1] // key_1KLD.shape[1]
     key_1ALD, value_1ALD = (x.repeat_interleave(repeats, dim=1) for x in (key_1KLD, value_1KLD))
     if lengths is None:

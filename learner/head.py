@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from learner import head_peers, head_torch
 from learner.head_types import Projection, Wanted
@@ -23,7 +24,10 @@ PACKAGES = {"triton": "triton", "trl": "trl", "liger": "liger_kernel"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadStats:
-    """Per scored token, nats; float32, or float64 for float64 inputs. The first two are differentiable in hidden."""
+    """Per scored token, nats; float32, or float64 for float64 inputs.
+
+    The first is differentiable in the hidden states, and so is the second where its gradient was asked for.
+    """
 
     logprob_N: Tensor
     entropy_N: Tensor
@@ -71,22 +75,12 @@ def head_stats(
     the values of the call with gradient. Raises ValueError for a weight or bias that requires a gradient (the head is
     frozen: none is made), for numbers out of range, and for what a peer's backend does not offer.
     """
-    if weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad):
-        raise ValueError("weight_VH or bias_V requires a gradient, but the head is frozen; train the layers below it")
-    if topk is not None and topk < 1:
-        raise ValueError(f"topk={topk} keeps no token; ask for 1 or more")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be positive, or None")
-    if not bool((torch.as_tensor(temperature) > 0).all()):
-        raise ValueError(f"temperature={temperature} must be positive")
     projection = Projection(weight_VH=weight_VH, bias_V=bias_V, softcap=softcap)
     name = resolve(backend, hidden_NH)
-    if name == "triton" and hidden_NH.dtype == torch.float64:
-        raise ValueError("backend=triton sums in float32; use torch for float64 inputs")
+    _check(hidden_NH, projection, temperature, topk, name)
     at_one_is_extra = entropy_at_one and (isinstance(temperature, Tensor) or temperature != 1)
     if name in PEERS:
-        if topk is not None or isinstance(temperature, Tensor):
-            raise ValueError(f"backend={name} has neither a top-K entropy nor a temperature a row; use torch or triton")
+        assert not isinstance(temperature, Tensor)
         columns = PEERS[name](hidden_NH, projection, target_N, temperature, at_one_is_extra)
     else:
         differentiated = torch.is_grad_enabled() and hidden_NH.requires_grad
@@ -109,6 +103,30 @@ def head_stats(
     )
 
 
+def _check(
+    hidden_NH: Tensor, projection: Projection, temperature: float | Tensor, topk: int | None, backend: str
+) -> None:
+    """Raise ValueError for what head_stats names."""
+    if projection.weight_VH.requires_grad or (projection.bias_V is not None and projection.bias_V.requires_grad):
+        raise ValueError("weight_VH or bias_V requires a gradient, but the head is frozen; train the layers below it")
+    if topk is not None and topk < 1:
+        raise ValueError(f"topk={topk} keeps no token; ask for 1 or more")
+    if projection.softcap is not None and not projection.softcap > 0:
+        raise ValueError(f"softcap={projection.softcap} must be positive, or None")
+    if isinstance(temperature, Tensor) and (temperature.requires_grad or temperature.shape != hidden_NH.shape[:1]):
+        raise ValueError(f"temperature {tuple(temperature.shape)} must be a constant for each of {len(hidden_NH)} rows")
+    if not bool((torch.as_tensor(temperature) > 0).all()):
+        raise ValueError(f"temperature={temperature} must be positive")
+    if hidden_NH.dtype != projection.weight_VH.dtype:
+        raise ValueError(
+            f"hidden_NH is {hidden_NH.dtype} but weight_VH {projection.weight_VH.dtype}; cast the hidden states"
+        )
+    if backend == "triton" and hidden_NH.dtype == torch.float64:
+        raise ValueError("backend=triton sums in float32; use torch for float64 inputs")
+    if backend in PEERS and (topk is not None or isinstance(temperature, Tensor)):
+        raise ValueError(f"backend={backend} has neither a top-K entropy nor a temperature a row; use torch or triton")
+
+
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, projection, target_N, temperature, wanted, backend):
@@ -116,15 +134,24 @@ class _Head(torch.autograd.Function):
         dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
         temperature_N = torch.as_tensor(temperature, dtype=dtype, device=hidden_NH.device).expand(len(hidden_NH))
         rows = module.chunk_rows(projection.weight_VH)
-        chunks = zip(hidden_NH.split(rows), target_N.split(rows), temperature_N.split(rows), strict=True)
-        columns = zip(*(module.chunk(*chunk, projection, wanted) for chunk in chunks), strict=True)
-        *outputs, u_NH, v_NH = (None if parts[0] is None else torch.cat(parts) for parts in columns)
+        u_NH = torch.empty_like(hidden_NH, dtype=dtype) if wanted.u else None
+        v_NH = torch.empty_like(hidden_NH, dtype=dtype) if wanted.v else None
+        columns = []
+        for start in range(0, max(1, len(hidden_NH)), rows):
+            cut = slice(start, start + rows)
+            chunk = module.chunk(hidden_NH[cut], target_N[cut], temperature_N[cut], projection, wanted)
+            for whole_NH, part_cH in ((u_NH, chunk.u_cH), (v_NH, chunk.v_cH)):
+                if whole_NH is not None:
+                    whole_NH[cut] = part_cH
+            columns.append(chunk[:5])
+        outputs = tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*columns, strict=True))
         ctx.save_for_backward(u_NH, v_NH)
         ctx.hidden_dtype = hidden_NH.dtype
         ctx.mark_non_differentiable(*(t for t in outputs[1 + wanted.v :] if t is not None))
-        return tuple(outputs)
+        return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprob_N, grad_entropy_N, *_):
         u_NH, v_NH = ctx.saved_tensors
         grad_NH = grad_logprob_N[:, None] * u_NH

@@ -39,20 +39,18 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature_c: Tensor, projection
         if projection.softcap is not None:
             logits_tc.div_(projection.softcap).tanh_().mul_(projection.softcap)
             slope_tc = _slope(logits_tc, projection.softcap)
-        column = ((target_c >= start) & (target_c < start + len(weight_tH))).nonzero()[:, 0]
-        place = (target_c[column] - start, column)
         if sums_at_one is not None:
-            sums_at_one.add(logits_tc.clone(), place, weight_tH)
+            sums_at_one.add(logits_tc.clone(), target_c - start, weight_tH)
         logits_tc /= temperature_c
         if wanted.topk is not None:
             top_Kc = torch.cat([top_Kc, logits_tc])
             top_Kc = top_Kc.topk(min(wanted.topk, len(top_Kc)), dim=0).values
-        sums.add(logits_tc, place, weight_tH, slope_tc)
+        sums.add(logits_tc, target_c - start, weight_tH, slope_tc)
 
     row = sums.finish()
     u_cH = v_cH = topk_entropy_c = topk_mass_c = None
     if sums.u_cH is not None:
-        weight_y_cH = projection.weight_VH[target_c].to(hidden_cH.dtype)
+        weight_y_cH = projection.weight_VH[target_c.clamp(0, len(projection.weight_VH) - 1)].to(hidden_cH.dtype)
         if projection.softcap is not None:
             weight_y_cH *= _slope(sums.target_c * temperature_c, projection.softcap)[:, None]
         scale_c1 = (row.total_c * temperature_c)[:, None]
@@ -97,19 +95,21 @@ class _Sums:
     def add(
         self,
         logits_tc: Tensor,
-        place: tuple[Tensor, Tensor],
+        target_c: Tensor,
         weight_tH: Tensor,
         slope_tc: Tensor | None = None,
     ) -> None:
-        """A tile of logits, which is written over; `place` indexes the targets in it."""
-        self.target_c[place[1]] = logits_tc[place]
+        """A tile of logits, which is written over; `target_c` counts from its start, and may lie outside."""
+        in_tile_c = (target_c >= 0) & (target_c < len(logits_tc))
+        place = (target_c.clamp(0, len(logits_tc) - 1), torch.arange(len(target_c), device=target_c.device))
+        self.target_c = torch.where(in_tile_c, logits_tc[place], self.target_c)
         highest_c = torch.maximum(self.highest_c, logits_tc.amax(dim=0))
         shift_c = self.highest_c - highest_c
         scale_c = shift_c.exp()
         self.highest_c = highest_c
         centred_tc = logits_tc.sub_(highest_c).clamp_(min=NEGLIGIBLE)
         exp_tc = centred_tc.exp()
-        exp_tc[place] = 0
+        exp_tc[place] *= ~in_tile_c
         moment_tc = centred_tc.mul_(exp_tc)
         self.moment_c = scale_c * (self.moment_c + shift_c * self.others_c) + moment_tc.sum(dim=0)
         self.others_c = scale_c * self.others_c + exp_tc.sum(dim=0)

@@ -19,10 +19,10 @@ from torch.nn.functional import softplus
 from learner.head_types import Chunk, Projection, Wanted
 
 WORKSPACE_BYTES = 512 * 2**20  # of a chunk: float32 logits, and the weights made of them
-BLOCK = 4096  # logits that a program holds at once
+BLOCK, WARPS = 4096, 8  # logits that a program holds at once, 16 a thread; not tuned yet
 SCALE = 512.0  # of the weights: keeps float16 ones out of the subnormals in a flat row, and finite in any
 LOWEST: tl.constexpr = tl.constexpr(-1e30)  # where a running maximum starts: finite, so that 0 * (it) is 0
-NEGLIGIBLE: tl.constexpr = tl.constexpr(-100.0)  # exp() of it is 0 beside 1, and 0 * (it) is 0, which 0 * -inf is not
+NEGLIGIBLE: tl.constexpr = tl.constexpr(-80.0)  # exp() of it is nothing beside 1, but is no subnormal number
 
 
 def chunk_rows(weight_VH: Tensor) -> int:
@@ -42,22 +42,26 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature_c: Tensor, projection
     target_c = target_c.contiguous()
     inverse_c = temperature_c.reciprocal()
     statistics = logits_cV.new_full((8, rows), torch.nan)
-    _statistics[(rows,)](logits_cV, target_c, inverse_c, statistics, rows, vocab, wanted.entropy_at_one, BLOCK=BLOCK)
+    with torch.cuda.device_of(logits_cV):
+        _statistics[(rows,)](
+            logits_cV, target_c, inverse_c, statistics, rows, vocab, wanted.entropy_at_one, BLOCK=BLOCK, num_warps=WARPS
+        )
     log_odds_c, entropy_c, at_one_c, highest_c, log_others_c, mean_c, excess_y_c, logit_y_c = statistics
 
     def mean_weight(*, entropy: bool) -> Tensor:
         """[c, H]: sum over the other tokens of q D w, or of q (log p + H) D w; D is the cap's slope."""
         token_weight_cV = torch.empty_like(logits_cV, dtype=weight_VH.dtype)
         grid = (rows, triton.cdiv(vocab, BLOCK))
-        _weights[grid](
-            logits_cV, target_c, inverse_c, highest_c, log_others_c, mean_c, token_weight_cV, vocab, softcap or 1.0,
-            SCALE=SCALE, ENTROPY=entropy, SOFTCAP=softcap is not None, BLOCK=BLOCK,
-        )  # fmt: skip
+        with torch.cuda.device_of(logits_cV):
+            _weights[grid](
+                logits_cV, target_c, inverse_c, highest_c, log_others_c, mean_c, token_weight_cV, vocab, softcap or 1.0,
+                SCALE=SCALE, ENTROPY=entropy, SOFTCAP=softcap is not None, BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
         return _product(token_weight_cV, weight_VH) / SCALE
 
     u_cH = v_cH = topk_entropy_c = topk_mass_c = None
     if wanted.u:
-        weight_y_cH = weight_VH[target_c].float()
+        weight_y_cH = weight_VH[target_c.clamp(0, vocab - 1)].float()
         if softcap is not None:
             weight_y_cH *= (1 - (logit_y_c / softcap).square())[:, None]
         others_c1 = (torch.sigmoid(log_odds_c) * inverse_c)[:, None]
@@ -88,15 +92,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @triton.jit
-def _fold(z, others, highest, total, moment):
-    """Online sums of exp(z - m) and of exp(z - m) (z - m), over the columns where `others`; m is over all."""
+def _fold(z, counted, highest, total, moment):
+    """Online sums of exp(z - m) and of exp(z - m) (z - m) over the columns `counted`; the maximum m is over all."""
     new_highest = tl.maximum(highest, tl.max(z, axis=0))
     shift = highest - new_highest
     scale = tl.exp(shift)
     centred = z - new_highest
-    centred = tl.where(centred < NEGLIGIBLE, NEGLIGIBLE, centred)  # keeps NaN
-    exp = tl.where(others, tl.exp(centred), 0.0)
-    moment = scale * (moment + shift * total) + tl.sum(exp * centred, axis=0)
+    exp = tl.where(counted, tl.exp(centred), 0.0)
+    bounded = tl.where(centred < NEGLIGIBLE, NEGLIGIBLE, centred)  # 0 * -inf would be NaN; what is NaN stays so
+    moment = scale * (moment + shift * total) + tl.sum(exp * bounded, axis=0)
     total = scale * total + tl.sum(exp, axis=0)
     return new_highest, total, moment
 
@@ -126,7 +130,8 @@ def _statistics(logits, targets, inverses, statistics, rows, vocab, AT_ONE: tl.c
         tl.store(statistics + row, tl.log(others) - (logit_y * inverse - highest))
         tl.store(statistics + rows + row, tl.log(total) - mean)
         tl.store(statistics + 3 * rows + row, highest)
-        tl.store(statistics + 4 * rows + row, tl.log(others))
+        log_others = tl.log(others)
+        tl.store(statistics + 4 * rows + row, tl.where(log_others < NEGLIGIBLE, NEGLIGIBLE, log_others))  # not -inf
         tl.store(statistics + 5 * rows + row, mean)
         tl.store(statistics + 6 * rows + row, centred_y - mean)
         tl.store(statistics + 7 * rows + row, logit_y)

@@ -67,7 +67,7 @@ class Learner:
         for _ in range(self.config.learner.inner_updates):
             passed = self._forward(batch)
             if fixed is None:
-                bonus, following_bonus = self._entropy_bonus(passed.stats)
+                bonus, following_bonus = self._bonus_now_and_next(passed.stats)
                 fixed = streams.fix(
                     passed,
                     batch,
@@ -122,7 +122,7 @@ class Learner:
                 micro_batch,
                 temperature=self.config.actor.temperature,
                 topk=None if self.method.entropy == "exact" else self.method.entropy_topk,
-                entropy_gradient=self.method.weight_gradient or self.method.has_entropy_bonus,
+                entropy_gradient=self.method.weight_gradient or self.entropy_bonus > 0,
                 entropy_at_one=True,
                 dropout=not self.method.needs_evaluation_mode,
             )
@@ -146,7 +146,7 @@ class Learner:
         done = step / max(1, self.config.run.steps - 1)
         return self.method.power_start + done * (self.method.power_end - self.method.power_start)
 
-    def _entropy_bonus(self, stats: HeadStats) -> tuple[float, float]:
+    def _bonus_now_and_next(self, stats: HeadStats) -> tuple[float, float]:
         """The bonus of this step and of the next."""
         if self.method.entropy_target is None:
             return self.entropy_bonus, self.entropy_bonus

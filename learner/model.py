@@ -119,7 +119,7 @@ class Policy:
 
     def _head(self, hidden_NH: Tensor, target_N: Tensor, **options: Any) -> HeadStats:
         return head_stats(
-            hidden_NH,
+            hidden_NH.to(self.head_weight_VH.dtype),  # autocast leaves some models' last norm in float32
             self.head_weight_VH,
             target_N,
             bias_V=self.head_bias_V,

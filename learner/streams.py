@@ -175,7 +175,7 @@ def loss(stats: HeadStats, streams: Streams, batch: StepBatch, method: Method) -
         mean_kl = kl(stats.logprob_N, streams.reference_logprobs_N, estimator=method.kl).mean()
         total = total + method.beta * mean_kl
         terms["kl/mean"] = mean_kl.item()
-    if method.has_entropy_bonus:
+    if streams.entropy_bonus > 0:
         total = total - streams.entropy_bonus * stats.entropy_N.mean()
     return total, terms | {"loss/total": total.item()}
 

@@ -12,7 +12,20 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
 )
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, monkeypatch):
+    """A backend of the head, its blocks made so small that a few hundred rows and a thousand tokens need several."""
+    from learner import head_torch, head_triton
+
+    monkeypatch.setattr(head_torch, "ROWS", 64)
+    monkeypatch.setattr(head_torch, "TILE", 256)
+    monkeypatch.setattr(head_triton, "WORKSPACE_BYTES", 1)  # 128 rows
+    monkeypatch.setattr(head_triton, "BLOCK", 512)
+    return request.param

@@ -6,8 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from learner import head
 from learner.head import head_stats
+from learner.head_types import Projection, Wanted
 
+GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -96,3 +99,25 @@ def check_coherent(gradient, expected) -> None:
     error = gradient.double() - expected
     assert (error.norm(dim=1) / expected.norm(dim=1)).median() <= 2e-3
     assert error.sum(0).norm() / expected.sum(0).norm() <= 2e-3
+
+
+def chunk_of(backend, hidden, weight, target, *, temperature=1.0, bias_V=None):
+    """All rows as one chunk: its gradients are not rounded to the dtype of the hidden states."""
+    return head._module(backend).chunk(
+        hidden,
+        target,
+        torch.full((len(hidden),), temperature, device=DEVICE),
+        Projection(weight_VH=weight, bias_V=bias_V, softcap=None),
+        Wanted(u=True, v=True, entropy_at_one=False, topk=None),
+    )
+
+
+def check(backend, hidden, weight, target, **options):
+    expected = oracle(hidden, weight, target, **options)
+    got = run(hidden, weight, target, backend=backend, **options)
+    check_values(got.logprob, got.entropy, expected)
+    tolerance = GRADIENT_TOLERANCE[hidden.dtype] * max(1.0, expected.largest / 32)
+    floor = 1e-2 * weight.double().norm(dim=1).max().item()  # what cancels in w_y - mean w leaves rounding of this size
+    check_rows(got.u, expected.u, tolerance, floor=floor)
+    check_rows(got.v, expected.v, tolerance, floor=floor)
+    return got, expected

@@ -39,6 +39,11 @@ def empty(tmp_path: Path) -> Path:
         ("--method.alpha inf", "method.alpha='inf': Input should be a finite number"),
         ("--method.clip_low 1.5", "method.clip_low='1.5': Input should be less than or equal to 1"),
         ("--method.weight_gradient true --learner.inner_updates 2", "learner.inner_updates=2; set one of the two back"),
+        ("--method.name grpo --method.weight_gradient true", "no gradient to let through token_weight=uniform"),
+        (
+            "--method.entropy topk-partial --learner.head_backend trl",
+            "is not made by learner.head_backend=trl; use auto",
+        ),
         ("--evaluation.num_problems 600", "evaluation.num_problems=600 exceeds task.num_eval=500"),
         ("--task.gym_options {bad", "task.gym_options"),
         ("--config nowhere.toml", "--config nowhere.toml is no file"),

@@ -7,36 +7,12 @@ import math
 
 import pytest
 import torch
-from head_oracle import DEVICE, case, check_coherent, check_rows, check_values, oracle, run
+from head_oracle import DEVICE, case, check, check_coherent, check_rows, chunk_of, oracle, run
 
-from learner import head, head_torch, head_triton
+from learner import head_triton
 from learner.head import head_stats
-from learner.head_types import Projection, Wanted
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
-GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-
-
-@pytest.fixture(params=["torch", "triton"])
-def backend(request, monkeypatch):
-    """A backend, its blocks made so small that a few hundred rows and a thousand tokens need several."""
-    monkeypatch.setattr(head_torch, "ROWS", 64)
-    monkeypatch.setattr(head_torch, "TILE", 256)
-    monkeypatch.setattr(head_triton, "WORKSPACE_BYTES", 1)  # 128 rows
-    monkeypatch.setattr(head_triton, "BLOCK", 512)
-    return request.param
-
-
-def check(backend, hidden, weight, target, **options):
-    expected = oracle(hidden, weight, target, **options)
-    got = run(hidden, weight, target, backend=backend, **options)
-    check_values(got.logprob, got.entropy, expected)
-    tolerance = GRADIENT_TOLERANCE[hidden.dtype] * max(1.0, expected.largest / 32)
-    floor = 1e-2 * weight.double().norm(dim=1).max().item()  # what cancels in w_y - mean w leaves rounding of this size
-    check_rows(got.u, expected.u, tolerance, floor=floor)
-    check_rows(got.v, expected.v, tolerance, floor=floor)
-    return got, expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -53,22 +29,17 @@ def test_no_rows(backend):
     assert got.u.shape == (0, 8)
 
 
-@pytest.mark.parametrize("topk", [None, 5])
-def test_a_temperature_for_each_row(backend, topk):
+def test_a_temperature_for_each_row(backend):
     hidden, weight, target = case(70, 16, 600)
     temperature = torch.linspace(0.05, 2.0, 70, device=DEVICE)
     check(backend, hidden, weight, target, temperature=temperature)
-    each = [head_stats(hidden[i : i + 1], weight, target[i : i + 1], temperature=temperature[i].item(), topk=topk,
-                       entropy_at_one=True, backend=backend) for i in (0, 69)]  # fmt: skip
-    whole = head_stats(hidden, weight, target, temperature=temperature, topk=topk, entropy_at_one=True, backend=backend)
-    for i, alone in zip((0, 69), each, strict=True):
-        for name in (
-            "logprob_N",
-            "entropy_N",
-            "entropy_at_one_N",
-            *(("topk_entropy_N", "topk_mass_N") if topk else ()),
-        ):
-            torch.testing.assert_close(getattr(whole, name)[i], getattr(alone, name)[0], rtol=1e-4, atol=1e-5)
+    extras = {"topk": 5, "entropy_at_one": True, "backend": backend}
+    whole = head_stats(hidden, weight, target, temperature=temperature, **extras)
+    for i in (0, 69):
+        cut = slice(i, i + 1)
+        alone = head_stats(hidden[cut], weight, target[cut], temperature=temperature[i].item(), **extras)
+        for name in ("logprob_N", "entropy_N", "entropy_at_one_N", "topk_entropy_N", "topk_mass_N"):
+            torch.testing.assert_close(getattr(whole, name)[cut], getattr(alone, name), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,70 +49,6 @@ def test_softcap_and_bias(backend, bias, dtype):
     bias_V = torch.randn(700, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype) if bias else None
     check(backend, hidden, weight, target, softcap=5.0, bias_V=bias_V, temperature=0.7)
     check(backend, hidden, weight, target, bias_V=bias_V)
-
-
-@pytest.mark.parametrize("shift", [0.0, -200.0])
-def test_all_logits_strongly_negative(backend, shift):
-    """A vocabulary that fills no block, logits -15 but one +3: zero padding would take the maximum."""
-    logits = torch.full((1029, 1), -15.0 + shift, device=DEVICE)
-    logits[7] = 3.0 + shift
-    for target in (7, 8, 1028):
-        check(backend, torch.ones(1, 1, device=DEVICE), logits, torch.tensor([target], device=DEVICE))
-
-
-def test_near_certain_target_keeps_its_gradient(backend):
-    """p_y = 1 - 1e-9: log-probability and gradient live in the sum of the others."""
-    weight = torch.tensor([[0.0, 1.0], [math.log(1e-9), 2.0]], device=DEVICE)
-    got = run(torch.tensor([[1.0, 0.0]], device=DEVICE), weight, torch.tensor([0], device=DEVICE), backend=backend)
-    assert got.logprob.item() == pytest.approx(-1e-9, rel=1e-4)
-    torch.testing.assert_close(got.u, 1e-9 * (weight[0] - weight[1])[None], rtol=1e-4, atol=0)
-
-
-def test_target_far_below_the_maximum(backend):
-    """80 below, where its probability is 0 in float16, and 3,000 below, where it is 0 in float64."""
-    for depth in (80.0, 3000.0):
-        weight = torch.tensor([[depth], [0.0], [1.0]], device=DEVICE)
-        got, _ = check(backend, torch.ones(1, 1, device=DEVICE), weight, torch.tensor([1], device=DEVICE))
-        assert got.logprob.item() == pytest.approx(-depth, rel=1e-6)
-
-
-def test_equal_logits(backend):
-    hidden, target = torch.ones(3, 2, device=DEVICE), torch.tensor([0, 500, 999], device=DEVICE)
-    got = run(hidden, torch.full((1000, 2), 5.0, device=DEVICE), target, backend=backend)
-    flat = torch.full_like(got.entropy, math.log(1000))
-    torch.testing.assert_close(got.entropy, flat, rtol=1e-6, atol=0)
-    torch.testing.assert_close(got.logprob, -flat, rtol=1e-6, atol=0)
-    assert max(got.u.abs().max(), got.v.abs().max()) < 1e-4  # of weights of 5: all cancels but rounding
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_impossible_tokens(backend, dtype):
-    """A bias of -inf: no probability, no entropy, no gradient; neither as a whole block nor as the target."""
-    hidden, weight, target = case(9, 8, 1100, dtype=dtype)
-    bias_V = torch.zeros(1100, device=DEVICE, dtype=dtype)
-    bias_V[:600] = -math.inf  # whole blocks, the first ones
-    bias_V[800:810] = -math.inf
-    target[:] = 700
-    check(backend, hidden, weight, target, bias_V=bias_V)
-    assert torch.equal(
-        head_stats(hidden, weight, torch.full_like(target, 3), bias_V=bias_V, backend=backend).logprob_N,
-        torch.full((9,), -math.inf, device=DEVICE),
-    )
-
-
-def test_huge_logits(backend):
-    weight = torch.tensor([[1e4], [9.9e3], [-1e4], [1e4]], device=DEVICE)
-    for target in range(4):
-        check(backend, torch.ones(1, 1, device=DEVICE), weight, torch.tensor([target], device=DEVICE))
-
-
-def test_not_a_number_is_not_hidden(backend):
-    hidden, weight, target = case(3, 8, 600)
-    hidden[1, 0] = math.nan
-    stats = head_stats(hidden, weight, target, backend=backend)
-    assert stats.logprob_N.isnan().tolist() == stats.entropy_N.isnan().tolist() == [False, True, False]
-    outside = head_stats(hidden[:1], weight, torch.tensor([600], device=DEVICE), backend=backend)
-    assert outside.logprob_N.isnan().all()
 
 
 def test_strided_inputs_and_upstream_gradients(backend):
@@ -201,18 +108,34 @@ def test_calls_with_and_without_gradient_agree_bitwise(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_gradients_before_they_are_rounded(backend, dtype):
-    """What the products make of 16-bit inputs, without the last rounding to the hidden states' dtype."""
-    if (backend, dtype, DEVICE) == ("triton", torch.bfloat16, "cpu"):
-        pytest.skip("Triton's interpreter truncates to bfloat16, a GPU rounds")
+def test_16_bit_gradients_before_they_are_rounded(backend, dtype, monkeypatch):
+    """What the products make of 16-bit inputs, without the last rounding to the hidden states' dtype.
+
+    Triton's interpreter truncates to bfloat16 where a GPU rounds (tests/compile_kernels.py). There the weights are made
+    in float32 and rounded here.
+    """
     hidden, weight, target = case(300, 64, 1027, scale=2.0, dtype=dtype)
-    wanted = Wanted(u=True, v=True, entropy_at_one=False, topk=None)
-    projection = Projection(weight_VH=weight, bias_V=None, softcap=None)
-    temperature = torch.full((300,), 0.6, device=DEVICE)
-    chunk = head._module(backend).chunk(hidden, target, temperature, projection, wanted)
     expected = oracle(hidden, weight, target, temperature=0.6)
-    check_coherent(chunk.u_cH, expected.u)
-    check_coherent(chunk.v_cH, expected.v)
+    if (backend, dtype, DEVICE) == ("triton", torch.bfloat16, "cpu"):
+        hidden, weight = hidden.float(), weight.float()
+        monkeypatch.setattr(head_triton, "_product", lambda a, b: a.bfloat16().float() @ b)
+    got = chunk_of(backend, hidden, weight, target, temperature=0.6)
+    check_coherent(got.u_cH, expected.u)
+    check_coherent(got.v_cH, expected.v)
+
+
+def test_identities(backend):
+    """H = -logp + <h, d logp / d h>; neither an order of the vocabulary nor a vector added to all rows of the weight
+    changes anything."""
+    hidden, weight, target = case(30, 16, 600)
+    got = run(hidden, weight, target, temperature=0.7, backend=backend)
+    torch.testing.assert_close(got.entropy, -got.logprob + (hidden * got.u).sum(1), rtol=0, atol=2e-5)
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    shuffled = run(hidden, weight[order], order.argsort()[target], temperature=0.7, backend=backend)
+    shifted = run(hidden, weight + weight[5], target, temperature=0.7, backend=backend)
+    for other in (shuffled, shifted):
+        for a, b in zip(got, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -222,11 +145,14 @@ def test_16_bit_gradients_before_they_are_rounded(backend, dtype):
         ({"temperature": math.nan}, "temperature=nan must be positive"),
         ({"topk": 0}, "topk=0 keeps no token"),
         ({"softcap": 0.0}, "softcap=0.0 must be positive"),
+        ({"weight_VH": torch.ones(9, 4, dtype=torch.float16)}, "weight_VH torch.float16; cast the hidden states"),
     ],
 )
 def test_numbers_out_of_range_raise(backend, bad, words):
     with pytest.raises(ValueError, match=words):
-        head_stats(*case(2, 4, 9), backend=backend, **bad)
+        head_stats(
+            **dict(zip(("hidden_NH", "weight_VH", "target_N"), case(2, 4, 9), strict=True)) | bad, backend=backend
+        )
 
 
 def test_a_trainable_head_raises(backend):
@@ -238,7 +164,7 @@ def test_a_trainable_head_raises(backend):
 
 
 def test_memory_does_not_grow_with_rows_times_vocabulary(backend):
-    """No tensor larger than a chunk of logits is made, whatever the number of rows."""
+    """No tensor larger than a chunk of logits is made, whatever the number of rows; nor is the weight upcast whole."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -250,7 +176,7 @@ def test_memory_does_not_grow_with_rows_times_vocabulary(backend):
                     largest = max(largest, tensor.numel())
             return out
 
-    hidden, weight, target = case(300, 4, 1000)
+    hidden, weight, target = case(300, 50, 1000, dtype=torch.bfloat16)
     with Watch():
         head_stats(
             hidden.requires_grad_(), weight, target, topk=10, entropy_at_one=True, temperature=0.5, backend=backend

@@ -182,15 +182,13 @@ def test_the_models_own_softcap_and_bias(kind, tmp_path):
             sliding_window=4096, initializer_range=0.5,
         )  # fmt: skip
         model = Gemma2ForCausalLM(config)
-        targets = ("q_proj",)
     else:
         model = PhiForCausalLM(PhiConfig(**SIZES, initializer_range=0.3))
         torch.nn.init.normal_(model.lm_head.bias)
-        targets = ("q_proj",)
     model.save_pretrained(tmp_path)
     policy = Policy(
         tmp_path,
-        ModelConfig(dtype="float32", lora_targets=targets),
+        ModelConfig(dtype="float32", lora_targets=("q_proj",)),
         device=torch.device("cpu"),
         checkpointing=False,
         head_backend="auto",
@@ -207,6 +205,7 @@ def test_the_models_own_softcap_and_bias(kind, tmp_path):
     ("facts", "words"),
     [
         ({"logits_scaling": 8.0}, "logits_scaling"),
+        ({"logit_scale": 0.0625}, "logit_scale"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"sliding_window": 512}, "a window of 512 tokens, less than model.max_length=1024"),
         ({"sliding_window": 512, "use_sliding_window": False}, None),
