@@ -19,10 +19,11 @@ MODULES = {"train": "benchmark_train", "learn": "benchmark_learner", "head": "be
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if not argv or argv[0] not in MODULES:
-        print(
-            __doc__ if argv[:1] in (["-h"], ["--help"]) else f"name a benchmark: {', '.join(MODULES)}", file=sys.stderr
-        )
+        print(f"name a benchmark: {', '.join(MODULES)}", file=sys.stderr)
         return 2
     return importlib.import_module(f"launch.{MODULES[argv[0]]}").main(argv[1:])
 

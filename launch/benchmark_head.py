@@ -17,6 +17,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from common.types import UserError
 from learner import head
 
 CONTENDERS = ("torch", "triton", "trl", "liger", "trl/float32")
+WHATS = ("forward", "both", "both_with_entropy")
 ORACLE_ROWS = 64  # whose float64 logits exist at once
 
 
@@ -80,28 +83,33 @@ class Contender:
         self.hidden_NH, self.weight_VH = given.hidden_NH, given.weight_VH
         if dtype:
             self.hidden_NH, self.weight_VH = (t.to(getattr(torch, dtype)) for t in (self.hidden_NH, self.weight_VH))
-        self.seconds: dict[str, list[float]] = {"forward": [], "both": []}
+        self.seconds: dict[str, list[float]] = {what: [] for what in WHATS}
         self.peak_bytes: dict[str, int] = {}
 
     def forward(self) -> head.HeadStats:
         with torch.no_grad():
-            return self._stats(self.hidden_NH)
+            return self._stats(self.hidden_NH, entropy_gradient=False)
 
     def both(self) -> tuple[head.HeadStats, Tensor]:
         """Forward, and backward of the log-probability."""
         hidden_NH = self.hidden_NH.detach().requires_grad_()
-        stats = self._stats(hidden_NH)
+        stats = self._stats(hidden_NH, entropy_gradient=False)
         stats.logprob_N.sum().backward()
         assert hidden_NH.grad is not None
         return stats, hidden_NH.grad
 
-    def _stats(self, hidden_NH: Tensor) -> head.HeadStats:
+    def both_with_entropy(self) -> None:
+        """Forward, and backward of log-probability and entropy."""
+        stats = self._stats(self.hidden_NH.detach().requires_grad_(), entropy_gradient=True)
+        (stats.logprob_N + stats.entropy_N).sum().backward()
+
+    def _stats(self, hidden_NH: Tensor, *, entropy_gradient: bool) -> head.HeadStats:
         return head.head_stats(
             hidden_NH,
             self.weight_VH,
             self.given.target_N,
             temperature=self.given.temperature,
-            entropy_gradient=False,
+            entropy_gradient=entropy_gradient,
             backend=self.backend,
         )
 
@@ -152,17 +160,26 @@ def _status_bytes(name: str) -> int:
     return int(line[1]) * 1024
 
 
-def measure(given: Problem, names: Sequence[str], repeats: int) -> list[Contender]:
-    """Rounds of every contender, in an order that turns around; the first warms up and measures the memory."""
-    contenders = [Contender(name, given) for name in names]
-    calls = [(c, what) for c in contenders for what in ("forward", "both")]
-    for contender, what in calls:
-        getattr(contender, what)()
-        contender.peak_bytes[what] = peak_bytes(getattr(contender, what))
+def measure(given: Problem, names: Sequence[str], repeats: int) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Rounds of every contender, in an order that turns around; the first warms up and measures the memory.
+
+    Also returns why those that failed did: a peer's kernels may not suit the device.
+    """
+    contenders, failed = {}, {}
+    for name in names:
+        contender = Contender(name, given)
+        try:
+            for what in WHATS:
+                getattr(contender, what)()
+                contender.peak_bytes[what] = peak_bytes(getattr(contender, what))
+            contenders[name] = contender
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            failed[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    calls = [(contender, what) for contender in contenders.values() for what in WHATS]
     for number in range(repeats):
         for contender, what in calls[:: -1 if number % 2 else 1]:
             contender.seconds[what].append(timed(getattr(contender, what)))
-    return contenders
+    return contenders, failed
 
 
 def matrix_rate(given: Problem, repeats: int) -> float:
@@ -187,6 +204,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         "forward ms",
         "both ms",
         "/ floor",
+        "with entropy's ms",
         "peak MB",
         "logprob RMS / max",
         "entropy RMS",
@@ -194,20 +212,26 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     ):
         drawn.add_column(name, justify="left" if name == "backend" else "right")
     for row in rows:
-        times = [
-            f"{1e3 * statistics.median(row[what]):.4g} ({1e3 * min(row[what]):.4g}-{1e3 * max(row[what]):.4g})"
-            for what in ("forward_seconds", "both_seconds")
-        ]
+        forward, both, with_entropy = (
+            f"{1e3 * statistics.median(seconds):.4g} ({1e3 * min(seconds):.4g}-{1e3 * max(seconds):.4g})"
+            for seconds in (row[f"{what}_seconds"] for what in WHATS)
+        )
         drawn.add_row(
             row["backend"],
-            *times,
+            forward,
+            both,
             f"{row['both_over_floor']:.2f}",
-            f"{row['forward_peak_bytes'] / 1e6:.0f} / {row['both_peak_bytes'] / 1e6:.0f}",
+            with_entropy,
+            f"{row['both_peak_bytes'] / 1e6:.0f}",
             f"{row['logprob_rms']:.1e} / {row['logprob_max']:.1e}",
             f"{row['entropy_rms']:.1e}",
             f"{row['gradient_median']:.1e}",
         )
     return drawn
+
+
+def _installed(name: str) -> bool:
+    return find_spec(name.replace("-", "_")) is not None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -243,25 +267,28 @@ def main(argv: Sequence[str]) -> int:
         dtype=getattr(torch, arguments.dtype),
         device=device,
     )
-    contenders = measure(given, names, arguments.repeats)
+    contenders, failed = measure(given, names, arguments.repeats)
     rate = matrix_rate(given, arguments.repeats)
     floor_seconds = 4 * arguments.rows * arguments.hidden * arguments.vocab / rate
     rows = [
         {
             "backend": name,
-            "forward_seconds": contender.seconds["forward"],
-            "both_seconds": contender.seconds["both"],
+            **{f"{what}_seconds": seconds for what, seconds in contender.seconds.items()},
+            **{f"{what}_peak_bytes": peak for what, peak in contender.peak_bytes.items()},
             "both_over_floor": statistics.median(contender.seconds["both"]) / floor_seconds,
-            "forward_peak_bytes": contender.peak_bytes["forward"],
-            "both_peak_bytes": contender.peak_bytes["both"],
             **contender.errors(),
         }
-        for name, contender in zip(names, contenders, strict=True)
+        for name, contender in contenders.items()
     ]
-    Console(width=150).print(table(rows))
+    Console(width=170).print(table(rows))
+    for name, reason in failed.items():
+        print(f"{name} failed: {reason}", file=sys.stderr)
     said = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "triton", "trl", "liger-kernel") if _installed(name)},
         **vars(arguments),
+        "failed": failed,
         "matrix_rate_flops": rate,
         "floor_seconds": floor_seconds,
         "measured": rows,

@@ -18,12 +18,18 @@ fi
 
 case ${1:-} in
 head)
-    if $python -c 'import pytest' 2>/dev/null; then $python -m pytest tests/test_head.py tests/test_head_contract.py; fi
+    status=0
+    if $python -c 'import pytest' 2>/dev/null; then
+        $python -m pytest tests/test_head.py tests/test_head_contract.py tests/test_head_extremes.py || status=$?
+    else
+        echo "pytest is not installed: the head's tests were not run" >&2
+    fi
     for width in $widths; do
         for temperature in 1.0 0.6; do
             $python launch/benchmark.py head --rows "$rows" --hidden "$width" --vocab $vocab --temperature $temperature
         done
     done
+    exit $status
     ;;
 learn)
     for backend in $backends; do
@@ -33,7 +39,7 @@ learn)
 train)
     folder=$(mktemp -d)
     $python launch/run.py --run.dir "$folder/default" "${@:2}"
-    $python launch/benchmark.py train --peer trl --steps 3
+    $python launch/benchmark.py train --peer trl --steps 3 "${@:2}"
     ;;
 *)
     sed -n '2,9s/^# \{0,1\}//p' "$0" >&2

@@ -107,7 +107,8 @@ def _fold(z, counted, highest, total, moment):
 
 @triton.jit
 def _statistics(logits, targets, inverses, statistics, rows, vocab, AT_ONE: tl.constexpr, BLOCK: tl.constexpr):
-    """A program for each row; `statistics` [8, rows] as unpacked in `chunk`."""
+    """A program for each row. Rows of `statistics` [8, rows]: log odds against the target, entropy, entropy at
+    temperature 1, m, log of the others' sum, mean of z - m, the target's z - m less that mean, the target's logit."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     inverse = tl.load(inverses + row)
