@@ -17,7 +17,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 
-from common.methods import METHODS, Method
+from common.methods import FACTS, METHODS, Method
 from common.types import UserError
 
 
@@ -135,7 +135,7 @@ else:
     MethodConfig = create_model(
         "MethodConfig",
         __base__=_MethodSection,
-        **{name: _optional(field) for name, field in Method.model_fields.items() if name not in ("paper", "equation")},
+        **{name: _optional(field) for name, field in Method.model_fields.items() if name not in FACTS},
     )
 
 

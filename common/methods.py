@@ -4,9 +4,11 @@ A field names a pure function of the learner (`advantage` -> learner/advantage.p
 numbers. Every field can be overridden on the command line as --method.FIELD, so rows compose.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+FACTS = ("paper", "equation", "remark")  # the fields of a row that nobody changes
 
 
 class Method(BaseModel):
@@ -21,6 +23,8 @@ class Method(BaseModel):
     """Where the row comes from."""
     equation: str
     """Its numbers there."""
+    remark: str = ""
+    """What the paper supports, and what is ours."""
     advantage: Literal["group_std", "group_mean", "leave_one_out", "asymmetric"] = "group_std"
     """How rewards (asymmetric: right and wrong answers) become advantages, within a group."""
     beta_pos: float = Field(0.5, allow_inf_nan=False)
@@ -99,26 +103,30 @@ class Method(BaseModel):
 
 METHODS: dict[str, Method] = {
     "grpo": Method(
-        paper="arXiv 2606.05434 (after 2402.03300)",
+        paper="arXiv 2606.05434",
         equation="2",
+        remark="after 2402.03300; the recipe's own baseline is sa-ah-grpo with alpha 0, a token mean",
         normaliser="sequence-mean",
     ),
     "ah-grpo": Method(
         paper="arXiv 2606.05434",
         equation="3-6",
+        remark="discounts every rollout",
         token_weight="horizon",
         alpha=0.5,
     ),
     "sa-ah-grpo": Method(
         paper="arXiv 2606.05434",
         equation="3-5, 7-9",
+        remark="discounts rollouts of negative advantage",
         token_weight="horizon",
         alpha=0.5,
         selective=True,
     ),
     "asym-grpo": Method(
         paper="arXiv 2604.04894",
-        equation="read in independent notes",
+        equation="-",
+        remark="from notes that agree, not from its text; right means the exact answer",
         advantage="asymmetric",
         beta_pos=0.9,
         beta_neg=0.4,
@@ -126,25 +134,29 @@ METHODS: dict[str, Method] = {
     ),
     "erpo": Method(
         paper="arXiv 2603.28204",
-        equation="one secondary source; the assembly is our reading; no results of its authors were found",
+        equation="-",
+        remark="its parts from one secondary source, their assembly ours; no results of its authors were found",
         token_advantage="erpo-additive",
         normaliser="sequence-mean",
     ),
     "arca": Method(
         paper="arXiv 2606.00257",
-        equation="its code (power 2; its text has 1); its own result is no win: greedy .590, uniform .620",
+        equation="its code",
+        remark="its text has power 1; its own result is no win: greedy .590 against uniform .620",
         token_weight="residual",
         normaliser="sequence-mean",
     ),
     "holder": Method(
         paper="arXiv 2605.12058",
-        equation="its code; p runs from 2 to -2; needs learner.inner_updates > 1 (the paper: 8)",
+        equation="its code",
+        remark="p has no effect without several learner.inner_updates; the paper makes 8",
         ratio="power-mean",
         normaliser="sequence-mean",
     ),
     "dr-grpo": Method(
         paper="arXiv 2503.20783",
-        equation="the unbiased objective",
+        equation="-",
+        remark="the constant is actor.max_tokens",
         advantage="group_mean",
         normaliser="constant",
         kl="none",
@@ -161,6 +173,7 @@ METHODS: dict[str, Method] = {
     "cispo": Method(
         paper="arXiv 2506.13585",
         equation="4, 5",
+        remark="no lower bound; the upper one is ours, the paper names none",
         ratio="stop-gradient",
         normaliser="token-mean",
         clip_low=1.0,
@@ -170,7 +183,8 @@ METHODS: dict[str, Method] = {
     ),
     "entropy-mask": Method(
         paper="arXiv 2506.01939",
-        equation="the top 20 % of the step's tokens by entropy, on DAPO's loss",
+        equation="-",
+        remark="the top 20 % of the step's tokens, on DAPO's loss; dropped groups are not sampled again yet",
         top_entropy_fraction=0.2,
         normaliser="token-mean",
         clip_high=0.28,
@@ -180,8 +194,29 @@ METHODS: dict[str, Method] = {
     ),
     "rloo": Method(
         paper="arXiv 2402.14740",
-        equation="the leave-one-out baseline",
+        equation="-",
+        remark="its advantage in GRPO's loss, the KL in the loss rather than in the reward",
         advantage="leave_one_out",
         normaliser="sequence-mean",
     ),
 }
+
+
+def parameters() -> dict[str, tuple[Any, str]]:
+    """Every field that --method.FIELD can change: its default and its meaning."""
+    return {
+        name: (field.default, field.description or "")
+        for name, field in Method.model_fields.items()
+        if name not in FACTS
+    }
+
+
+def table() -> str:
+    """The rows in Markdown: name, source, the fields that differ from the defaults, and what there is to say."""
+    lines = ["| `--method.name` | paper | equation | its fields | remark |", "|---|---|---|---|---|"]
+    for name, row in METHODS.items():
+        changed = {field: getattr(row, field) for field, (default, _) in parameters().items()}
+        changed = {field: value for field, value in changed.items() if value != parameters()[field][0]}
+        fields = ", ".join(f"{field} {value}" for field, value in changed.items())
+        lines.append(f"| `{name}` | {row.paper} | {row.equation} | {fields} | {row.remark} |")
+    return "\n".join(lines)

@@ -32,6 +32,7 @@ from learner import head
 
 CONTENDERS = ("torch", "triton", "trl", "liger", "trl/float32")
 WHATS = ("forward", "both", "both_with_entropy")
+PACKAGES = ("torch", "triton", "trl", "liger-kernel")
 ORACLE_ROWS = 64  # whose float64 logits exist at once
 
 
@@ -230,11 +231,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return drawn
 
 
-def _installed(name: str) -> bool:
-    return find_spec(name.replace("-", "_")) is not None
-
-
-def main(argv: Sequence[str]) -> int:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, meaning in (
         ("rows", 512, "N, scored tokens"),
@@ -246,7 +243,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--backends", nargs="+", choices=CONTENDERS, help="default: what can run here")
-    arguments = parser.parse_args(list(argv))
+    return parser.parse_args(list(argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = _parse(argv)
     try:
         for name in ("rows", "hidden", "vocab", "repeats", "temperature"):
             if not getattr(arguments, name) > 0:
@@ -286,7 +287,7 @@ def main(argv: Sequence[str]) -> int:
     said = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "triton", "trl", "liger-kernel") if _installed(name)},
+        "versions": {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))},
         **vars(arguments),
         "failed": failed,
         "matrix_rate_flops": rate,

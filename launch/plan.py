@@ -45,6 +45,7 @@ class Plan:
             f"{step * self.config.actor.max_tokens} completion tokens\n"
             f"# adapter: {self.num_adapter_parameters / 1e6:.2f} M parameters, "
             f"{self.num_adapter_parameters * 4 / 1e6:.1f} MB in float32 a version"
+            + "".join(f"\n# warning: {warning}" for warning in warnings(self.config))
         )
 
 
@@ -75,6 +76,20 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
         longest_prompt_tokens=longest,
         num_adapter_parameters=num_adapter_parameters,
     )
+
+
+def warnings(config: Config) -> list[str]:
+    """What is allowed, but does not do what its name says."""
+    method = config.method.resolve()
+    found = []
+    if method.ratio == "power-mean" and config.learner.inner_updates == 1:
+        found.append("the power of ratio=power-mean has no effect with learner.inner_updates=1: every ratio is 1")
+    if method.needs_evaluation_mode and config.model.lora_dropout > 0:
+        found.append(
+            f"model.lora_dropout={config.model.lora_dropout} is off in every pass of this method, which compares the "
+            "adapter with its absence"
+        )
+    return found
 
 
 def _run_folder(config: Config) -> Path | None:

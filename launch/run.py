@@ -2,6 +2,7 @@
 
 python launch/run.py --config launch/configs/default.toml --method.name sa-ah-grpo --run.dir runs/x
 python launch/run.py --dry-run      check everything, print the plan, start nothing
+python launch/run.py --methods      the table of methods and their parameters
 python launch/run.py --help         every option
 """
 
@@ -19,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import ray
 
 from actor.rollout import Sampling
+from common import methods
 from common.config import Config, dump, load
 from common.types import UserError
 from launch import cluster, plan, wiring
@@ -27,7 +29,7 @@ from launch.channel import AdapterMismatch
 from launch.display import Display
 from launch.evaluate import evaluate
 from launch.loop import RunFailed, train
-from launch.plan import Plan
+from launch.plan import Plan, warnings
 from launch.record import Recorder, rewind
 from launch.wiring import Workers
 from learner import checkpoint
@@ -49,6 +51,8 @@ def run(checked: Plan) -> None:
     display = Display(f"{config.method.name} in {folder}", steps=config.run.steps, first_step=first_step)
     recorder = Recorder(folder, checked.tokenizer, display, sample_every=config.run.sample_every)
     try:
+        for warning in warnings(config):
+            display.note(f"warning: {warning}")
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
         with cluster.connect(), wiring.start(checked) as workers:
             stream = PromptStream(checked.train_prompts, seed=config.run.seed, cursor=cursor)
@@ -110,6 +114,12 @@ def main(argv: Sequence[str]) -> int:
     """Exit status: 0 finished, 1 failed, 2 bad input; 128 + the signal's number if stopped by one."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    if "--methods" in argv:
+        print(methods.table())
+        print("\nEvery field is an option, --method.FIELD, of every method:\n")
+        for name, (default, meaning) in methods.parameters().items():
+            print(f"  {name} ({default}): {meaning}")
+        return 0
     try:
         options = [option for option in argv if option != "--dry-run"]
         checked = plan.make(load(options, DEFAULT_CONFIG))

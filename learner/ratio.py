@@ -24,6 +24,6 @@ def power_mean(difference_BT: Tensor, mask_BT: Tensor, *, power: float) -> Tenso
     """
     if abs(power) < NEARLY_ZERO:
         return sequence(difference_BT, mask_BT)
-    scaled_BT = (power * difference_BT).masked_fill(~mask_BT, -torch.inf)
-    log_mean_B1 = torch.logsumexp(scaled_BT, dim=1, keepdim=True) - mask_BT.sum(dim=1, keepdim=True).log()
-    return log_mean_B1 / power * mask_BT
+    scaled_BT = (power * difference_BT.double()).masked_fill(~mask_BT, -torch.inf)  # float64: p divides its rounding
+    log_mean_B1 = torch.logsumexp(scaled_BT, dim=1, keepdim=True) - mask_BT.sum(dim=1, keepdim=True).double().log()
+    return (log_mean_B1 / power * mask_BT).to(difference_BT.dtype)

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from common.config import Config, MethodConfig, dump, load, option_names
-from common.methods import METHODS
+from common.methods import METHODS, parameters, table
 from common.types import UserError
+from launch.plan import warnings
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "launch" / "configs").glob("*.toml"))
 
@@ -134,3 +135,25 @@ def test_every_method_resolves_to_its_row_and_can_be_changed(name: str) -> None:
     changed = MethodConfig(name=name, alpha=-2.0, normaliser="step", reward_threshold=0.5).resolve()
     assert (changed.alpha, changed.normaliser, changed.reward_threshold) == (-2.0, "step", 0.5)
     assert (changed.paper, changed.equation) == (METHODS[name].paper, METHODS[name].equation)
+
+
+def test_the_readme_holds_the_table_of_methods() -> None:
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    assert table() in readme, "paste the output of `python launch/run.py --methods` into README.md, Methods"
+
+
+def test_every_row_says_where_it_comes_from_and_every_field_what_it_means() -> None:
+    for name, row in METHODS.items():
+        assert row.paper.startswith("arXiv "), name
+        assert row.equation, name
+    assert all(meaning for _, meaning in parameters().values())
+    assert set(parameters()) == set(MethodConfig.model_fields) - {"name"}
+
+
+def test_warnings_name_what_has_no_effect(empty: Path) -> None:
+    assert warnings(load(["--method.name", "grpo"], empty)) == []
+    [one] = warnings(load(["--method.name", "holder"], empty))
+    assert "inner_updates=1" in one
+    assert warnings(load(["--method.name", "holder", "--learner.inner_updates", "2"], empty)) == []
+    [one] = warnings(load(["--method.name", "arca"], empty))
+    assert "lora_dropout=0.05 is off" in one

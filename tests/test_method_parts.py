@@ -212,10 +212,11 @@ def test_each_row_shows_its_signal(folder):
     assert grpo["advantage/spread_within_rollouts"] == pytest.approx(0, abs=1e-6)
     assert grpo["weight/gini"] == pytest.approx(0, abs=1e-6)
     asymmetric = metrics(name="asym-grpo")
-    assert asymmetric["advantage/positive_mean"] == pytest.approx(3**0.9 * 1 / 3 + 2 / 3 * 1, rel=0.5)
-    assert asymmetric["advantage/positive_mean"] != pytest.approx(-asymmetric["advantage/negative_mean"], rel=0.1)
+    # group 1: rewards 4 and 1.5 are right, p = 1/2, with 7 + 9 and 3 + 1 tokens; group 2: reward 2, p = 1/4, 8 and 12
+    assert asymmetric["advantage/positive_mean"] == pytest.approx((16 * 1 + 8 * 3**0.9) / 24)
+    assert asymmetric["advantage/negative_mean"] == pytest.approx(-(4 * 1 + 12 * 3**-0.4) / 16)
     assert metrics(name="erpo")["advantage/spread_within_rollouts"] > 0.01
     assert metrics(name="arca")["weight/gini"] > 0.05
     assert metrics(name="holder")["ratio/power"] == 2
-    assert metrics(name="entropy-mask")["weight/mean"] == pytest.approx(0.2, abs=0.05)
+    assert 0.2 <= metrics(name="entropy-mask")["weight/mean"] < 0.3  # first tokens of a group tie
     assert metrics(name="entropy-mask")["groups/dropped"] == 1
