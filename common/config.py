@@ -3,22 +3,18 @@
 Where a default is a number of the paper (arXiv 2606.05434, Table 1), it is the paper's number.
 """
 
-import argparse
 import difflib
-import re
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic_settings
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic.fields import FieldInfo
 
 from common.methods import FACTS, METHODS, Method
-from common.types import UserError
 
 
 class Section(BaseModel):
@@ -185,7 +181,7 @@ class Config(pydantic_settings.BaseSettings):
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         if self.method.name not in METHODS:
-            raise ValueError(f"method.name={self.method.name} is no method{_suggest(self.method.name, METHODS)}")
+            raise ValueError(f"method.name={self.method.name} is no method{suggest(self.method.name, METHODS)}")
         if self.actor.max_tokens >= self.model.max_length:
             raise ValueError(
                 f"actor.max_tokens={self.actor.max_tokens} leaves no room for a prompt in "
@@ -196,6 +192,11 @@ class Config(pydantic_settings.BaseSettings):
             raise ValueError(
                 f"method.weight_gradient=true has no gradient to let through token_weight={method.token_weight}; "
                 "set it with token_weight=horizon"
+            )
+        if method.overlong_buffer > self.actor.max_tokens:
+            raise ValueError(
+                f"method.overlong_buffer={method.overlong_buffer} exceeds actor.max_tokens={self.actor.max_tokens}; "
+                "lower it"
             )
         if method.entropy != "exact" and self.learner.head_backend in ("trl", "liger"):
             raise ValueError(
@@ -215,85 +216,13 @@ class Config(pydantic_settings.BaseSettings):
         return self
 
 
-def load(argv: Sequence[str], default: Path) -> Config:
-    """The configuration of a command line: options win over `--config FILE`, which wins over the defaults.
-
-    Without --config the file `default` is read. Raises UserError for anything wrong, in one line.
-    """
-    parser = _Parser(add_help=False)
-    parser.add_argument("--config", type=Path, default=default)
-    chosen, options = parser.parse_known_args(list(argv))
-    if not chosen.config.is_file():
-        raise UserError(f"--config {chosen.config} is no file; name a TOML file, such as launch/configs/default.toml")
-
-    class Loaded(Config):
-        @classmethod
-        def settings_customise_sources(
-            cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any
-        ) -> tuple[Any, ...]:
-            command_line: Any = pydantic_settings.CliSettingsSource(
-                settings_cls,
-                root_parser=_Parser(),
-                cli_parse_args=options,
-                cli_parse_none_str="null",
-                cli_avoid_json=True,  # in the help; it is still understood
-                cli_implicit_flags=True,
-            )
-            return command_line, pydantic_settings.TomlConfigSettingsSource(settings_cls, toml_file=chosen.config)
-
-    try:
-        return Config.model_construct(**dict(Loaded()))
-    except ValidationError as error:
-        raise UserError("; ".join(_explain(e) for e in error.errors())) from None
-    except pydantic_settings.SettingsError as error:
-        raise UserError(f"{str(error).strip().splitlines()[0]}; see --help for the options") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"--config {chosen.config} is not valid TOML: {error}") from None
-
-
 def dump(config: Config) -> str:
     """The resolved configuration as TOML; loading it again gives an equal configuration."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def _explain(error: Any) -> str:
-    where = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"{where}={error['input']!r} is no option{_suggest(where, option_names())}"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    return f"{where}={error['input']!r}: {error['msg']}"
-
-
-class _Parser(argparse.ArgumentParser):
-    """The command line, with the help of `--help`; its errors are UserErrors."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(
-            usage="launch/run.py [--config FILE.toml] [--dry-run] [--SECTION.KEY VALUE ...]",
-            description="Train. Options win over the file, which wins over the defaults shown here; "
-            "--dry-run checks everything, prints the plan and starts nothing.",
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120),
-            allow_abbrev=False,
-            **options,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            close = difflib.get_close_matches(unknown[1], [f"--{name}" for name in option_names()], n=1)
-            raise UserError(f"{unknown[1]} is no option; {f'did you mean {close[0]}?' if close else 'see --help'}")
-        raise UserError(f"{message}; see --help for the options")
-
-
-def option_names() -> list[str]:
-    """Every option as section.key."""
-    return [
-        f"{name}.{key}"
-        for name, section in Config.model_fields.items()
-        for key in section.annotation.model_fields  # type: ignore[union-attr]
-    ]
-
-
-def _suggest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The known word that `word` was meant to be, or all of them; the end of an error message."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

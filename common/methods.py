@@ -89,6 +89,16 @@ class Method(BaseModel):
     """Groups that take no part, not even in the KL: of equal rewards, or with all answers right or all wrong."""
     reward_threshold: float | None = Field(None, ge=0)
     """Groups whose rewards spread (population std) less than this take no part."""
+    refill_rounds: int = Field(0, ge=0)
+    """How many times a step samples new prompts in place of groups that take no part."""
+    overlong_buffer: int = Field(0, ge=0)
+    """Tokens before actor.max_tokens over which a length penalty grows from 0 to overlong_penalty; 0: none."""
+    overlong_penalty: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """What a completion of full length loses."""
+    importance: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = "none"
+    """Weight of pi_learner / pi_actor for what the actor sampled otherwise than the learner sees it."""
+    importance_cap: float = Field(2.0, gt=0)
+    """Weights above it are cut to it (truncate) or to 0 (mask)."""
 
     @property
     def has_kl(self) -> bool:
@@ -162,6 +172,17 @@ METHODS: dict[str, Method] = {
         kl="none",
         beta=0.0,
     ),
+    "dapo": Method(
+        paper="arXiv 2503.14476",
+        equation="8-13",
+        remark="the paper's overlong_buffer is 4,096 of 20,480 tokens; set a share of actor.max_tokens",
+        normaliser="token-mean",
+        clip_high=0.28,
+        kl="none",
+        beta=0.0,
+        group_filter="accuracy",
+        refill_rounds=3,
+    ),
     "gspo": Method(
         paper="arXiv 2507.18071",
         equation="5, 7",
@@ -184,13 +205,14 @@ METHODS: dict[str, Method] = {
     "entropy-mask": Method(
         paper="arXiv 2506.01939",
         equation="-",
-        remark="the top 20 % of the step's tokens, on DAPO's loss; dropped groups are not sampled again yet",
+        remark="the top 20 % of the step's tokens, on DAPO's loss",
         top_entropy_fraction=0.2,
         normaliser="token-mean",
         clip_high=0.28,
         kl="none",
         beta=0.0,
         group_filter="accuracy",
+        refill_rounds=3,
     ),
     "rloo": Method(
         paper="arXiv 2402.14740",

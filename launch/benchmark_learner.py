@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import Config, MethodConfig, load
+from common.command_line import load
+from common.config import Config, MethodConfig
 from common.types import Group, Prompt, Rollout, Score, UserError
 from launch import models
 from learner.learner import Learner

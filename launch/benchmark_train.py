@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from actor.rollout import Sampling
-from common.config import Config, MethodConfig, load
+from common.command_line import load
+from common.config import Config, MethodConfig
 from common.types import UserError
 from launch import cluster, plan, wiring
 from launch.buffer import PromptStream

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,29 +48,51 @@ class Buffer:
         prompts_per_step: int,
         num_steps: int,
         max_staleness: int = 0,
+        drop_reason: Callable[[Group], str | None] = lambda group: None,
+        refill_rounds: int = 0,
     ) -> None:
+        assert not (max_staleness and refill_rounds), "a refill samples beside what is under way"
         self.actors = list(actors)
         self.stream = stream
         self.sampling = sampling
-        self.num_taken = 0
+        self.drop_reason = drop_reason  # of a group from which nothing is learned, and which is sampled anew
+        self.refill_rounds = refill_rounds  # times at most in a take
+        self.discarded: list[Group] = []  # of the last take
+        self.num_taken = 0  # prompts, the discarded ones included
         self.num_left = prompts_per_step * num_steps  # prompts to start yet: none is sampled in vain
         self.requests: deque[list[Any]] = deque()  # a step each: references to lists of groups, in prompt order
         for _ in range(max_staleness + 1):
             self.release(prompts_per_step)
 
     def take(self, count: int) -> list[Group]:
-        """The next `count` groups, in the order of their prompts; waits for them."""
-        groups = [group for part in ray.get(self.requests.popleft()) for group in part]
+        """The next `count` groups, in the order of their prompts; waits for them.
+
+        Those with a reason to be dropped are replaced by new prompts, as long as there are rounds left, and put
+        into `discarded`.
+        """
+        groups = self._wait(self.requests.popleft())
         assert len(groups) == count, "a take has the size of the release that started it"
-        self.num_taken += count
+        self.discarded = []
+        for _ in range(self.refill_rounds):
+            dropped = [group for group in groups if self.drop_reason(group)]
+            if not dropped:
+                break
+            self.discarded += dropped
+            groups = [group for group in groups if not self.drop_reason(group)]
+            groups += self._wait(self._start(self.stream.draw(len(dropped))))
+        self.num_taken += count + len(self.discarded)
         return groups
 
     def release(self, count: int) -> None:
         """`count` taken groups are done with: as many new ones start, with the adapter that the actors hold."""
         prompts = self.stream.draw(min(count, self.num_left))
         self.num_left -= len(prompts)
+        self.requests.append(self._start(prompts))
+
+    def _start(self, prompts: Sequence[Prompt]) -> list[Any]:
         share = math.ceil(len(prompts) / len(self.actors)) or 1
         parts = [prompts[start : start + share] for start in range(0, len(prompts), share)]
-        self.requests.append(
-            [actor.rollout.remote(part, self.sampling) for actor, part in zip(self.actors, parts, strict=False)]
-        )
+        return [actor.rollout.remote(part, self.sampling) for actor, part in zip(self.actors, parts, strict=False)]
+
+    def _wait(self, request: list[Any]) -> list[Group]:
+        return [group for part in ray.get(request) for group in part]

@@ -29,7 +29,7 @@ from ray._private.authentication import authentication_token_setup as authentica
 from ray._private.utils import read_ray_address
 from ray.job_submission import JobInfo, JobStatus, JobSubmissionClient
 
-from common import config
+from common.command_line import load
 from common.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -254,7 +254,7 @@ def _exit_status(info: JobInfo) -> int:
 def _check(options: Sequence[str]) -> int:
     """The exit status of launch/run.py --dry-run, whose plan is shown only if it was asked for."""
     others = [option for option in options if option != "--dry-run"]
-    config.load(others, DEFAULT_CONFIG)  # which alone tells a misspelt option at once, and answers --help
+    load(others, DEFAULT_CONFIG)  # which alone tells a misspelt option at once, and answers --help
     command = [sys.executable, "launch/run.py", "--dry-run", *others]
     return subprocess.run(
         command, cwd=ROOT, stdout=None if len(others) < len(options) else subprocess.DEVNULL

@@ -18,7 +18,8 @@ if not __package__:  # run as a script: import from the checkout, not from launc
 import ray
 
 from actor.rollout import Sampling
-from common.config import Config, load
+from common.command_line import load
+from common.config import Config
 from common.metrics import mean
 from common.types import Group, Prompt, UserError
 from launch import cluster, plan, wiring

@@ -50,7 +50,7 @@ def train(
             publish_seconds=ended - learned,
             step_seconds=ended - started,
         )
-        recorder.step(step, groups, result, published, times)
+        recorder.step(step, groups, result, published, times, num_discarded=len(buffer.discarded))
         num_refused = num_refused + 1 if result.refused else 0
         if num_refused == MAX_REFUSED_STEPS:
             raise RunFailed(

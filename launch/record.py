@@ -36,12 +36,23 @@ class Recorder:
         self.evaluations = JsonLines(folder / "evaluations.jsonl")
 
     def step(
-        self, step: int, groups: Sequence[Group], result: UpdateResult, published: Published, times: StepTimes
+        self,
+        step: int,
+        groups: Sequence[Group],
+        result: UpdateResult,
+        published: Published,
+        times: StepTimes,
+        *,
+        num_discarded: int = 0,
     ) -> None:
-        """Everything of optimizer step `step`, 1-based: the number of the adapter version that it made."""
+        """Everything of optimizer step `step`, 1-based: the number of the adapter version that it made.
+
+        `num_discarded` groups were sampled for it, and replaced because nothing is learned from them.
+        """
         metrics = {
             **group_metrics(groups, published.version),
             **result.metrics,
+            "groups/discarded": float(num_discarded),
             "update/refused": float(result.refused is not None),
             "adapter/version": float(published.version),
             "adapter/canary_difference": published.canary_difference,

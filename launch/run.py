@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
@@ -21,7 +22,8 @@ import ray
 
 from actor.rollout import Sampling
 from common import methods
-from common.config import Config, dump, load
+from common.command_line import load
+from common.config import Config, dump
 from common.types import UserError
 from launch import cluster, plan, wiring
 from launch.buffer import Buffer, PromptStream
@@ -33,6 +35,7 @@ from launch.plan import Plan, warnings
 from launch.record import Recorder, rewind
 from launch.wiring import Workers
 from learner import checkpoint
+from learner.selection import drop_reason
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.toml"
 
@@ -40,6 +43,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.toml"
 def run(checked: Plan) -> None:
     """Train as planned, into the run folder."""
     config = checked.config
+    method = config.method.resolve()
     folder = config.run.dir
     folder.mkdir(parents=True, exist_ok=True)
     first_step, cursor = 0, 0
@@ -62,6 +66,8 @@ def run(checked: Plan) -> None:
                 Sampling.of(config),
                 prompts_per_step=config.run.prompts_per_step,
                 num_steps=config.run.steps - first_step,
+                drop_reason=partial(drop_reason, method=method),
+                refill_rounds=method.refill_rounds,
             )
             after_step = _after_step(checked, workers, buffer, recorder, cursor)
             if first_step == 0:

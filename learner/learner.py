@@ -50,9 +50,10 @@ class Learner:
         A step in which no group takes part changes nothing and is not refused.
         """
         step, self.step = self.step, self.step + 1
-        selection = select(groups, self.method)
+        selection = select(groups, self.method, max_tokens=self.config.actor.max_tokens)
         result: list[TokenStreams | None] = [None] * sum(len(group.rollouts) for group in groups)
-        metrics = {"learner/rate": self.optimizer.rate(step), "groups/dropped": float(selection.num_dropped_groups)}
+        metrics = {"learner/rate": self.optimizer.rate(step), "groups/dropped": float(sum(selection.dropped.values()))}
+        metrics |= {f"groups/dropped_{reason}": float(count) for reason, count in selection.dropped.items()}
         if not selection.groups:
             return UpdateResult(metrics=metrics, streams=tuple(result))
 

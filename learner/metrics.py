@@ -30,6 +30,7 @@ def step_metrics(
         "weight/effective_fraction": _effective_fraction(streams.token_weights_N),
         "weight/gini": token_weights.gini(batch.pad(streams.raw_weights_N), batch.mask_BT).mean().item(),
         "ratio/power": streams.power,
+        "importance/mean": streams.importance_N.mean().item(),
         "advantage/positive_mean": _mean(streams.advantages_N[streams.advantages_N > 0]),
         "advantage/negative_mean": _mean(streams.advantages_N[negative_N]),
         "advantage/spread_within_rollouts": _spread_within(batch.pad(streams.advantages_N), batch.mask_BT),

@@ -27,3 +27,16 @@ def power_mean(difference_BT: Tensor, mask_BT: Tensor, *, power: float) -> Tenso
     scaled_BT = (power * difference_BT.double()).masked_fill(~mask_BT, -torch.inf)  # float64: p divides its rounding
     log_mean_B1 = torch.logsumexp(scaled_BT, dim=1, keepdim=True) - mask_BT.sum(dim=1, keepdim=True).double().log()
     return (log_mean_B1 / power * mask_BT).to(difference_BT.dtype)
+
+
+def importance(difference_BT: Tensor, mask_BT: Tensor, *, sequence_level: bool, mask_out: bool, cap: float) -> Tensor:
+    """pi_learner / pi_actor of each token, or of the whole rollout, from `difference_BT` of their log-probabilities.
+
+    What exceeds `cap` becomes `cap`, or with `mask_out` 0: a truncated or a masked importance weight
+    (F. Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025).
+    """
+    if sequence_level:
+        difference_BT = (difference_BT * mask_BT).sum(dim=1, keepdim=True).expand_as(mask_BT)
+    ratio_BT = difference_BT.exp()
+    bounded_BT = ratio_BT.where(ratio_BT <= cap, torch.zeros_like(ratio_BT)) if mask_out else ratio_BT.clamp(max=cap)
+    return bounded_BT * mask_BT

@@ -1,13 +1,14 @@
 """Which rollouts take part in a step, and with what advantage."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from common.methods import Method
-from common.types import Group, Rollout
+from common.types import Group, Rollout, Score
 from learner import advantage
 
 ADVANTAGES = {
@@ -25,25 +26,26 @@ class Selection:
     advantages_B: Tensor  # float64
     group_B: Tensor  # int64, 0..P-1
     place_B: tuple[int, ...]  # of each rollout among all rollouts of the step
-    num_dropped_groups: int
+    dropped: Mapping[str, int]  # groups by the reason of drop_reason
 
 
-def select(groups: Sequence[Group], method: Method) -> Selection:
+def select(groups: Sequence[Group], method: Method, *, max_tokens: int) -> Selection:
     """Leave out rollouts without a reward, and the groups that `method` drops; advantages of the rest.
 
-    A group's advantages are taken over its scored rollouts alone.
+    A group's advantages are taken over its scored rollouts alone. max_tokens is the longest completion possible.
     """
     kept: list[Group] = []
     advantages: list[Tensor] = []
     places: list[int] = []
+    dropped: Counter[str] = Counter()
     start = 0
     for group in groups:
-        scored = [i for i, rollout in enumerate(group.rollouts) if rollout.score is not None]
-        rewards_1G = torch.tensor([[_reward(group.rollouts[i]) for i in scored]], dtype=torch.float64)
-        correct_1G = torch.tensor([[_correct(group.rollouts[i]) for i in scored]], dtype=torch.float64)
-        if scored and not _dropped(rewards_1G, correct_1G, method):
+        if reason := drop_reason(group, method):
+            dropped[reason] += 1
+        else:
+            scored = [i for i, rollout in enumerate(group.rollouts) if rollout.score is not None]
             kept.append(replace(group, rollouts=tuple(group.rollouts[i] for i in scored)))
-            advantages.append(_advantages(rewards_1G, correct_1G, method)[0])
+            advantages.append(_advantages(kept[-1], method, max_tokens))
             places += [start + i for i in scored]
         start += len(group.rollouts)
     sizes = torch.tensor([len(group.rollouts) for group in kept], dtype=torch.int64)
@@ -52,30 +54,47 @@ def select(groups: Sequence[Group], method: Method) -> Selection:
         advantages_B=torch.cat(advantages) if advantages else torch.empty(0, dtype=torch.float64),
         group_B=torch.repeat_interleave(torch.arange(len(kept)), sizes),
         place_B=tuple(places),
-        num_dropped_groups=len(groups) - len(kept),
+        dropped=dropped,
     )
 
 
-def _advantages(rewards_1G: Tensor, correct_1G: Tensor, method: Method) -> Tensor:
-    if method.advantage == "asymmetric":
-        return advantage.asymmetric(correct_1G, beta_pos=method.beta_pos, beta_neg=method.beta_neg)
-    return ADVANTAGES[method.advantage](rewards_1G)
-
-
-def _reward(rollout: Rollout) -> float:
-    assert rollout.score is not None, "only scored rollouts have a reward"
-    return rollout.score.total
-
-
-def _correct(rollout: Rollout) -> float:
-    assert rollout.score is not None, "only scored rollouts are right or wrong"
-    return float(rollout.score.correct)
-
-
-def _dropped(rewards_1G: Tensor, correct_1G: Tensor, method: Method) -> bool:
-    spread = rewards_1G.std(correction=0).item()
+def drop_reason(group: Group, method: Method) -> str | None:
+    """Why `method` learns nothing from this group, in a word; None where it does."""
+    scores = [rollout.score for rollout in group.rollouts if rollout.score is not None]
+    if not scores:
+        return "unscored"
+    right = sum(score.correct for score in scores)
+    if method.group_filter == "accuracy" and right in (0, len(scores)):
+        return "all-right" if right else "all-wrong"
+    spread = torch.tensor([score.total for score in scores], dtype=torch.float64).std(correction=0).item()
     if method.group_filter == "zero-variance" and spread == 0:
-        return True
-    if method.group_filter == "accuracy" and correct_1G.mean().item() in (0.0, 1.0):
-        return True
-    return method.reward_threshold is not None and spread < method.reward_threshold
+        return "zero-variance"
+    if method.reward_threshold is not None and spread < method.reward_threshold:
+        return "small-spread"
+    return None
+
+
+def overlong(num_tokens: int, method: Method, *, max_tokens: int) -> float:
+    """What a completion loses for its length: 0 up to max_tokens - overlong_buffer, then linear up to
+    overlong_penalty at max_tokens (DAPO, arXiv 2503.14476, Eq. 13)."""
+    if method.overlong_buffer == 0:
+        return 0.0
+    over = num_tokens - (max_tokens - method.overlong_buffer)
+    return method.overlong_penalty * min(1.0, max(0.0, over / method.overlong_buffer))
+
+
+def _advantages(group: Group, method: Method, max_tokens: int) -> Tensor:
+    """[G] float64 of a group whose rollouts are all scored."""
+    if method.advantage == "asymmetric":
+        correct_1G = torch.tensor([[_score(rollout).correct for rollout in group.rollouts]], dtype=torch.float64)
+        return advantage.asymmetric(correct_1G, beta_pos=method.beta_pos, beta_neg=method.beta_neg)[0]
+    rewards = [
+        _score(rollout).total - overlong(rollout.num_completion_tokens, method, max_tokens=max_tokens)
+        for rollout in group.rollouts
+    ]
+    return ADVANTAGES[method.advantage](torch.tensor([rewards], dtype=torch.float64))[0]
+
+
+def _score(rollout: Rollout) -> Score:
+    assert rollout.score is not None, "only scored rollouts have a reward"
+    return rollout.score

@@ -24,7 +24,8 @@ class Streams:
     entropy_N: Tensor  # the one that the weights are made of
     advantages_N: Tensor
     raw_weights_N: Tensor  # before normalising
-    token_weights_N: Tensor  # normalised over the step: the objective is a plain sum
+    token_weights_N: Tensor  # normalised over the step, times importance: the objective is a plain sum
+    importance_N: Tensor  # weights that correct for what the actor sampled otherwise
     entropy_slopes_N: Tensor | None  # d objective / d entropy through the weights, where the method asks for it
     entropy_bonus: float  # weight of the mean entropy in the objective
     power: float  # of the power-mean ratio at this step
@@ -60,18 +61,22 @@ def fix(
         raw_BT, batch.mask_BT, group_B, normaliser=method.normaliser, max_tokens=max_tokens
     )
     advantages_BT = _token_advantages(entropy_BT.detach(), passed, batch, advantages_B, group_B, method, reference)
+    old_logprobs_N = stats.logprob_N.detach()
+    actor_logprobs_N = batch.gather([r.actor_logprobs[r.mask] for g in selection.groups for r in g.rollouts])
+    importance_BT = _importance(batch.pad(old_logprobs_N - actor_logprobs_N).double(), batch, method)
     slopes_N = None
     if method.weight_gradient:  # at the step's start the ratio is 1, and the surrogate is the advantage
-        (slopes_BT,) = torch.autograd.grad((weights_BT * advantages_BT).sum(), entropy_BT)
+        (slopes_BT,) = torch.autograd.grad((weights_BT * importance_BT * advantages_BT).sum(), entropy_BT)
         slopes_N = batch.flatten(slopes_BT).float()
     return Streams(
-        old_logprobs_N=stats.logprob_N.detach(),
-        actor_logprobs_N=batch.gather([r.actor_logprobs[r.mask] for g in selection.groups for r in g.rollouts]),
+        old_logprobs_N=old_logprobs_N,
+        actor_logprobs_N=actor_logprobs_N,
         reference_logprobs_N=None if reference is None else reference.logprobs_N,
         entropy_N=batch.flatten(entropy_BT.detach()).float(),
         advantages_N=batch.flatten(advantages_BT).float(),
         raw_weights_N=batch.flatten(raw_BT.detach()).float(),
-        token_weights_N=batch.flatten(weights_BT.detach()).float(),
+        token_weights_N=batch.flatten(weights_BT.detach() * importance_BT).float(),
+        importance_N=batch.flatten(importance_BT).float(),
         entropy_slopes_N=slopes_N,
         entropy_bonus=entropy_bonus,
         power=power,
@@ -138,6 +143,20 @@ def _token_advantages(
         batch.mask_BT,
         assembly=method.token_advantage.removeprefix("erpo-"),
         weight=method.erpo_weight,
+    )
+
+
+def _importance(difference_BT: Tensor, batch: StepBatch, method: Method) -> Tensor:
+    """[B, T] weights from log pi_learner - log pi_actor at the step's start."""
+    if method.importance == "none":
+        return batch.mask_BT.to(difference_BT.dtype)
+    level, kind = method.importance.split("-")
+    return ratio.importance(
+        difference_BT,
+        batch.mask_BT,
+        sequence_level=level == "sequence",
+        mask_out=kind == "mask",
+        cap=method.importance_cap,
     )
 
 

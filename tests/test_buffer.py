@@ -69,3 +69,33 @@ def test_seeds_differ_by_prompt_and_by_run():
     seeds = {prompt_seed(seed, index) for seed in range(20) for index in range(200)}
     assert len(seeds) == 4000
     assert max(seeds) < 2**31
+
+
+@pytest.mark.parametrize(
+    ("refill_rounds", "kept"), [(0, [0, 1, 2, 3]), (1, [1, 3, 4, 5]), (2, [1, 3, 5, 6]), (9, [1, 3, 5, 7])]
+)
+def test_refill(refill_rounds, kept):
+    """Prompts of an even place teach nothing: new ones take their place, in order, while there are rounds."""
+    actors = [FakeActor(), FakeActor()]
+    stream = PromptStream(PROMPTS, seed=1)
+    buffer = Buffer(
+        actors,
+        stream,
+        SAMPLING,
+        prompts_per_step=4,
+        num_steps=2,
+        drop_reason=lambda group: None if group.prompt.index % 2 else "even",
+        refill_rounds=refill_rounds,
+    )
+    groups = buffer.take(4)
+    assert [group.prompt.index for group in groups] == kept
+    discarded = [group.prompt.index for group in buffer.discarded]
+    assert sorted(kept + discarded) == list(range(stream.cursor))
+    assert buffer.num_taken == stream.cursor, "a resumed run goes on with the next prompt"
+    for actor in actors:
+        actor.version = 1
+    buffer.release(4)
+    groups = buffer.take(4)
+    assert {rollout.version for group in groups for rollout in group.rollouts} == {1}
+    assert groups[0].prompt.index == len(kept + discarded) + (refill_rounds > 0 and len(kept + discarded) % 2 == 0)
+    assert buffer.num_taken == stream.cursor

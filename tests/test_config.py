@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config, MethodConfig, dump, load, option_names
+from common.command_line import load, option_names
+from common.config import Config, MethodConfig, dump
 from common.methods import METHODS, parameters, table
 from common.types import UserError
 from launch.plan import warnings

@@ -7,10 +7,12 @@ import pytest
 import tiny
 import torch
 
+from common.methods import METHODS
 from learner import ratio, token_advantages, token_weights
 from learner.advantage import group_mean, leave_one_out
 from learner.learner import Learner
 from learner.loss import clipped_surrogate, pessimistic_clip, stop_gradient_surrogate
+from learner.selection import drop_reason, overlong
 
 ALL = torch.ones(1, 3, dtype=torch.bool)
 RATIOS = torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64)
@@ -220,3 +222,39 @@ def test_each_row_shows_its_signal(folder):
     assert metrics(name="holder")["ratio/power"] == 2
     assert 0.2 <= metrics(name="entropy-mask")["weight/mean"] < 0.3  # first tokens of a group tie
     assert metrics(name="entropy-mask")["groups/dropped"] == 1
+
+
+def test_importance_by_hand():
+    difference_BT = torch.tensor([[math.log(3), math.log(0.5), 9.0]], dtype=torch.float64)
+    mask_BT = torch.tensor([[True, True, False]])
+    for options, expected in (
+        ({"sequence_level": False, "mask_out": False}, [2.0, 0.5, 0.0]),
+        ({"sequence_level": False, "mask_out": True}, [0.0, 0.5, 0.0]),
+        ({"sequence_level": True, "mask_out": False}, [1.5, 1.5, 0.0]),
+        ({"sequence_level": True, "mask_out": True}, [1.5, 1.5, 0.0]),
+    ):
+        got = ratio.importance(difference_BT, mask_BT, cap=2.0, **options)
+        torch.testing.assert_close(got, torch.tensor([expected], dtype=torch.float64))
+
+
+def test_why_a_group_is_dropped():
+    def reason(rewards, **fields):
+        return drop_reason(tiny.group(0, [2] * len(rewards), rewards), METHODS["grpo"].model_copy(update=fields))
+
+    accuracy = {"group_filter": "accuracy"}  # a reward above 1 is right
+    assert reason([None, None]) == reason([None, None], **accuracy) == "unscored"
+    assert reason([4.0, 4.0]) is None
+    assert reason([4.0, 2.0], **accuracy) == "all-right"
+    assert reason([0.0, 0.5, None], **accuracy) == "all-wrong"
+    assert reason([4.0, 0.5], **accuracy) is None
+    assert reason([0.5, 0.5], group_filter="zero-variance") == "zero-variance"
+    assert reason([4.0, 2.0], group_filter="zero-variance") is None
+    assert reason([1.0, 1.2], reward_threshold=0.2) == "small-spread"
+    assert reason([1.0, 1.2], reward_threshold=0.05) is None
+
+
+def test_overlong_by_hand():
+    method = METHODS["dapo"].model_copy(update={"overlong_buffer": 20, "overlong_penalty": 0.5})
+    for tokens, expected in ((1, 0.0), (80, 0.0), (90, 0.25), (100, 0.5), (130, 0.5)):
+        assert overlong(tokens, method, max_tokens=100) == pytest.approx(expected)
+    assert overlong(100, METHODS["dapo"], max_tokens=100) == 0

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from common.methods import METHODS
 from learner.learner import Learner
 
+MAX_TOKENS = 9  # the longest of tiny.groups()
 BETA = 0.3  # of the KL, large enough to be seen
 VARIANTS = {
     **{name: {"name": name} for name in METHODS},
@@ -25,6 +26,17 @@ VARIANTS = {
     "holder, token clip": {"name": "holder", "power_clip": "token", "clip_low": 0.02, "clip_high": 0.02},
     "gspo, wide clip": {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2},
     "asymmetric advantages with horizon weights": {"name": "sa-ah-grpo", "advantage": "asymmetric", "beta_pos": 0.9},
+    "dapo, overlong": {"name": "dapo", "overlong_buffer": 6, "overlong_penalty": 2.0, "advantage": "group_std"},
+    "token importance": {"name": "sa-ah-grpo", "importance": "token-truncate", "importance_cap": 1.2},
+    "token importance, masked": {"name": "grpo", "importance": "token-mask", "importance_cap": 1.2},
+    "sequence importance": {"name": "grpo", "importance": "sequence-truncate", "importance_cap": 1e-3},
+    "sequence importance, masked": {"name": "grpo", "importance": "sequence-mask", "importance_cap": 1e-3},
+    "gradient through importance and weights": {
+        "name": "sa-ah-grpo",
+        "alpha": 3.0,
+        "importance": "token-truncate",
+        "weight_gradient": True,
+    },
     "power mean with residual weights": {"name": "holder", "token_weight": "residual"},
 }
 
@@ -36,7 +48,11 @@ def folder(tmp_path_factory):
 
 def both_updates(folder, method):
     """A learner after two updates on one batch, and the adapter's state and gradient at each."""
-    made = Learner(folder, tiny.config(method=method, inner_updates=2, learning_rate=2e-2, steps=3), np.arange(12))
+    config = tiny.config(
+        method=method, inner_updates=1 if "weight_gradient" in method else 2, learning_rate=2e-2, steps=3
+    )
+    config = config.model_copy(update={"actor": config.actor.model_copy(update={"max_tokens": MAX_TOKENS})})
+    made = Learner(folder, config, np.arange(12))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in made.policy.peft_model.named_parameters():
@@ -68,8 +84,28 @@ class Tokens:
         self.entropy = -(log_p.exp() * log_p).sum(1)
 
 
+def penalty(length, method) -> float:
+    """DAPO's soft overlong punishment: its Eq. 13, the sign turned."""
+    if not method.overlong_buffer or length <= MAX_TOKENS - method.overlong_buffer:
+        return 0.0
+    return method.overlong_penalty * (length - (MAX_TOKENS - method.overlong_buffer)) / method.overlong_buffer
+
+
+def importance(method, old, rollout):
+    """[T] weights for the difference between learner and actor, or one."""
+    ratio = (old.logprob.detach() - torch.tensor(rollout.actor_logprobs[rollout.mask]).double()).exp()
+    level, _, kind = method.importance.partition("-")
+    if level == "none":
+        return torch.ones_like(ratio)
+    if level == "sequence":
+        ratio = ratio.prod().expand_as(ratio)
+    return torch.tensor([r if r <= method.importance_cap else (method.importance_cap if kind == "truncate" else 0.0)
+                         for r in ratio.tolist()])  # fmt: skip
+
+
 def advantages(group, method) -> list[float]:
-    rewards, correct = ([f(r.score) for r in group.rollouts] for f in (lambda s: s.total, lambda s: s.correct))
+    correct = [r.score.correct for r in group.rollouts]
+    rewards = [r.score.total - penalty(int(r.mask.sum()), method) for r in group.rollouts]
     count = len(rewards)
     if method.advantage == "asymmetric":
         p = sum(correct) / count
@@ -175,9 +211,11 @@ def float64_gradient(folder, made, old_state, state, power):
         if method.token_advantage != "broadcast":
             token_GT = erpo(old_G, reference_G, advantage_G, method)
         above, below = 0.0, 0.0
-        for new, old, reference, a, token_T in zip(new_G, old_G, reference_G, advantage_G, token_GT, strict=True):
-            w = weights(method, old, reference, a) * (old.entropy >= threshold)
-            terms = w * surrogate(method, new, old, token_T, power)
+        for new, old, reference, a, token_T, rollout in zip(
+            new_G, old_G, reference_G, advantage_G, token_GT, group.rollouts, strict=True
+        ):
+            w = weights(method, new if method.weight_gradient else old, reference, a) * (old.entropy >= threshold)
+            terms = importance(method, old, rollout) * w * surrogate(method, new, old, token_T, power)
             per_rollout.append(terms.mean())
             all_tokens.append(terms)
             above, below = above + terms.sum(), below + w.sum()
