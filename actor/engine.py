@@ -45,6 +45,15 @@ class Engine(Protocol):
         Equal arguments and adapter give equal samples.
         """
 
+    def first_tokens(
+        self, prompts: Sequence[Sequence[int]], *, count: int, temperature: float, without: Sequence[int]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each prompt the `count` likeliest tokens to follow it, likeliest first, and their log-probabilities.
+
+        int32 and float32 nats, of the distribution that is sampled from; tokens in `without` are left out, so there
+        may be fewer than `count`.
+        """
+
     def logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [T - 1]: nats at temperature 1 of tokens 1..T-1, each given those before it."""
 

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from actor.engine import Engine, Sample
+from actor.opening import Opening, sample_with_openers
 from actor.reward import RewardPool
 from common.config import Config
 from common.types import Group, Prompt, Rollout, Score
@@ -23,10 +25,17 @@ class Sampling:
     stop: tuple[str, ...]
     seed: int
     fixed_length: bool = False
+    opening: Opening | None = None  # None: the first token is sampled like the others
 
     @classmethod
     def of(cls, config: Config) -> "Sampling":
         """How a run samples to train on."""
+        method = config.method.resolve()
+        opening = Opening(
+            num_candidates=method.opening_candidates,
+            num_distinct=method.opening_distinct,
+            learned=method.opening_learned,
+        )
         return cls(
             group_size=config.actor.group_size,
             temperature=config.actor.temperature,
@@ -34,6 +43,7 @@ class Sampling:
             stop=config.actor.stop,
             seed=config.run.seed,
             fixed_length=config.actor.fixed_length,
+            opening=opening if method.opening == "reft" else None,
         )
 
 
@@ -60,22 +70,25 @@ def roll_out(
     """One scored group per prompt, in order, tagged with the adapter version that sampled it."""
     started = time.perf_counter()
     tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    samples = engine.sample(
-        tokens,
-        num_samples=sampling.group_size,
-        temperature=sampling.temperature,
-        max_tokens=sampling.max_tokens,
-        stop=sampling.stop,
-        seeds=[prompt_seed(sampling.seed, prompt.index) for prompt in prompts],
-        fixed_length=sampling.fixed_length,
-    )
+    options: dict[str, Any] = {
+        "num_samples": sampling.group_size,
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_tokens,
+        "stop": sampling.stop,
+        "seeds": [prompt_seed(sampling.seed, prompt.index) for prompt in prompts],
+        "fixed_length": sampling.fixed_length,
+    }
+    if sampling.opening is None:
+        samples = engine.sample(tokens, **options)
+    else:
+        samples = sample_with_openers(engine, tokenizer, tokens, sampling.opening, **options)
     sampled = time.perf_counter()
     jobs = [(sample.text, prompt) for prompt, group in zip(prompts, samples, strict=True) for sample in group]
     scores = iter(rewards.score_all(jobs))
     groups = [
         Group(
             prompt=prompt,
-            rollouts=tuple(_rollout(ids, sample, next(scores), version) for sample in group),
+            rollouts=tuple(_rollout(ids, sample, next(scores), version, sampling.opening) for sample in group),
             rollout_seconds=sampled - started,
         )
         for prompt, ids, group in zip(prompts, tokens, samples, strict=True)
@@ -84,11 +97,15 @@ def roll_out(
     return [replace(group, reward_seconds=reward_seconds) for group in groups]
 
 
-def _rollout(prompt_ids: Sequence[int], sample: Sample, score: Score | str, version: int) -> Rollout:
+def _rollout(
+    prompt_ids: Sequence[int], sample: Sample, score: Score | str, version: int, opening: Opening | None
+) -> Rollout:
     before = len(prompt_ids)
+    first_learned = before + (opening is not None and not opening.learned)
     return Rollout(
         token_ids=np.concatenate([np.asarray(prompt_ids, dtype=np.int32), sample.token_ids]),
-        mask=np.arange(before + len(sample.token_ids)) >= before,
+        num_prompt_tokens=before,
+        mask=np.arange(before + len(sample.token_ids)) >= first_learned,
         actor_logprobs=np.concatenate([np.zeros(before, dtype=np.float32), sample.logprobs]),
         text=sample.text,
         finish_reason=sample.finish_reason,

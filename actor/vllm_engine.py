@@ -55,6 +55,7 @@ class VLLMEngine:
             enable_prefix_caching=True,
             use_tqdm_on_load=False,
             logprobs_mode="processed_logprobs",  # after the temperature
+            max_logprobs=-1,  # first_tokens says how many
             worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
             **_device_options(actor),
             **(_lora_options(model) if actor.publish == "hotswap" else {}),
@@ -83,10 +84,7 @@ class VLLMEngine:
         fixed_length: bool = False,
     ) -> list[list[Sample]]:
         """See Engine.sample. A completion that reaches model.max_length ends there, with finish_reason "length"."""
-        # Every call starts with an empty prefix cache: what an older version left in it is never read, and an equal
-        # call computes the same again (reading what the first one cached, it would round and so sample otherwise).
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache: requests are still running")
+        self._forget_prefixes()
         parameters = [
             SamplingParams(
                 n=num_samples,
@@ -103,6 +101,24 @@ class VLLMEngine:
         requests = [TokensPrompt(prompt_token_ids=np.asarray(prompt).tolist()) for prompt in prompts]
         outputs = self._llm.generate(requests, parameters, use_tqdm=False, lora_request=self._lora_request)
         return [[_sample(completion) for completion in output.outputs] for output in outputs]
+
+    def first_tokens(
+        self, prompts: Sequence[Sequence[int]], *, count: int, temperature: float, without: Sequence[int]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """See Engine.first_tokens."""
+        self._forget_prefixes()
+        parameters = SamplingParams(
+            temperature=temperature, max_tokens=1, seed=0, logprobs=count + len(without), detokenize=False
+        )
+        requests = [TokensPrompt(prompt_token_ids=np.asarray(prompt).tolist()) for prompt in prompts]
+        outputs = self._llm.generate(requests, parameters, use_tqdm=False, lora_request=self._lora_request)
+        return [_likeliest(output.outputs[0].logprobs[0], count, without) for output in outputs]
+
+    def _forget_prefixes(self) -> None:
+        # Every call starts with an empty prefix cache: what an older version left in it is never read, and an equal
+        # call computes the same again (reading what the first one cached, it would round and so sample otherwise).
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: requests are still running")
 
     def logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
         """See Engine.logprobs. T is at most model.max_length - 1, since vLLM must sample one token more."""
@@ -251,3 +267,8 @@ def _sample(completion: CompletionOutput) -> Sample:
 
 def _chosen(token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]) -> np.ndarray:
     return np.array([entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True)], dtype=np.float32)
+
+
+def _likeliest(logprobs: Mapping[int, Logprob], count: int, without: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    ranked = sorted((-entry.logprob, token) for token, entry in logprobs.items() if token not in without)[:count]
+    return np.array([t for _, t in ranked], dtype=np.int32), np.array([-n for n, _ in ranked], dtype=np.float32)

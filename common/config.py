@@ -193,6 +193,18 @@ class Config(pydantic_settings.BaseSettings):
                 f"method.weight_gradient=true has no gradient to let through token_weight={method.token_weight}; "
                 "set it with token_weight=horizon"
             )
+        if method.opening == "reft" and self.actor.group_size % method.opening_distinct:
+            raise ValueError(
+                f"actor.group_size={self.actor.group_size} is no multiple of "
+                f"method.opening_distinct={method.opening_distinct}; each opener begins an equal share"
+            )
+        if method.opening == "reft" and method.opening_candidates < method.opening_distinct:
+            raise ValueError(
+                f"method.opening_candidates={method.opening_candidates} are fewer than "
+                f"method.opening_distinct={method.opening_distinct}; raise the one or lower the other"
+            )
+        if method.opening == "reft" and self.actor.max_tokens == 1:
+            raise ValueError("actor.max_tokens=1 leaves nothing to sample after the opener of opening=reft; raise it")
         if method.overlong_buffer > self.actor.max_tokens:
             raise ValueError(
                 f"method.overlong_buffer={method.overlong_buffer} exceeds actor.max_tokens={self.actor.max_tokens}; "

@@ -25,6 +25,14 @@ class Method(BaseModel):
     """Its numbers there."""
     remark: str = ""
     """What the paper supports, and what is ours."""
+    opening: Literal["plain", "reft"] = "plain"
+    """How a completion begins in training: sampled, or with one of the policy's likeliest first tokens (REFT)."""
+    opening_candidates: int = Field(20, ge=1)
+    """reft: N, how many first tokens are candidates."""
+    opening_distinct: int = Field(4, ge=1)
+    """reft: K of them begin equal shares of a group."""
+    opening_learned: bool = True
+    """reft: whether the first token is in the loss."""
     advantage: Literal["group_std", "group_mean", "leave_one_out", "asymmetric"] = "group_std"
     """How rewards (asymmetric: right and wrong answers) become advantages, within a group."""
     beta_pos: float = Field(0.5, allow_inf_nan=False)
@@ -154,6 +162,13 @@ METHODS: dict[str, Method] = {
         equation="its code",
         remark="its text has power 1; its own result is no win: greedy .590 against uniform .620",
         token_weight="residual",
+        normaliser="sequence-mean",
+    ),
+    "reft": Method(
+        paper="arXiv 2605.28295",
+        equation="-",
+        remark="its opening on GRPO; the paper has G 8, here actor.group_size must be a multiple of opening_distinct",
+        opening="reft",
         normaliser="sequence-mean",
     ),
     "holder": Method(

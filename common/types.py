@@ -49,7 +49,8 @@ class Rollout:
     """
 
     token_ids: np.ndarray  # int32 [T]
-    mask: np.ndarray  # bool [T], true where the actor sampled the token
+    num_prompt_tokens: int  # that the group's rollouts share
+    mask: np.ndarray  # bool [T], true where the actor sampled the token (of an opener: where it is learned)
     actor_logprobs: np.ndarray  # float32 [T], nats at the sampling temperature; 0 outside the mask
     text: str  # the completion, cut at a stop string
     finish_reason: str  # "stop", or "length" for a truncated completion

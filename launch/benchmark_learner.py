@@ -41,6 +41,7 @@ def random_groups(config: Config, vocab_size: int, prompt_tokens: int) -> list[G
                 token_ids=np.append(prompt_ids, generator.integers(vocab_size, size=config.actor.max_tokens)).astype(
                     np.int32
                 ),
+                num_prompt_tokens=prompt_tokens,
                 mask=np.arange(tokens) >= prompt_tokens,
                 actor_logprobs=np.full(tokens, -1.0, dtype=np.float32),
                 text="",

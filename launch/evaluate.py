@@ -36,7 +36,7 @@ def evaluate(actors: Sequence[Any], prompts: Sequence[Prompt], config: Config, *
     A problem whose reward fails counts as wrong for Pass@1; the mean reward is over the others.
     """
     started = time.perf_counter()
-    sampled = replace(Sampling.of(config), fixed_length=False)
+    sampled = replace(Sampling.of(config), fixed_length=False, opening=None)
     greedy = replace(sampled, group_size=1, temperature=0.0)
     groups = sample(actors, prompts, greedy)
     firsts = [group.rollouts[0] for group in groups]

@@ -117,6 +117,9 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
         },
         "completion/length_mean": mean(lengths),
         "completion/length_max": float(max(lengths)),
+        "completion/distinct_openers": mean(
+            len({r.token_ids[r.num_prompt_tokens] for r in group.rollouts}) for group in groups
+        ),
         "completion/truncated_fraction": mean(float(r.finish_reason == "length") for r in rollouts),
         "staleness/max": float(max(version - 1 - rollout.version for rollout in rollouts)),
         "time/rollout_seconds": max(group.rollout_seconds for group in groups),

@@ -98,7 +98,7 @@ def _numbered(groups: Sequence[Group]) -> Iterable[tuple[Group, int]]:
 
 def _rows(rollouts: Sequence[Rollout], first: int, max_tokens: int) -> Iterable[_Row]:
     """Rows of one group: as many rollouts each as fit behind the prompt."""
-    prompt_length = int(np.argmax(rollouts[0].mask))
+    prompt_length = rollouts[0].num_prompt_tokens
     taken: list[int] = []
     tokens = prompt_length
     for i, rollout in enumerate(rollouts):

@@ -46,6 +46,12 @@ def empty(tmp_path: Path) -> Path:
             "--method.entropy topk-partial --learner.head_backend trl",
             "is not made by learner.head_backend=trl; use auto",
         ),
+        (
+            "--method.name reft --method.opening_distinct 3",
+            "actor.group_size=4 is no multiple of method.opening_distinct=3",
+        ),
+        ("--method.name reft --method.opening_candidates 2", "are fewer than method.opening_distinct=4"),
+        ("--method.overlong_buffer 600", "method.overlong_buffer=600 exceeds actor.max_tokens=512"),
         ("--evaluation.num_problems 600", "evaluation.num_problems=600 exceeds task.num_eval=500"),
         ("--task.gym_options {bad", "task.gym_options"),
         ("--config nowhere.toml", "--config nowhere.toml is no file"),

@@ -4,6 +4,7 @@ The loops know nothing of streams, packing or normalisers: they are each paper's
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -243,3 +244,22 @@ def test_gradient_of_every_row(folder, variant):
         expected = float64_gradient(folder, made, old_state, state, power)
         for name, truth in expected.items():
             torch.testing.assert_close(gradient[name].double(), truth, rtol=0, atol=5e-4 * truth.abs().max().item())
+
+
+def test_a_masked_opener_is_read_but_not_learned(folder, monkeypatch):
+    """Each rollout has an opener of its own between the shared prompt and its first learned token."""
+
+    def groups():
+        made = [tiny.group(1, [7, 3, 9, 2], [4.0, 0.0, 1.5, -0.5]), tiny.group(2, [2, 6], [1.0, 0.0], prompt_length=11)]
+        return [
+            replace(
+                g, rollouts=tuple(replace(r, mask=np.arange(len(r.mask)) > r.num_prompt_tokens) for r in g.rollouts)
+            )
+            for g in made
+        ]
+
+    monkeypatch.setattr(tiny, "groups", groups)
+    made, seen = both_updates(folder, {"name": "reft", "opening_learned": False, "beta": BETA})
+    expected = float64_gradient(folder, made, seen[0][0], seen[0][0], 0.0)
+    for name, truth in expected.items():
+        torch.testing.assert_close(seen[0][1][name].double(), truth, rtol=0, atol=5e-4 * truth.abs().max().item())

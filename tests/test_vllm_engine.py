@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actor.engine import Sample
+from actor.opening import Opening, sample_with_openers
 from common.adapter import Adapter, Canary, checksum
 from common.config import ActorConfig, ModelConfig
 from launch import models
@@ -245,6 +246,40 @@ def test_a_tensor_of_no_module_is_refused(engine: Remote, reference: Any) -> Non
     tensors = {name.replace("layers.0.", "layers.99."): tensor for name, tensor in adapter.tensors.items()}
     with pytest.raises(ValueError, match=r"model\.layers\.99\.self_attn\.q_proj is no linear module"):
         engine.load(replace(adapter, tensors=tensors))
+
+
+def test_first_tokens_are_the_models_likeliest(engine: Remote, reference: Any, tokenizer: Any) -> None:
+    prompts = [tokenizer(text).input_ids for text in (TEXT, "The capital of France is")]
+    without = [tokenizer.eos_token_id, tokenizer(" the").input_ids[0], tokenizer("\n").input_ids[0]]
+    found = engine.first_tokens(prompts, count=20, temperature=0.7, without=without)
+    for prompt, (ids, logprobs) in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            expected = (reference(torch.tensor([prompt])).logits[0, -1].float() / 0.7).log_softmax(0)
+        assert len(set(ids.tolist())) == len(ids) == 20
+        assert not set(ids.tolist()) & set(without)
+        assert (np.diff(logprobs) <= 0).all()
+        assert distance(logprobs, expected[torch.tensor(ids).long()]) < 3 * engine.noise
+        expected[without] = -torch.inf
+        assert expected.topk(10).values[-1] - expected[torch.tensor(ids[:10]).long()].min() < 12 * engine.noise
+
+
+def test_openers_begin_equal_shares_of_a_group(engine: Remote, reference: Any, tokenizer: Any) -> None:
+    prompts = [tokenizer(text).input_ids for text in (TEXT, "The capital of France is", "The capital of France is")]
+    opening = Opening(num_candidates=20, num_distinct=3, learned=True)
+    options = {"num_samples": 6, "temperature": 0.7, "max_tokens": 12, "stop": ("\n",), "seeds": [5, 6, 7]}
+    groups = sample_with_openers(engine, tokenizer, prompts, opening, **options)
+    assert same(groups, sample_with_openers(engine, tokenizer, prompts, opening, **options))
+    openers = [[int(sample.token_ids[0]) for sample in group] for group in groups]
+    assert [[group.count(opener) for opener in group] for group in openers] == [[2] * 6] * 3
+    assert openers[1] != openers[2], "the seed picks them"
+    assert len({sample.token_ids.tobytes() for sample in groups[0]}) > 3, "those of one opener go on differently"
+    for prompt, group in zip(prompts, groups, strict=True):
+        for sample in group:
+            assert len(sample.token_ids) <= 12
+            assert sample.text.endswith("\n") or "\n" not in sample.text
+            assert tokenizer.decode(sample.token_ids, skip_special_tokens=True).startswith(sample.text)
+            [scored] = score(reference, np.append(prompt, sample.token_ids), 0.7)
+            assert distance(sample.logprobs, scored[len(prompt) - 1 :]) < 6 * engine.noise, "the opener's own included"
 
 
 def test_the_engine_is_one_process_and_frees_its_memory(engine: Remote) -> None:

@@ -47,6 +47,7 @@ def group(seed: int, lengths: list[int], rewards: list[float | None], prompt_len
         rollouts=tuple(
             Rollout(
                 token_ids=np.concatenate([prompt_ids, rng.integers(V, size=n)]).astype(np.int32),
+                num_prompt_tokens=prompt_length,
                 mask=np.arange(prompt_length + n) >= prompt_length,
                 actor_logprobs=np.concatenate([np.zeros(prompt_length), -rng.random(n) * 5]).astype(np.float32),
                 text="",
