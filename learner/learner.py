@@ -14,13 +14,13 @@ from common.config import Config
 from common.types import Group, TokenStreams, UpdateResult
 from learner import checkpoint, streams
 from learner.batch import StepBatch, pack
-from learner.head import HeadStats, concatenate
+from learner.head import HeadStats
 from learner.loss import adapt_entropy_bonus
 from learner.metrics import step_metrics
-from learner.model import Pass, Policy
+from learner.model import Pass, Policy, join
 from learner.optimizer import Optimizer
 from learner.selection import select
-from learner.streams import Reference, Streams
+from learner.streams import Streams
 
 
 class Learner:
@@ -118,29 +118,36 @@ class Learner:
 
     def _forward(self, batch: StepBatch) -> Pass:
         """One forward pass over the whole step, whose graph is kept: the weights need all its entropies."""
-        passes = [
-            self.policy.forward(
-                micro_batch,
-                temperature=self.config.actor.temperature,
-                topk=None if self.method.entropy == "exact" else self.method.entropy_topk,
-                entropy_gradient=self.method.weight_gradient or self.entropy_bonus > 0,
-                entropy_at_one=True,
-                dropout=not self.method.needs_evaluation_mode,
-            )
-            for micro_batch in batch.micro_batches
-        ]
-        return Pass(concatenate([p.stats for p in passes]), torch.cat([p.hidden_NH for p in passes]))
+        return join(
+            [
+                self.policy.forward(
+                    micro_batch,
+                    temperature=self.config.actor.temperature,
+                    topk=None if self.method.entropy == "exact" else self.method.entropy_topk,
+                    entropy_gradient=self.method.weight_gradient or self.entropy_bonus > 0,
+                    entropy_at_one=True,
+                    keep_hidden=self.method.token_weight == "residual",
+                    dropout=not self.method.needs_evaluation_mode,
+                )
+                for micro_batch in batch.micro_batches
+            ]
+        )
 
-    def _reference(self, batch: StepBatch) -> Reference | None:
+    def _reference(self, batch: StepBatch) -> Pass | None:
         """The pass with the adapter off, if the method compares with it."""
         if not (self.method.has_kl or self.method.needs_evaluation_mode):
             return None
         with self.policy.reference():
-            passes = [self.policy.forward(m, temperature=self.config.actor.temperature) for m in batch.micro_batches]
-        return Reference(
-            logprobs_N=torch.cat([p.stats.logprob_N for p in passes]),
-            hidden_NH=torch.cat([p.hidden_NH for p in passes]) if self.method.token_weight == "residual" else None,
-        )
+            return join(
+                [
+                    self.policy.forward(
+                        micro_batch,
+                        temperature=self.config.actor.temperature,
+                        keep_hidden=self.method.token_weight == "residual",
+                    )
+                    for micro_batch in batch.micro_batches
+                ]
+            )
 
     def _power(self, step: int) -> float:
         """p of the power-mean ratio at 0-based step: linear from the first to the last."""

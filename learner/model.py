@@ -4,7 +4,7 @@ Dtype policy, said once: frozen weights and activations have `model.dtype`; adap
 and loss are float32. Autocast rounds the adapter's weights at use, so that no activation is kept in float32 for them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +22,20 @@ from common.config import ModelConfig
 from common.types import UserError
 from learner.attention import PACKED
 from learner.batch import MicroBatch
-from learner.head import HeadStats, head_stats
+from learner.head import HeadStats, concatenate, head_stats
 
 
 class Pass(NamedTuple):
     """One pass through the trunk, at the N scored tokens."""
 
     stats: HeadStats
-    hidden_NH: Tensor  # the states that predict them
+    hidden_NH: Tensor | None  # the states that predict them, detached; None where nobody asked
+
+
+def join(passes: Sequence[Pass]) -> Pass:
+    """The passes over consecutive parts of the scored tokens as one."""
+    hidden = [p.hidden_NH for p in passes if p.hidden_NH is not None]
+    return Pass(concatenate([p.stats for p in passes]), torch.cat(hidden) if hidden else None)
 
 
 def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
@@ -100,6 +106,7 @@ class Policy:
         topk: int | None = None,
         entropy_gradient: bool = False,
         entropy_at_one: bool = False,
+        keep_hidden: bool = False,
         dropout: bool = True,
     ) -> Pass:
         """One pass through the trunk, and the head at the N scored tokens of a micro-batch."""
@@ -115,7 +122,7 @@ class Policy:
             entropy_gradient=entropy_gradient,
             entropy_at_one=entropy_at_one,
         )
-        return Pass(stats, hidden_NH)
+        return Pass(stats, hidden_NH.detach() if keep_hidden else None)
 
     def _head(self, hidden_NH: Tensor, target_N: Tensor, **options: Any) -> HeadStats:
         return head_stats(

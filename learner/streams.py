@@ -31,27 +31,19 @@ class Streams:
     power: float  # of the power-mean ratio at this step
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """The adapter-off pass over the step's N scored tokens."""
-
-    logprobs_N: Tensor
-    hidden_NH: Tensor | None  # where the method compares hidden states
-
-
 def fix(
     passed: Pass,
     batch: StepBatch,
     selection: Selection,
     method: Method,
     *,
-    reference: Reference | None,
+    reference: Pass | None,
     vocab_size: int,
     max_tokens: int,
     entropy_bonus: float,
     power: float,
 ) -> Streams:
-    """The streams of a step, from its first forward pass."""
+    """The streams of a step, from its first forward pass and, where the method has one, the adapter-off pass."""
     stats = passed.stats
     device = stats.logprob_N.device
     advantages_B, group_B = selection.advantages_B.to(device), selection.group_B.to(device)
@@ -71,7 +63,7 @@ def fix(
     return Streams(
         old_logprobs_N=old_logprobs_N,
         actor_logprobs_N=actor_logprobs_N,
-        reference_logprobs_N=None if reference is None else reference.logprobs_N,
+        reference_logprobs_N=None if reference is None else reference.stats.logprob_N,
         entropy_N=batch.flatten(entropy_BT.detach()).float(),
         advantages_N=batch.flatten(advantages_BT).float(),
         raw_weights_N=batch.flatten(raw_BT.detach()).float(),
@@ -89,7 +81,7 @@ def _raw_weights(
     batch: StepBatch,
     advantages_B: Tensor,
     method: Method,
-    reference: Reference | None,
+    reference: Pass | None,
     *,
     vocab_size: int,
 ) -> Tensor:
@@ -104,8 +96,9 @@ def _raw_weights(
             selective=method.selective,
         )
     elif method.token_weight == "residual":
-        assert reference is not None and reference.hidden_NH is not None, "the reference pass was asked for both"
-        norm_N = (passed.hidden_NH.detach().float() - reference.hidden_NH.float()).norm(dim=1)
+        assert reference is not None and reference.hidden_NH is not None, "the reference pass was asked for its states"
+        assert passed.hidden_NH is not None, "the pass was asked for its states"
+        norm_N = (passed.hidden_NH.float() - reference.hidden_NH.float()).norm(dim=1)
         raw_BT = token_weights.residual(batch.pad(norm_N), batch.mask_BT, power=method.residual_power)
     else:
         raw_BT = token_weights.uniform(batch.mask_BT)
@@ -121,7 +114,7 @@ def _token_advantages(
     advantages_B: Tensor,
     group_B: Tensor,
     method: Method,
-    reference: Reference | None,
+    reference: Pass | None,
 ) -> Tensor:
     """[B, T] float64."""
     if method.token_advantage == "broadcast":
@@ -130,7 +123,7 @@ def _token_advantages(
     gate_BT = token_advantages.gate(entropy_BT, batch.mask_BT, group_B, sharpness=method.erpo_gate)
     progress_BT = token_advantages.progress(
         batch.pad(passed.stats.logprob_N.detach().double()),
-        batch.pad(reference.logprobs_N.double()),
+        batch.pad(reference.stats.logprob_N.double()),
         batch.mask_BT,
         group_B,
         scale=method.erpo_progress,
