@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic.fields import FieldInfo
 
-from common.methods import FACTS, METHODS, Method
+from common.methods import FACTS, METHODS, Method, find, function
 
 
 class Section(BaseModel):
@@ -114,7 +114,7 @@ class _MethodSection(Section):
     def resolve(self) -> Method:
         """The row with this section's changes."""
         changes = {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
-        return METHODS[self.name].model_copy(update=changes)
+        return find(self.name).model_copy(update=changes)
 
 
 # MethodConfig is _MethodSection and every field of a Method: made of it, so that each is described in one place.
@@ -180,14 +180,20 @@ class Config(pydantic_settings.BaseSettings):
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
-        if self.method.name not in METHODS:
-            raise ValueError(f"method.name={self.method.name} is no method{suggest(self.method.name, METHODS)}")
+        try:
+            find(self.method.name)
+        except ValueError as error:
+            known = suggest(self.method.name, METHODS)
+            raise ValueError(f"method.name={self.method.name} is no method{known} ({error})") from None
         if self.actor.max_tokens >= self.model.max_length:
             raise ValueError(
                 f"actor.max_tokens={self.actor.max_tokens} leaves no room for a prompt in "
                 f"model.max_length={self.model.max_length}; lower the one or raise the other"
             )
         method = self.method.resolve()
+        for path in (method.advantage, method.token_weight):
+            if "." in path:
+                function(path)
         if method.weight_gradient and method.token_weight != "horizon":
             raise ValueError(
                 f"method.weight_gradient=true has no gradient to let through token_weight={method.token_weight}; "

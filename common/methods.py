@@ -1,12 +1,37 @@
 """The table of methods: one row each, words and numbers only (../README.md, "Methods").
 
 A field names a pure function of the learner (`advantage` -> learner/advantage.py, ...) or holds one of its
-numbers. Every field can be overridden on the command line as --method.FIELD, so rows compose.
+numbers. Every field can be overridden on the command line as --method.FIELD, so rows compose. A row may also be a
+user's own: METHOD in a module that --method.name names, with functions of that module by dotted path.
 """
 
-from typing import Any, Literal
+import importlib
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def function(path: str) -> Callable[..., Any]:
+    """The function that a dotted path names. Raises ValueError, in one line, where there is none."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} names no function ({error}); is its folder in PYTHONPATH?") from None
+    if not callable(found):
+        raise ValueError(f"{path} is no function")
+    return found
+
+
+def _one_of(field: str, *known: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in known and "." not in value:  # whether the function exists is asked once its module is whole
+            raise ValueError(f"method.{field}={value} is none of {', '.join(known)}, nor the dotted path of a function")
+        return value
+
+    return AfterValidator(check)
+
 
 FACTS = ("paper", "equation", "remark")  # the fields of a row that nobody changes
 
@@ -33,8 +58,10 @@ class Method(BaseModel):
     """reft: K of them begin equal shares of a group."""
     opening_learned: bool = True
     """reft: whether the first token is in the loss."""
-    advantage: Literal["group_std", "group_mean", "leave_one_out", "asymmetric"] = "group_std"
-    """How rewards (asymmetric: right and wrong answers) become advantages, within a group."""
+    advantage: Annotated[str, _one_of("advantage", "group_std", "group_mean", "leave_one_out", "asymmetric")] = (
+        "group_std"
+    )
+    """How rewards (asymmetric: right and wrong answers) become advantages; or your rewards_PG -> advantages_PG."""
     beta_pos: float = Field(0.5, allow_inf_nan=False)
     """asymmetric: the power for right answers; 0.5 and 0.5 is group_std."""
     beta_neg: float = Field(0.5, allow_inf_nan=False)
@@ -49,8 +76,8 @@ class Method(BaseModel):
     """ERPO: beta_s, the scale of log pi - log pi_ref."""
     erpo_buckets: int = Field(10, ge=1)
     """ERPO: K parts of the rollouts, within which progress is standardised."""
-    token_weight: Literal["uniform", "horizon", "residual"] = "uniform"
-    """How much each token counts: all the same, by its entropy (horizon), or by what the adapter changes (residual)."""
+    token_weight: Annotated[str, _one_of("token_weight", "uniform", "horizon", "residual")] = "uniform"
+    """How much tokens count: equally, by entropy, by the adapter; or your (entropy, mask, advantages) -> weights_BT."""
     residual_power: float = Field(2.0, ge=0, allow_inf_nan=False)
     """residual: kappa, the power of the hidden states' distance."""
     alpha: float = Field(0.0, allow_inf_nan=False)
@@ -237,6 +264,19 @@ METHODS: dict[str, Method] = {
         normaliser="sequence-mean",
     ),
 }
+
+
+def find(name: str) -> Method:
+    """The row of the table, or METHOD of the module that `name` is the path of. Raises ValueError for neither."""
+    if name in METHODS:
+        return METHODS[name]
+    try:
+        row = importlib.import_module(name).METHOD
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"neither a row nor a module with a METHOD: {error}") from None
+    if not isinstance(row, Method):
+        raise ValueError("METHOD of that module is no common.methods.Method")
+    return row
 
 
 def parameters() -> dict[str, tuple[Any, str]]:

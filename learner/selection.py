@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from common.methods import Method
+from common.methods import Method, function
 from common.types import Group, Rollout, Score
 from learner import advantage
 
@@ -92,7 +92,8 @@ def _advantages(group: Group, method: Method, max_tokens: int) -> Tensor:
         _score(rollout).total - overlong(rollout.num_completion_tokens, method, max_tokens=max_tokens)
         for rollout in group.rollouts
     ]
-    return ADVANTAGES[method.advantage](torch.tensor([rewards], dtype=torch.float64))[0]
+    compute = ADVANTAGES.get(method.advantage) or function(method.advantage)
+    return compute(torch.tensor([rewards], dtype=torch.float64))[0]
 
 
 def _score(rollout: Rollout) -> Score:

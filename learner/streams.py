@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.methods import Method
+from common.methods import Method, function
 from learner import ratio, token_advantages, token_weights
 from learner.batch import StepBatch
 from learner.head import HeadStats
@@ -100,8 +100,10 @@ def _raw_weights(
         assert passed.hidden_NH is not None, "the pass was asked for its states"
         norm_N = (passed.hidden_NH.float() - reference.hidden_NH.float()).norm(dim=1)
         raw_BT = token_weights.residual(batch.pad(norm_N), batch.mask_BT, power=method.residual_power)
-    else:
+    elif method.token_weight == "uniform":
         raw_BT = token_weights.uniform(batch.mask_BT)
+    else:
+        raw_BT = function(method.token_weight)(entropy_BT, batch.mask_BT, advantages_B) * batch.mask_BT
     if method.top_entropy_fraction < 1:
         raw_BT = raw_BT * token_weights.top_entropy(entropy_BT, batch.mask_BT, fraction=method.top_entropy_fraction)
     return raw_BT
