@@ -78,7 +78,7 @@ def summary(seconds: dict[str, list[float]], num_tokens: int) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_second": {name: num_tokens / statistics.median(each) for name, each in seconds.items()},
         "sa_ah_over_grpo": statistics.median(ratios),
-        "sa_ah_over_grpo_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios,
+        "sa_ah_over_grpo_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios,
     }
 
 

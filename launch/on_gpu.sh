@@ -5,8 +5,8 @@
 #     launch/on_gpu.sh learn    SA-AH-GRPO against GRPO in one learner, for each of our heads
 #     launch/on_gpu.sh train    the embedded default end to end, and steps by turns with TRL
 #
-# head and learn need torch, transformers, peft and triton; train needs vLLM and Ray too. PYTHON names the interpreter
-# (default: .venv's), HEAD_ROWS the scored tokens of the head's benchmark.
+# head needs torch, triton and rich alone; learn no Ray and no vLLM; train the whole environment. PYTHON names the
+# interpreter (default: .venv's), HEAD_ROWS the scored tokens of the head's benchmark.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
