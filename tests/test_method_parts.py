@@ -273,3 +273,8 @@ def test_methods_that_compare_with_the_reference_use_no_dropout(folder, name):
     with_dropout, without = update(0.5), update(0.0)
     for key in without.keys() - {"memory/peak_bytes"}:
         assert with_dropout[key] == without[key], key
+
+
+def test_the_power_runs_from_start_to_end(folder):
+    made = Learner(folder, tiny.config(method={"name": "holder"}, steps=5), np.arange(12))
+    assert [made.update(tiny.groups()).metrics["ratio/power"] for _ in range(5)] == [2, 1, 0, -1, -2]
