@@ -138,6 +138,19 @@ def test_a_scorer_that_chokes_is_an_unparseable_answer() -> None:
     assert reward(f"{SOLUTION[0]}banana{SOLUTION[1]}", prompt).parts["correct"] == -0.5
 
 
+def test_a_scorer_that_is_broken_fails_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a quiet -0.5: the reward pool counts and names what a reward raises."""
+
+    class Broken:
+        def score_answer(self, answer: str, entry: dict) -> float:
+            raise AttributeError("no such thing")
+
+    prompt = load(task(gym="prime_factorization", num_train=1), "train")[0]
+    monkeypatch.setattr("actor.tasks.gym._scorer", lambda name, options: Broken())
+    with pytest.raises(AttributeError):
+        reward(f"{SOLUTION[0]}2 x 3{SOLUTION[1]}", prompt)
+
+
 def test_metadata_is_plain_json_and_enough_for_the_scorer() -> None:
     for name in ("chain_sum", "word_sorting", "countdown", "graph_color"):
         for prompt in load(task(gym=name, num_train=5), "train"):

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from learner.learner import Learner
 
-CANARY = np.arange(12, dtype=np.int32)
 METHODS = {
     "grpo": {},
     "ah-grpo": {"alpha": 3.0},
@@ -27,26 +26,6 @@ METHODS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("tiny"))
-
-
-def learner(folder, **options) -> Learner:
-    """A learner whose adapter is not zero, so that policy and reference differ."""
-    made = Learner(folder, tiny.config(**options), CANARY)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in made.policy.peft_model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return made
-
-
-def gradients(made: Learner, groups) -> dict[str, torch.Tensor]:
-    """Gradients of one update, by parameter; the optimizer is kept from clipping and stepping."""
-    made.optimizer.config = made.optimizer.config.model_copy(update={"gradient_clip": 1e9})
-    made.optimizer.adamw.step = lambda: None
-    result = made.update(groups)
-    assert result.refused is None
-    return {n: p.grad.clone() for n, p in made.policy.peft_model.named_parameters() if p.requires_grad}
 
 
 def float64_gradients(folder, made: Learner, groups) -> dict[str, torch.Tensor]:
@@ -97,8 +76,8 @@ def float64_gradients(folder, made: Learner, groups) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("row", METHODS)
 def test_gradient_is_the_papers(folder, row):
-    made = learner(folder, method={"name": row, "beta": 0.3} | METHODS[row])
-    got, expected = gradients(made, tiny.groups()), float64_gradients(folder, made, tiny.groups())
+    made = tiny.learner(folder, method={"name": row, "beta": 0.3} | METHODS[row])
+    got, expected = tiny.gradients(made, tiny.groups()), float64_gradients(folder, made, tiny.groups())
     assert got.keys() == expected.keys()
     for name in expected:
         scale = expected[name].abs().max().item()
@@ -108,21 +87,24 @@ def test_gradient_is_the_papers(folder, row):
 
 @pytest.mark.parametrize("cut", [{"gradient_accumulation": 3}, {"micro_batch_tokens": 1}, {"micro_batch_tokens": 40}])
 def test_any_cut_gives_the_same_gradient(folder, cut):
-    whole = gradients(learner(folder, micro_batch_tokens=10_000), tiny.groups())
-    other = gradients(learner(folder, **cut), tiny.groups())
+    whole = tiny.gradients(tiny.learner(folder, micro_batch_tokens=10_000), tiny.groups())
+    other = tiny.gradients(tiny.learner(folder, **cut), tiny.groups())
     for name in whole:
         torch.testing.assert_close(other[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
 def test_order_of_groups_does_not_matter(folder):
-    one, other = gradients(learner(folder), tiny.groups()), gradients(learner(folder), tiny.groups()[::-1])
+    one, other = (
+        tiny.gradients(tiny.learner(folder), tiny.groups()),
+        tiny.gradients(tiny.learner(folder), tiny.groups()[::-1]),
+    )
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_checkpointing_changes_nothing(folder):
-    one = gradients(learner(folder, dropout=0.3), tiny.groups())
-    other = gradients(learner(folder, dropout=0.3, gradient_checkpointing=True), tiny.groups())
+    one = tiny.gradients(tiny.learner(folder, dropout=0.3), tiny.groups())
+    other = tiny.gradients(tiny.learner(folder, dropout=0.3, gradient_checkpointing=True), tiny.groups())
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-6)
 
@@ -133,25 +115,25 @@ def test_failed_reward_costs_its_rollout_only(folder):
     without = [tiny.group(1, [7, 3, 9, 1], [4.0, 0.0, 1.5, -0.5])]
     rollouts = without[0].rollouts
     without = [type(without[0])(prompt=without[0].prompt, rollouts=(rollouts[0], rollouts[2], rollouts[3]))]
-    one, other = gradients(learner(folder), with_failure), gradients(learner(folder), without)
+    one, other = tiny.gradients(tiny.learner(folder), with_failure), tiny.gradients(tiny.learner(folder), without)
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-5, atol=1e-7)
-    assert [s is None for s in learner(folder).update(with_failure).streams] == [False, True, False, False]
+    assert [s is None for s in tiny.learner(folder).update(with_failure).streams] == [False, True, False, False]
 
 
 def test_zero_variance_groups_are_dropped_or_kept(folder):
-    kept = learner(folder).update(tiny.groups())
-    dropped = learner(folder, method={"group_filter": "zero-variance"}).update(tiny.groups())
+    kept = tiny.learner(folder).update(tiny.groups())
+    dropped = tiny.learner(folder, method={"group_filter": "zero-variance"}).update(tiny.groups())
     assert kept.metrics["groups/dropped"] == 0
     assert dropped.metrics["groups/dropped"] == 1
     assert [s is None for s in dropped.streams] == [False] * 8 + [True] * 4
-    nothing = learner(folder, method={"group_filter": "zero-variance"}).update(tiny.groups()[2:])
+    nothing = tiny.learner(folder, method={"group_filter": "zero-variance"}).update(tiny.groups()[2:])
     assert nothing.refused is None
     assert nothing.streams == (None,) * 4
 
 
 def test_step_that_is_not_finite_is_refused(folder):
-    made = learner(folder)
+    made = tiny.learner(folder)
     before = [p.clone() for p in made.policy.parameters()]
     groups = [tiny.group(1, [7, 3], [math.inf, 0.0])]
     result = made.update(groups)
@@ -162,15 +144,15 @@ def test_step_that_is_not_finite_is_refused(folder):
 
 
 def test_second_inner_update_has_another_ratio(folder):
-    made = learner(folder, inner_updates=3)
+    made = tiny.learner(folder, inner_updates=3)
     result = made.update(tiny.groups())
-    once = learner(folder).update(tiny.groups())
+    once = tiny.learner(folder).update(tiny.groups())
     assert result.metrics["loss/policy"] < once.metrics["loss/policy"]  # three updates on one batch lower its loss
     assert result.metrics["entropy/mean"] == once.metrics["entropy/mean"]  # metrics are of the step's start
 
 
 def test_metrics_by_hand(folder):
-    result = learner(folder, method={"alpha": 3.0}).update(tiny.groups())
+    result = tiny.learner(folder, method={"alpha": 3.0}).update(tiny.groups())
     streams = result.streams
     weights = np.concatenate([s.weights for s in streams])
     negative = np.concatenate([s.weights for s in streams if s.advantage < 0])
@@ -184,10 +166,10 @@ def test_metrics_by_hand(folder):
 
 
 def test_adapter_is_a_copy_with_a_true_canary(folder):
-    made = learner(folder)
+    made = tiny.learner(folder)
     adapter = made.adapter()
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    ids = torch.tensor(CANARY, dtype=torch.long)[None]
+    ids = torch.tensor(tiny.CANARY, dtype=torch.long)[None]
     expected = base(ids).logits[0, :-1].log_softmax(1).gather(1, ids[0, 1:, None])[:, 0]
     np.testing.assert_allclose(adapter.canary.base_logprobs, expected.detach(), atol=1e-4)
     assert np.abs(adapter.canary.logprobs - adapter.canary.base_logprobs).mean() > 1e-3
@@ -198,11 +180,11 @@ def test_adapter_is_a_copy_with_a_true_canary(folder):
 
 
 def test_save_and_load_continue_exactly(folder, tmp_path):
-    one = learner(folder, dropout=0.1)
+    one = tiny.learner(folder, dropout=0.1)
     one.update(tiny.groups())
     one.save(tmp_path)
     expected = [one.update(tiny.groups()).metrics for _ in range(2)]
-    other = learner(folder, dropout=0.1)
+    other = tiny.learner(folder, dropout=0.1)
     assert other.load(tmp_path) == 1
     got = [other.update(tiny.groups()).metrics for _ in range(2)]
     for a, b in zip(expected, got, strict=True):

@@ -21,30 +21,10 @@ from learner.loss import adapt_entropy_bonus
 from learner.model import Policy, unsupported
 from learner.token_weights import normalise, top_entropy
 
-CANARY = np.arange(12, dtype=np.int32)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("tiny"))
-
-
-def learner(folder, **options) -> Learner:
-    """A learner whose adapter is not zero."""
-    made = Learner(folder, tiny.config(**options), CANARY)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in made.policy.peft_model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return made
-
-
-def gradients(made: Learner, groups) -> dict[str, torch.Tensor]:
-    made.optimizer.config = made.optimizer.config.model_copy(update={"gradient_clip": 1e9})
-    made.optimizer.adamw.step = lambda: None
-    assert made.update(groups).refused is None
-    return {n: p.grad.clone() for n, p in made.policy.peft_model.named_parameters() if p.requires_grad}
 
 
 def float64_gradients(folder, made: Learner, groups, *, fraction: float, bonus: float) -> dict[str, torch.Tensor]:
@@ -76,8 +56,8 @@ def float64_gradients(folder, made: Learner, groups, *, fraction: float, bonus: 
 @pytest.mark.parametrize(("fraction", "bonus"), [(1.0, 0.0), (0.25, 0.0), (1.0, 0.7), (0.5, 0.3)])
 def test_gradient_of_mask_and_bonus(folder, fraction, bonus):
     options = {"top_entropy_fraction": fraction, "entropy_bonus": bonus, "normaliser": "token-mean", "kl": "none"}
-    made = learner(folder, method={"name": "grpo"} | options)
-    got = gradients(made, tiny.groups())
+    made = tiny.learner(folder, method={"name": "grpo"} | options)
+    got = tiny.gradients(made, tiny.groups())
     for name, expected in float64_gradients(folder, made, tiny.groups(), fraction=fraction, bonus=bonus).items():
         torch.testing.assert_close(got[name].double(), expected, rtol=0, atol=2e-4 * expected.abs().max().item())
 
@@ -85,7 +65,9 @@ def test_gradient_of_mask_and_bonus(folder, fraction, bonus):
 def test_the_mask_joins_the_horizon(folder):
     """Kept tokens have the horizon's weight, the others none, in the streams that are recorded."""
     streams = {
-        fraction: learner(folder, method={"alpha": 3.0, "top_entropy_fraction": fraction}).update(tiny.groups()).streams
+        fraction: tiny.learner(folder, method={"alpha": 3.0, "top_entropy_fraction": fraction})
+        .update(tiny.groups())
+        .streams
         for fraction in (1.0, 0.25)
     }
     all_weights, kept_weights = (np.concatenate([s.weights for s in streams[f]]) for f in (1.0, 0.25))
@@ -131,20 +113,20 @@ def test_adaptive_bonus_by_hand():
 
 def test_adaptive_bonus_over_steps_and_a_checkpoint(folder, tmp_path):
     method = {"entropy_target": 100.0, "entropy_bonus": 0.1, "entropy_bonus_step": 0.25}  # always below the target
-    made = learner(folder, method=method)
+    made = tiny.learner(folder, method=method)
     assert [made.update(tiny.groups()).metrics["entropy/bonus"] for _ in range(3)] == pytest.approx([0.1, 0.35, 0.6])
     made.save(tmp_path)
-    other = learner(folder, method=method)
+    other = tiny.learner(folder, method=method)
     other.load(tmp_path)
     assert other.update(tiny.groups()).metrics["entropy/bonus"] == pytest.approx(0.85)
-    above = learner(folder, method=method | {"entropy_target": 0.0})
+    above = tiny.learner(folder, method=method | {"entropy_target": 0.0})
     assert above.update(tiny.groups()).metrics["entropy/bonus"] == 0
 
 
 def test_a_bonus_raises_the_entropy(folder):
     """Rewards all equal, no KL: what is left of the objective is the bonus."""
     groups = [tiny.group(3, [5, 5, 2, 3], [0.5, 0.5, 0.5, 0.5])]
-    made = learner(folder, method={"entropy_bonus": 1.0, "kl": "none"})
+    made = tiny.learner(folder, method={"entropy_bonus": 1.0, "kl": "none"})
     entropies = [made.update(groups).metrics["entropy/mean"] for _ in range(4)]
     assert entropies == sorted(entropies)
     assert entropies[-1] > entropies[0] + 0.01
@@ -154,11 +136,11 @@ def test_a_bonus_raises_the_entropy(folder):
 def test_every_backend_trains_alike(folder, backend):
     """In float32, where the peers round nothing: metrics and gradients agree, at a temperature and with the bonus."""
     method = {"alpha": 3.0, "entropy_bonus": 0.2}
-    made = {name: learner(folder, method=method, head_backend=name) for name in ("torch", backend)}
+    made = {name: tiny.learner(folder, method=method, head_backend=name) for name in ("torch", backend)}
     ours, theirs = (each.update(tiny.groups()).metrics for each in made.values())
     for name in ours.keys() - {"memory/peak_bytes"}:
         assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6), name
-    one, other = (gradients(each, tiny.groups()) for each in made.values())
+    one, other = (tiny.gradients(each, tiny.groups()) for each in made.values())
     for name, gradient in one.items():
         torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-3 * gradient.abs().max().item())
 

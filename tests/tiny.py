@@ -8,8 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.config import Config, LearnerConfig, MethodConfig, ModelConfig, RunConfig
 from common.types import Group, Prompt, Rollout, Score
+from learner.learner import Learner
 
 V = 97
+CANARY = np.arange(12, dtype=np.int32)
 
 
 def save_model(folder: Path, seed: int = 0) -> Path:
@@ -68,3 +70,27 @@ def groups() -> list[Group]:
         group(2, [2, 6, 4, 8], [1.0, 1.0, 0.0, 2.0], prompt_length=11),
         group(3, [5, 5, 2, 3], [0.5, 0.5, 0.5, 0.5], prompt_length=2),
     ]
+
+
+def move_adapter(learner: Learner) -> Learner:
+    """Weights that are not zero in place of the adapter's first ones, so that policy and reference differ."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in learner.policy.peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return learner
+
+
+def learner(folder: Path, **options) -> Learner:
+    """A learner of `config(**options)` with a moved adapter."""
+    return move_adapter(Learner(folder, config(**options), CANARY))
+
+
+def gradients(made: Learner, groups: list[Group]) -> dict[str, torch.Tensor]:
+    """Gradients of one update, by parameter; the optimizer is kept from clipping and stepping."""
+    made.optimizer.config = made.optimizer.config.model_copy(update={"gradient_clip": 1e9})
+    made.optimizer.adamw.step = lambda: None
+    result = made.update(groups)
+    assert result.refused is None
+    return {n: p.grad.clone() for n, p in made.policy.peft_model.named_parameters() if p.requires_grad}

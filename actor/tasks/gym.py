@@ -30,6 +30,8 @@ from common.types import Prompt, Score, UserError
 PARTIAL = 0.5  # of the data set's own scorer; most give 0.01 to 0.1 to any answer in the right format
 NUM_CANDIDATES = 32  # problems from which the worked example is chosen
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")  # no leading zeros: 0110 is a string
+# What a data set's scorer raises on text that is no answer. Anything else fails the reward, which counts and names it.
+UNPARSEABLE = (ValueError, SyntaxError, TypeError, LookupError, ArithmeticError)
 
 
 def load(task: TaskConfig, split: Literal["train", "eval"]) -> list[Prompt]:
@@ -91,7 +93,7 @@ def _judge(completion: str, prompt: Prompt) -> float:
     scorer = _scorer(meta["gym"], json.dumps(meta["options"], sort_keys=True))
     try:
         value = scorer.score_answer(answer, meta["entry"])
-    except Exception:  # noqa: BLE001 (a scorer raises what it likes on text that it cannot parse; load proved it sound)
+    except UNPARSEABLE:
         return -0.5
     return 4.0 if value >= 1.0 else 1.5 if value >= PARTIAL else 0.0
 
