@@ -150,8 +150,9 @@ class LearnerConfig(Section):
     """Most tokens of a micro-batch (a single longer sequence is still taken)."""
     head_backend: Literal["auto", "torch", "triton", "trl", "liger"] = "auto"
     """Log-probabilities and entropies: ours on any device or on an NVIDIA GPU, or a peer's to compare with."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    recompute: Literal["none", "layer", "micro-batch"] = "none"
+    """What the backward pass computes a second time, to keep less of the step until then: nothing; within each layer
+    (the states between layers are kept); or a whole micro-batch at a time (its token states alone are kept)."""
 
 
 class EvaluationConfig(Section):

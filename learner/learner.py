@@ -37,8 +37,9 @@ class Learner:
             model_folder,
             config.model,
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-            checkpointing=config.learner.gradient_checkpointing,
+            recompute=config.learner.recompute,
             head_backend=config.learner.head_backend,
+            dropout=not self.method.needs_evaluation_mode,
         )
         self.optimizer = Optimizer(self.policy.parameters(), config.learner, steps=config.run.steps)
         self.step = 0
@@ -127,7 +128,6 @@ class Learner:
                     entropy_gradient=self.method.weight_gradient or self.entropy_bonus > 0,
                     entropy_at_one=True,
                     keep_hidden=self.method.token_weight == "residual",
-                    dropout=not self.method.needs_evaluation_mode,
                 )
                 for micro_batch in batch.micro_batches
             ]

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from common.adapter import Adapter, Canary, checksum
@@ -52,11 +53,19 @@ def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
 
 
 class Policy:
-    """Base, adapter and head, on one device, in training mode (dropout on) unless said otherwise."""
+    """Base, adapter and head, on one device, in training mode."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, *, device: torch.device, checkpointing: bool, head_backend: str
+        self,
+        folder: Path,
+        config: ModelConfig,
+        *,
+        device: torch.device,
+        recompute: str,
+        head_backend: str,
+        dropout: bool = True,
     ) -> None:
+        """`recompute` as learner.recompute says; without `dropout` training computes what evaluation does."""
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, attn_implementation=PACKED).to(device)
         if reason := unsupported(base.config, config.max_length):
             raise UserError(f"model.path={config.path} {reason}; use another model")
@@ -72,9 +81,11 @@ class Policy:
                 task_type="CAUSAL_LM",
             ),
         )
-        if checkpointing:
+        if recompute == "layer":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.peft_model.train()
+        self.recompute = recompute
+        self.dropout = dropout
+        self._training_mode()
         self.trunk = base.get_decoder()
         projection = base.get_output_embeddings()
         if type(projection) is not torch.nn.Linear:
@@ -107,12 +118,13 @@ class Policy:
         entropy_gradient: bool = False,
         entropy_at_one: bool = False,
         keep_hidden: bool = False,
-        dropout: bool = True,
     ) -> Pass:
         """One pass through the trunk, and the head at the N scored tokens of a micro-batch."""
-        self.peft_model.train(dropout)
-        hidden_LH = self._hidden(batch.token_ids_L, position_ids=batch.position_ids_L[None], lengths=batch.lengths)
-        self.peft_model.train()
+        packing = {"position_ids": batch.position_ids_L[None], "lengths": batch.lengths}
+        if self.recompute == "micro-batch" and torch.is_grad_enabled():
+            hidden_LH = checkpoint(self._hidden, batch.token_ids_L, use_reentrant=False, **packing)
+        else:
+            hidden_LH = self._hidden(batch.token_ids_L, **packing)
         hidden_NH = hidden_LH[batch.predictor_N]
         stats = self._head(
             hidden_NH,
@@ -123,6 +135,13 @@ class Policy:
             entropy_at_one=entropy_at_one,
         )
         return Pass(stats, hidden_NH.detach() if keep_hidden else None)
+
+    def _training_mode(self) -> None:
+        """Set once, not around a pass: the backward pass may compute a forward pass again."""
+        self.peft_model.train()
+        for module in self.peft_model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.train(self.dropout)
 
     def _head(self, hidden_NH: Tensor, target_N: Tensor, **options: Any) -> HeadStats:
         return head_stats(
@@ -151,7 +170,7 @@ class Policy:
         with torch.no_grad():
             hidden_TH = self._hidden(tokens_T[:-1])
             logprobs = self._head(hidden_TH, tokens_T[1:]).logprob_N
-        self.peft_model.train()
+        self._training_mode()
         return logprobs.float().cpu().numpy()
 
     def adapter(self, version: int, canary_token_ids: np.ndarray) -> Adapter:

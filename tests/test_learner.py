@@ -102,9 +102,13 @@ def test_order_of_groups_does_not_matter(folder):
         torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_checkpointing_changes_nothing(folder):
-    one = tiny.gradients(tiny.learner(folder, dropout=0.3), tiny.groups())
-    other = tiny.gradients(tiny.learner(folder, dropout=0.3, gradient_checkpointing=True), tiny.groups())
+@pytest.mark.parametrize("recompute", ["layer", "micro-batch"])
+@pytest.mark.parametrize("method", ["sa-ah-grpo", "arca"])
+def test_recomputing_changes_nothing(folder, recompute, method):
+    """arca learns without dropout: what is computed again must have none either."""
+    options = {"dropout": 0.3, "micro_batch_tokens": 30, "method": {"name": method}}
+    one = tiny.gradients(tiny.learner(folder, **options), tiny.groups())
+    other = tiny.gradients(tiny.learner(folder, **options, recompute=recompute), tiny.groups())
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-6)
 

@@ -172,7 +172,7 @@ def test_the_models_own_softcap_and_bias(kind, tmp_path):
         tmp_path,
         ModelConfig(dtype="float32", lora_targets=("q_proj",)),
         device=torch.device("cpu"),
-        checkpointing=False,
+        recompute="none",
         head_backend="auto",
     )
     ids = torch.arange(12)[None] * 7 % tiny.V
@@ -203,4 +203,4 @@ def test_what_the_learner_would_leave_out_is_refused(facts, words):
 def test_an_adapter_on_the_head_is_refused(folder):
     config = ModelConfig(dtype="float32", lora_targets=("q_proj", "lm_head"))
     with pytest.raises(UserError, match="adapts the output head"):
-        Policy(folder, config, device=torch.device("cpu"), checkpointing=False, head_backend="auto")
+        Policy(folder, config, device=torch.device("cpu"), recompute="none", head_backend="auto")
