@@ -32,7 +32,6 @@ class Learner:
         torch.manual_seed(config.run.seed)
         self.config = config
         self.method = config.method.resolve()
-        self.canary_token_ids = canary_token_ids
         self.policy = Policy(
             model_folder,
             config.model,
@@ -42,6 +41,9 @@ class Learner:
             dropout=not self.method.needs_evaluation_mode,
         )
         self.optimizer = Optimizer(self.policy.parameters(), config.learner, steps=config.run.steps)
+        self.canary_token_ids = canary_token_ids
+        with self.policy.reference():
+            self.canary_base_logprobs = self.policy.logprobs(canary_token_ids)
         self.step = 0
         self.entropy_bonus = self.method.entropy_bonus  # as adapted so far
 
@@ -101,7 +103,7 @@ class Learner:
 
     def adapter(self) -> Adapter:
         """The current weights as version number of steps taken."""
-        return self.policy.adapter(self.step, self.canary_token_ids)
+        return self.policy.adapter(self.step, self.canary_token_ids, self.canary_base_logprobs)
 
     def save(self, folder: Path) -> None:
         """Adapter, optimizer, step and random state into the existing `folder`."""

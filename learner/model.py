@@ -187,10 +187,8 @@ class Policy:
         self._training_mode()
         return logprobs.float().cpu().numpy()
 
-    def adapter(self, version: int, canary_token_ids: np.ndarray) -> Adapter:
+    def adapter(self, version: int, canary_token_ids: np.ndarray, canary_base_logprobs: np.ndarray) -> Adapter:
         """A copy of the current weights as adapter version `version`, with its canary."""
-        with self.reference():
-            base_logprobs = self.logprobs(canary_token_ids)
         state = get_peft_model_state_dict(self.peft_model)
         tensors = {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in state.items()}
         return Adapter(
@@ -202,7 +200,7 @@ class Policy:
             canary=Canary(
                 token_ids=canary_token_ids,
                 logprobs=self.logprobs(canary_token_ids),
-                base_logprobs=base_logprobs,
+                base_logprobs=canary_base_logprobs,
             ),
             checksum=checksum(tensors),
         )
