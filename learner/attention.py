@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -34,20 +35,59 @@ def packed_attention(
         raise ValueError(f"the model's attention has {lost[0]}, which packed attention would leave out")
     repeats = query_1ALD.shape[1] // key_1KLD.shape[1]
     key_1ALD, value_1ALD = (x.repeat_interleave(repeats, dim=1) for x in (key_1KLD, value_1KLD))
-    if lengths is None:
-        lengths = [[query_1ALD.shape[2]]]
+    pieces = _pieces(query_1ALD, key_1ALD, value_1ALD, lengths or [[query_1ALD.shape[2]]])
+    half = query_1ALD.dtype in (torch.bfloat16, torch.float16)
+    attend = _attend_packed if query_1ALD.is_cuda and half else _attend_one_by_one
+    return attend(pieces, scaling), None
+
+
+def _pieces(
+    query_1ALD: Tensor, key_1ALD: Tensor, value_1ALD: Tensor, lengths: Sequence[Sequence[int]]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each prompt and each rollout its queries, and the keys and values up to its last one, the prompt's first."""
     flat = [length for row in lengths for length in row]
-    pieces = zip(*(x.split(flat, dim=2) for x in (query_1ALD, key_1ALD, value_1ALD)), strict=True)
-    outputs = []
+    parts = zip(*(x.split(flat, dim=2) for x in (query_1ALD, key_1ALD, value_1ALD)), strict=True)
+    pieces = []
     for row in lengths:
-        query, prompt_key, prompt_value = next(pieces)
-        outputs.append(scaled_dot_product_attention(query, prompt_key, prompt_value, is_causal=True, scale=scaling))
-        for length in row[1:]:
-            query, key, value = next(pieces)
-            mask = torch.ones(length, row[0] + length, dtype=torch.bool, device=query.device).tril(row[0])
-            keys, values = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
-            outputs.append(scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        pieces.append(prompt := next(parts))
+        for _ in row[1:]:
+            query, key, value = next(parts)
+            pieces.append((query, torch.cat([prompt[1], key], dim=2), torch.cat([prompt[2], value], dim=2)))
+    return pieces
+
+
+def _attend_one_by_one(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], scaling: float) -> Tensor:
+    """[1, L, A, D]; a piece's last query sees all of its keys, the one before all but one, and so on."""
+    outputs = []
+    for query, key, value in pieces:
+        length, before = query.shape[2], key.shape[2] - query.shape[2]
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril(before).to(query.device) if before else None
+        outputs.append(
+            scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=not before, scale=scaling)
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _attend_packed(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], scaling: float) -> Tensor:
+    """The same by FlashAttention's kernel for sequences of many lengths, on a GPU in 16 bits."""
+    query_MAD, key_MAD, value_MAD = [
+        torch.cat(tensors, dim=2)[0].transpose(0, 1) for tensors in zip(*pieces, strict=True)
+    ]
+    sizes = torch.tensor([[query.shape[2], key.shape[2]] for query, key, _ in pieces], dtype=torch.int32)
+    ends = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (0, 0, 1, 0)).to(query_MAD.device)
+    most_queries, most_keys = sizes.amax(0).tolist()
+    output_LAD: Any = varlen.varlen_attn(
+        query_MAD,
+        key_MAD,
+        value_MAD,
+        ends[:, 0].contiguous(),
+        ends[:, 1].contiguous(),
+        most_queries,
+        most_keys,
+        scale=scaling,
+        window_size=(-1, 0),  # any number of keys before, none after; the last query sees the last key
+    )
+    return output_LAD[None]
 
 
 AttentionInterface.register(PACKED, packed_attention)
