@@ -43,7 +43,7 @@ from learner import checkpoint
 RUN = Path(__file__).resolve().parent / "run.py"
 RECENT = 5  # steps whose mean reward is shown
 LOOK_SECONDS = 2.0  # between two looks at the cells
-CELL_STOP_SECONDS = 45  # what an interrupted launch/run.py has to close its actors and its Ray in
+CELL_STOP_SECONDS = 45  # what a stopped launch/run.py has to close its actors and its Ray in
 
 # Becomes the program of its arguments, to which the kernel sends SIGTERM (15) when the worker of the Ray task dies
 # (PR_SET_PDEATHSIG, 1). Not a preexec_fn: Ray's worker has threads, and Python code between fork and exec may hang.
@@ -171,9 +171,9 @@ def run_cell(config: str, log: Path, folder: Path, environment: Mapping[str, str
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Interrupt the run as Ctrl-C does, so that it closes its actors; kill it if that takes too long."""
+    """Let the run close its actors; kill it if that takes too long."""
     if child.poll() is None:
-        child.send_signal(signal.SIGINT)
+        child.terminate()  # not SIGINT, which the processes of a Ray ignore, and what they start
         try:
             child.wait(CELL_STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -256,9 +256,9 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 all cells are finished, 1 some failed, 2 bad input; 128 + the signal that stopped it."""
+    """Exit status: 0 all cells are finished, 1 some failed, 2 bad input; 130 interrupted, by whatever signal."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, signal.default_int_handler)  # Ray makes status 1 of any other exception in its wait
     try:
         arguments, options = _arguments(argv)
         folder = arguments.dir
