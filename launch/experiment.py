@@ -82,6 +82,9 @@ def _died_early(folder: Path) -> bool:
 
 def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board) -> dict[str, str]:
     """Run the cells of `todo` on the cluster; returns the reason of each that failed, by name."""
+    for cell in todo:
+        if _died_early(cell.config.run.dir):
+            shutil.rmtree(cell.config.run.dir)
     states = {cell.name: "finished" for cell in cells} | {cell.name: "waiting" for cell in todo}
     shown = {cell.name: progress(cell, states[cell.name]) for cell in cells}
     log_sizes = {cell.name: _size(_log(cell)) for cell in todo}
@@ -92,8 +95,6 @@ def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board) -> dict[str, 
         task = ray.remote(run_cell).options(max_retries=0, **share(ray.nodes()))
         tasks = {}
         for cell in todo:
-            if not cell.config.run.resume and _died_early(cell.config.run.dir):
-                shutil.rmtree(cell.config.run.dir)
             tasks[task.remote(dump(cell.config), _log(cell).resolve(), Path.cwd(), environment)] = cell
         with _cancelled_in_the_end(tasks):
             while tasks:

@@ -251,6 +251,12 @@ def test_whatever_is_wrong_is_one_line_before_any_cell_starts(
     assert err.startswith(line) and err.count("\n") == 1
 
 
+def test_what_is_wrong_with_the_last_variant_alone_is_found_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "grid.toml").write_text(GRID.replace('"sa-ah-grpo" }', '"sa-ah-grpo" }, model = { lora_targets = ["w"] }'))
+    assert experiment.main(["--config", "grid.toml"]) == 2
+    assert capsys.readouterr().err.startswith("model.lora_targets: w is no linear module of the model")
+
+
 def test_a_second_driver_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with experiment._alone_in(Path("runs/grid")):
         assert experiment.main(["--config", "grid.toml"]) == 2

@@ -63,13 +63,13 @@ def start(folder: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_killed_grid_goes_on_and_its_cells_are_ordinary_runs(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     (tmp_path / "grid.toml").write_text(GRID)
     first, second = (tmp_path / "cells" / name for name in ("grpo-baseline_alpha-0_seed-4", "holder_seed-4"))
     driver = start(tmp_path)
-    deadline = time.monotonic() + 250
+    deadline = time.monotonic() + 300
     while not (first / "checkpoints" / "step-000001").exists():
         assert driver.poll() is None, driver.communicate()[0]
         assert time.monotonic() < deadline
@@ -83,7 +83,7 @@ def test_a_killed_grid_goes_on_and_its_cells_are_ordinary_runs(tmp_path: Path) -
     assert not second.exists()
 
     driver = start(tmp_path)
-    output, _ = driver.communicate(timeout=300)
+    output, _ = driver.communicate(timeout=500)
     assert driver.returncode == 0, output
     assert "2 of 2 cells are finished" in output
     assert (tmp_path / "cells" / f"{first.name}.log").read_text().count("starting vLLM") == 2
