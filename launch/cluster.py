@@ -48,8 +48,8 @@ def connect() -> Iterator[None]:
     """Be connected to Ray for the length of the block; call it from the main thread.
 
     In a Ray job, to the job's cluster; else to the one that RAY_ADDRESS names or that `ray start` began on this
-    machine; else to an own one, which ends with the block or with this process. What actors print appears in this
-    process's output.
+    machine; else, or where RAY_ADDRESS is "local", to an own one, which ends with the block or with this process. What
+    actors print appears in this process's output.
     """
     if not sys.stdout.isatty():
         os.environ["RAY_COLOR_PREFIX"] = "0"
@@ -95,7 +95,8 @@ def submit(options: Sequence[str]) -> int:
 def _cluster(*, job_server: bool) -> Iterator[str]:
     """The address of the Ray that runs, or of a new one."""
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS") or _started_by_hand():
+    named = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if named != "local" and (named or _started_by_hand()):
         authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         yield "auto"
     else:
@@ -124,6 +125,7 @@ def _keeper(*, job_server: bool) -> Iterator[str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),  # for the workers too
         "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
         "RAY_worker_niceness": "0",  # Ray's 15 lets anything else on the machine starve the training
+        "RAY_ADDRESS": "",  # for Ray's own commands: "local" has been understood here
     }
     keeper = subprocess.Popen(
         [sys.executable, "-m", "launch.cluster", "keep", str(os.getpid()), str(job_server).lower()],
@@ -163,7 +165,9 @@ def keep(parent: int, job_server: str) -> None:
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
     try:
         with open(folder / "start.log", "w") as log:
-            head = subprocess.Popen(_head_command(folder, job_server), stdout=log, stderr=log)
+            # RAY_TMPDIR: a Ray that a task starts in turn (launch/experiment.py) leaves nothing behind either.
+            environment = {**os.environ, "RAY_TMPDIR": str(folder)}
+            head = subprocess.Popen(_head_command(folder, job_server), env=environment, stdout=log, stderr=log)
         record = folder / "ray_current_cluster"  # written when Ray is up
         while head.poll() is None and not (record.exists() and record.read_text()):
             time.sleep(0.1)

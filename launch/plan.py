@@ -57,7 +57,7 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     config = _corrected(config)
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
-    resume_from = saved or _run_folder(config)
+    resume_from = saved or run_folder(config)
     task = task_module(config.task.name)
     train_prompts = tuple(task.load(config.task, "train"))
     eval_prompts = tuple(task.load(config.task, "eval"))[: config.evaluation.num_problems]
@@ -102,7 +102,7 @@ def warnings(config: Config) -> list[str]:
     return found
 
 
-def _run_folder(config: Config) -> Path | None:
+def run_folder(config: Config) -> Path | None:
     """The checkpoint to resume from; refuses to write over another run."""
     folder, written = config.run.dir, config.run.dir / "config.toml"
     if folder.exists() and not folder.is_dir():

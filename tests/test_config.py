@@ -8,9 +8,12 @@ from common.command_line import load, option_names
 from common.config import Config, MethodConfig, dump
 from common.methods import METHODS, parameters, table
 from common.types import UserError
+from launch import grid
 from launch.plan import warnings
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "launch" / "configs").glob("*.toml"))
+GRIDS = [path for path in CONFIGS if "\n[grid]" in path.read_text()]
+RUNS = [path for path in CONFIGS if path not in GRIDS]
 
 
 @pytest.fixture
@@ -130,10 +133,18 @@ def test_help_describes_every_option(empty: Path, capsys: pytest.CaptureFixture[
     assert len(option_names()) > 50
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_configuration_of_the_repository_loads(path: Path) -> None:
     config = load(["--config", str(path)], path)
     assert config.method.resolve().paper
+
+
+@pytest.mark.parametrize("scale", [None, "cpu"])
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
+def test_every_grid_of_the_repository_loads_without_a_warning(path: Path, scale: str | None) -> None:
+    assert not [
+        w for cell in grid.cells(path, Path("x"), scale=scale) for w in warnings(cell.config) if "is off" not in w
+    ]
 
 
 @pytest.mark.parametrize("name", METHODS)

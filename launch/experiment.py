@@ -1,0 +1,290 @@
+"""The experiment: a grid of runs as Ray tasks, on whatever the cluster has.
+
+python launch/experiment.py --config launch/configs/main_comparison.toml [--scale cpu] [--dir runs/NAME] [OPTIONS]
+
+OPTIONS are those of launch/run.py and hold for every cell; --dry-run checks all cells and starts none. The same command
+again continues: finished cells stay as they are, one that died goes on from its last checkpoint, one without a
+checkpoint starts again in an emptied folder. The format of a grid: launch/grid.py.
+
+A cell takes a GPU, or where there is none a whole machine. It is launch/run.py in a process of its own, with a Ray of
+its own on that share: its learner and its actor ask Ray for the very GPU that the cell's task holds, and what ends one
+cell ends no other. It prints into DIR/CELL.log, beside its run folder DIR/CELL/, so all machines of a cluster must see
+the same files.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import ray
+
+from common.config import dump
+from common.metrics import mean, read_lines
+from common.types import UserError
+from launch import cluster, grid, plan
+from launch.display import Board, Progress
+from launch.grid import Cell
+from learner import checkpoint
+
+RUN = Path(__file__).resolve().parent / "run.py"
+RECENT = 5  # steps whose mean reward is shown
+LOOK_SECONDS = 2.0  # between two looks at the cells
+CELL_STOP_SECONDS = 45  # what a stopped launch/run.py has to close its actors and its Ray in
+
+# Becomes the program of its arguments, to which the kernel sends SIGTERM (15) when the worker of the Ray task dies
+# (PR_SET_PDEATHSIG, 1). Not a preexec_fn: Ray's worker has threads, and Python code between fork and exec may hang.
+CHILD = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
+os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def unfinished(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that are still to be run, as they are to be run: with run.resume where there is a checkpoint.
+
+    Raises UserError for whatever is wrong with any cell, finished ones included: their options must be the grid's.
+    """
+    for cell in {cell.kind: cell for cell in cells}.values():
+        plan.make(cell.config, saved=cell.config.run.dir)  # all but the run folder, which differs by seed
+    todo = []
+    for cell in cells:
+        folder = cell.config.run.dir
+        reached = checkpoint.latest(folder / "checkpoints")
+        config = cell.config.model_copy(
+            update={"run": cell.config.run.model_copy(update={"resume": reached is not None})}
+        )
+        if reached is not None or not _died_early(folder):
+            plan.run_folder(config)
+        if reached is None or reached.name != checkpoint.name(config.run.steps):
+            todo.append(Cell(name=cell.name, kind=cell.kind, config=config))
+    return todo
+
+
+def _died_early(folder: Path) -> bool:
+    """Whether a run began in the folder and left no checkpoint. Anything else in it is not ours to delete."""
+    return (folder / "config.toml").is_file() and checkpoint.latest(folder / "checkpoints") is None
+
+
+def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board) -> dict[str, str]:
+    """Run the cells of `todo` on the cluster; returns the reason of each that failed, by name."""
+    for cell in todo:
+        if _died_early(cell.config.run.dir):
+            shutil.rmtree(cell.config.run.dir)
+    states = {cell.name: "finished" for cell in cells} | {cell.name: "waiting" for cell in todo}
+    shown = {cell.name: progress(cell, states[cell.name]) for cell in cells}
+    log_sizes = {cell.name: _size(_log(cell)) for cell in todo}
+    failed: dict[str, str] = {}
+    first, started = sum(p.step for p in shown.values()), time.monotonic()
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_JOB_CONFIG_JSON_ENV_VAR"}
+    with cluster.connect():
+        task = ray.remote(run_cell).options(max_retries=0, **share(ray.nodes()))
+        tasks = {}
+        for cell in todo:
+            tasks[task.remote(dump(cell.config), _log(cell).resolve(), Path.cwd(), environment)] = cell
+        with _cancelled_in_the_end(tasks):
+            while tasks:
+                ended, _ = ray.wait(list(tasks), timeout=LOOK_SECONDS)
+                looked_at = list(tasks.values())
+                for reference in ended:
+                    cell = tasks.pop(reference)
+                    states[cell.name] = "finished"
+                    if reason := _reason_of(reference):
+                        states[cell.name], failed[cell.name] = "failed", reason
+                        board.note(f"{cell.name} failed: {reason}; its log is {_log(cell)}")
+                for cell in looked_at:
+                    if states[cell.name] == "waiting" and _size(_log(cell)) > log_sizes[cell.name]:
+                        states[cell.name] = "running"
+                    shown[cell.name] = progress(cell, states[cell.name])
+                done = sum(p.step for p in shown.values()) - first
+                left = sum(p.steps - p.step for p in shown.values() if p.state in ("running", "waiting"))
+                board.show(list(shown.values()), (time.monotonic() - started) / done * left if done > 0 else None)
+    return failed
+
+
+def progress(cell: Cell, state: str) -> Progress:
+    """How far a cell is, from its run folder."""
+    lines = read_lines(cell.config.run.dir / "metrics.jsonl")
+    step, steps = (lines[-1]["step"] if lines else 0), cell.config.run.steps
+    recent = [line["reward/mean"] for line in lines[-RECENT:] if line.get("reward/mean") is not None]
+    per_step = mean(line["time/step_seconds"] for line in lines)
+    return Progress(
+        name=cell.name,
+        state=state,
+        step=step,
+        steps=steps,
+        reward=mean(recent) if recent else None,
+        left_seconds=per_step * (steps - step) if lines and state == "running" else None,
+    )
+
+
+def share(nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Ray's options for a cell: a GPU where the cluster has any, else all cores of its largest machine."""
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    if any(has.get("GPU", 0) >= 1 for has in resources):
+        return {"num_gpus": 1, "num_cpus": 0}
+    return {"num_cpus": max(has.get("CPU", 0) for has in resources)}
+
+
+def run_cell(config: str, log: Path, folder: Path, environment: Mapping[str, str]) -> str | None:
+    """A Ray task: launch/run.py with a TOML text, from `folder`; returns why it failed, or None.
+
+    The environment is the driver's, but for the GPU, which is the task's, and for Ray: the run has its own.
+    """
+    own = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "RAY_TMPDIR") if name in os.environ}
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file, log.open("a") as out:
+        file.write(config)
+        file.flush()
+        command = [sys.executable, str(RUN), "--config", file.name]
+        print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} launch/run.py", file=out, flush=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(os.getpid()), *command],
+            cwd=folder,
+            env={**environment, **own, "RAY_ADDRESS": "local"},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+        )
+        try:
+            while child.poll() is None:
+                time.sleep(0.2)  # not wait(): Ray's cancelling raises KeyboardInterrupt between two lines of Python
+        finally:
+            _stop(child)
+    if child.returncode == 0:
+        return None
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip() and line[0] != "("]
+    status = f"status {child.returncode}" if child.returncode > 0 else signal.Signals(-child.returncode).name
+    return f"{status}, {said[-1]}"  # a line that begins with a bracket is one of Ray's workers, not the driver's last
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Let the run close its actors; kill it if that takes too long."""
+    if child.poll() is None:
+        child.terminate()  # not SIGINT, which the processes of a Ray ignore, and what they start
+        try:
+            child.wait(CELL_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+@contextlib.contextmanager
+def _cancelled_in_the_end(tasks: Mapping[Any, Cell]) -> Iterator[None]:
+    """End the tasks that are left when the block ends, however it does."""
+    try:
+        yield
+    finally:
+        if tasks:
+            for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(name, signal.SIG_IGN)  # what follows is bounded in time: no second Ctrl-C is needed
+            for reference in reversed(list(tasks)):  # those that wait first, lest one begins as another ends
+                ray.cancel(reference)
+            ray.wait(list(tasks), num_returns=len(tasks), timeout=CELL_STOP_SECONDS + 5)
+
+
+def _reason_of(reference: Any) -> str | None:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return f"Ray: {str(error).strip().splitlines()[0]}"
+
+
+def _log(cell: Cell) -> Path:
+    """Beside the run folder, which must be empty when its run starts."""
+    return cell.config.run.dir.with_name(cell.name + ".log")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuse a second driver on the folder; the kernel gives the lock back when this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--dir {folder} is in use by another experiment; wait for it or name another") from None
+        yield
+
+
+def describe(cells: Sequence[Cell], todo: Sequence[Cell]) -> str:
+    """What --dry-run prints: what would happen to each cell, and the warnings of its kind."""
+    plans = {cell.name: "continue" if cell.config.run.resume else "start" for cell in todo}
+    lines = [f"{cell.name}: {plans.get(cell.name, 'finished')}" for cell in cells]
+    for cell in {cell.kind: cell for cell in cells}.values():
+        lines += [f"# {cell.kind}: warning: {warning}" for warning in plan.warnings(cell.config)]
+    return "\n".join([*lines, f"# {len(cells)} cells of {cells[0].config.run.steps} steps, {len(todo)} to run"])
+
+
+def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and those of launch/run.py."""
+    parser = argparse.ArgumentParser(
+        usage="launch/experiment.py --config GRID.toml [--scale NAME] [--dir runs/NAME] [--dry-run] [OPTIONS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", type=Path, help="the grid, such as launch/configs/main_comparison.toml")
+    parser.add_argument("--scale", help="a table [scale.NAME] of the grid, such as cpu")
+    parser.add_argument("--dir", type=Path, help="folder of the cells (runs/GRID or runs/GRID-SCALE)")
+    parser.add_argument("--dry-run", action="store_true", help="check all cells, start none")
+    try:
+        arguments, options = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see --help") from None
+    if arguments.config is None:
+        raise UserError("--config is missing; name a grid, such as launch/configs/main_comparison.toml")
+    arguments.dir = arguments.dir or Path("runs", "-".join(filter(None, [arguments.config.stem, arguments.scale])))
+    return arguments, options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0 all cells are finished, 1 some failed, 2 bad input; 130 interrupted, by whatever signal."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # Ray makes status 1 of any other exception in its wait
+    try:
+        arguments, options = _arguments(argv)
+        folder = arguments.dir
+        cells = grid.cells(arguments.config, folder, scale=arguments.scale, options=options)
+        if arguments.dry_run:
+            print(describe(cells, unfinished(cells)))
+            return 0
+        with _alone_in(folder):
+            todo = unfinished(cells)
+            board = Board(f"{arguments.config.stem} in {folder}")
+            try:
+                failed = run(cells, todo, board) if todo else {}
+            finally:
+                board.close()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    for name, reason in failed.items():
+        print(f"{name} failed: {reason}", file=sys.stderr)
+    print(f"{len(cells) - len(failed)} of {len(cells)} cells are finished; python launch/report.py {folder}/*/")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,293 @@
+"""The driver of a grid with real Ray and a run that only pretends: who runs again, who goes on, what is left behind."""
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from launch import cluster, experiment, grid
+from launch.display import Board, Progress
+
+ROOT = Path(__file__).resolve().parent.parent
+GRID = """
+[run]
+steps = 3
+checkpoint_every = 1
+[task]
+gym_options = { min_terms = 2, max_terms = 2 }
+num_train = 4
+num_eval = 4
+[grid]
+seeds = [1]
+variants = [
+    { name = "good", method = { name = "grpo" } },
+    { name = "bad", method = { name = "ah-grpo" } },
+    { name = "torn", method = { name = "sa-ah-grpo" } },
+]
+"""
+# Notes each start in starts.txt; ah-grpo fails early, sa-ah-grpo is killed in its second step when it has not resumed.
+RUN = """
+import json, os, signal, sys, time
+from pathlib import Path
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from common.command_line import load
+from common.config import dump
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("closed in good order"))
+config = load(sys.argv[1:], Path())
+folder, name, resume = config.run.dir, config.method.name, config.run.resume
+with open(folder.parent / "starts.txt", "a") as starts:
+    print(folder.name, "goes on" if resume else "starts", os.environ.get("CUDA_VISIBLE_DEVICES"), file=starts)
+assert resume or not folder.exists(), "not emptied"
+done = len(list(folder.glob("checkpoints/step-*")))
+if not resume:
+    folder.mkdir()
+    (folder / "config.toml").write_text(dump(config))
+if name == "ah-grpo" and "MEND" not in os.environ:
+    sys.exit("run failed: it is bad")
+for step in range(done + 1, config.run.steps + 1):
+    with open(folder / "metrics.jsonl", "a") as metrics:
+        print(json.dumps({"step": step, "reward/mean": 1.5, "time/step_seconds": 0.1}), file=metrics)
+    if name == "sa-ah-grpo" and step == 2 and not resume:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
+"""
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    """One in which no other Ray is seen, with an empty home."""
+    folder = tempfile.mkdtemp(dir="/tmp")  # shorter than tmp_path: the paths of sockets are limited
+    outer = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    cache = outer.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")  # where the model folder is
+    yield {**outer, "RAY_TMPDIR": folder, "HOME": folder, "XDG_CACHE_HOME": cache}
+    assert not list(Path(folder).glob("ray-*")), "a Ray left its folder behind"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """This repository with the pretended run, and the grid."""
+    for package in ("common", "launch", "actor", "learner"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "launch" / "run.py").write_text(RUN)
+    (tmp_path / "grid.toml").write_text(GRID)
+    return tmp_path
+
+
+def start(checkout: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "launch/experiment.py", "--config", "grid.toml"]
+    return subprocess.Popen(
+        command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(checkout: Path, environment: dict[str, str]) -> tuple[int, str, str, list[str]]:
+    """Status, stdout, stderr and the starts of one whole call."""
+    starts = checkout / "runs" / "grid" / "starts.txt"
+    starts.unlink(missing_ok=True)
+    process = start(checkout, environment)
+    out, err = process.communicate(timeout=200)
+    noted = starts.read_text().splitlines() if starts.exists() else []
+    return process.returncode, out, err, [line.rsplit(" ", 1)[0] for line in noted]
+
+
+@pytest.mark.slow
+def test_only_what_is_not_finished_runs_again(checkout: Path, environment: dict[str, str]) -> None:
+    status, out, err, starts = finish(checkout, environment)
+    assert status == 1, err
+    assert starts == ["good_seed-1 starts", "bad_seed-1 starts", "torn_seed-1 starts"]
+    assert err.splitlines() == [
+        "bad_seed-1 failed: status 1, run failed: it is bad",
+        err.splitlines()[1],
+    ]
+    assert err.splitlines()[1].startswith("torn_seed-1 failed: SIGKILL, # 2")  # it said nothing: the log's own line
+    assert "good_seed-1: finished 3/3 1.50 -" in out
+    assert out.splitlines()[-1] == "1 of 3 cells are finished; python launch/report.py runs/grid/*/"
+    (checkout / "runs" / "grid" / "bad_seed-1" / "rollouts.jsonl").write_text("of the run that died\n")
+    status, out, err, starts = finish(checkout, {**environment, "MEND": "1"})
+    assert status == 0, err
+    assert starts == ["bad_seed-1 starts", "torn_seed-1 goes on"]
+    assert not (checkout / "runs" / "grid" / "bad_seed-1" / "rollouts.jsonl").exists()
+    assert len(list((checkout / "runs" / "grid" / "torn_seed-1" / "checkpoints").iterdir())) == 3
+    status, out, err, starts = finish(checkout, environment)
+    assert (status, starts) == (0, [])
+    assert out == "3 of 3 cells are finished; python launch/report.py runs/grid/*/\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_driver_leaves_no_process_and_everything_to_go_on(
+    number: signal.Signals, checkout: Path, environment: dict[str, str]
+) -> None:
+    process = start(checkout, {**environment, "STEP_SECONDS": "600"})
+    folder = checkout / "runs" / "grid"
+    deadline = time.monotonic() + 100
+    while not (folder / "good_seed-1" / "checkpoints" / "step-000001").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any("launch/run.py" in " ".join(p.cmdline()) for p in family)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+    if number != signal.SIGKILL:
+        assert "closed in good order" in (folder / "good_seed-1.log").read_text()
+    if number == signal.SIGINT:
+        assert err == "interrupted; the same command continues\n"
+        _, _, _, starts = finish(checkout, environment)
+        assert starts[0] == "good_seed-1 goes on"
+
+
+@pytest.mark.slow
+def test_cells_share_out_the_gpus_of_a_cluster(checkout: Path, environment: dict[str, str]) -> None:
+    """A Ray that believes in two GPUs: three cells, two at once, each told of one GPU."""
+    folder = Path(environment["RAY_TMPDIR"]) / "by-hand"
+    folder.mkdir()
+    head = subprocess.Popen(
+        [*cluster._head_command(folder, "false"), "--num-gpus=2", "--num-cpus=1"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        record, deadline = folder / "ray_current_cluster", time.monotonic() + 60
+        while not (record.exists() and record.read_text()):
+            assert head.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        mended = {**environment, "RAY_ADDRESS": record.read_text(), "MEND": "1", "STEP_SECONDS": "2"}
+        process = start(checkout, mended)
+        out, err = process.communicate(timeout=200)
+        assert "torn_seed-1 failed: SIGKILL" in err
+        assert process.returncode == 1
+        lines = (checkout / "runs" / "grid" / "starts.txt").read_text().split("\n")
+        assert {line.split()[-1] for line in lines[:2]} == {"0", "1"}
+        assert out.index("bad_seed-1: running") < out.index("good_seed-1: finished")
+    finally:
+        family = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        head.wait(60)
+        psutil.wait_procs(family, timeout=30)
+
+
+def test_a_cell_takes_a_gpu_or_a_whole_machine() -> None:
+    def node(**resources: float) -> dict:
+        return {"Alive": True, "Resources": resources}
+
+    assert experiment.share([node(CPU=2.0)]) == {"num_cpus": 2.0}
+    assert experiment.share([node(CPU=2.0), node(CPU=16.0)]) == {"num_cpus": 16.0}
+    assert experiment.share([node(CPU=2.0), node(CPU=16.0, GPU=4.0)]) == {"num_gpus": 1, "num_cpus": 0}
+    gone = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 1.0}}
+    assert experiment.share([node(CPU=2.0), gone]) == {"num_cpus": 2.0}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with the grid, in which no cell may start."""
+    (tmp_path / "grid.toml").write_text(GRID)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "run", lambda *_: pytest.fail("a cell would have been started"))
+    return tmp_path
+
+
+def written(cell: grid.Cell, *checkpoints: int) -> Path:
+    """The folder of a run that began, with checkpoints after these steps."""
+    folder = cell.config.run.dir
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(experiment.dump(cell.config))
+    for step in checkpoints:
+        (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    return folder
+
+
+def test_a_dry_run_says_what_each_cell_will_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad, torn = grid.cells(Path("grid.toml"), Path("runs/grid"))
+    written(good, 1, 2, 3)
+    written(bad)
+    written(torn, 2)
+    assert experiment.main(["--config", "grid.toml", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["good_seed-1: finished", "bad_seed-1: start", "torn_seed-1: continue"]
+    assert lines[-1] == "# 3 cells of 3 steps, 2 to run"
+    assert (bad.config.run.dir / "config.toml").exists()  # a dry run deletes nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ([], "--config is missing; name a grid, such as launch/configs/main_comparison.toml"),
+        (["--config"], "argument --config: expected one argument; see --help"),
+        (["--config", "grid.toml", "--scale", "gpu"], "--scale gpu is not in grid.toml; leave it out"),
+        (["--config", "grid.toml", "--run.stepps", "3"], "--run.stepps is no option; did you mean --run.steps?"),
+        (["--config", "grid.toml", "--model.path", "/no/model"], "model.path=/no/model is no folder"),
+        (["--config", "grid.toml", "--task.gym", "chain_summ"], "task.gym=chain_summ"),
+        (["--config", "grid.toml", "--run.steps", "4"], "run.steps=4 differs from 3 of the run in runs/grid/good_seed"),
+        (["--config", "grid.toml", "--dir", "other"], "run.dir=other/torn_seed-1 is not empty"),
+    ],
+)
+def test_whatever_is_wrong_is_one_line_before_any_cell_starts(
+    options: list[str], line: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the one bad cell is finished (other steps), or the last (a folder that no run made)."""
+    written(grid.cells(Path("grid.toml"), Path("runs/grid"))[0], 3)
+    (here / "other" / "torn_seed-1").mkdir(parents=True)
+    (here / "other" / "torn_seed-1" / "thesis.tex").write_text("mine")
+    assert experiment.main(options) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(line) and err.count("\n") == 1
+
+
+def test_what_is_wrong_with_the_last_variant_alone_is_found_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "grid.toml").write_text(GRID.replace('"sa-ah-grpo" }', '"sa-ah-grpo" }, model = { lora_targets = ["w"] }'))
+    assert experiment.main(["--config", "grid.toml"]) == 2
+    assert capsys.readouterr().err.startswith("model.lora_targets: w is no linear module of the model")
+
+
+def test_a_second_driver_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with experiment._alone_in(Path("runs/grid")):
+        assert experiment.main(["--config", "grid.toml"]) == 2
+    assert capsys.readouterr().err.startswith("--dir runs/grid is in use by another experiment")
+
+
+def shown(console: Console) -> None:
+    board = Board("a grid", console=console)
+    done = Progress(name="a_seed-1", state="finished", step=20, steps=20, reward=3.25)
+    for step in (0, 1, 2):
+        now = Progress(name="b_seed-1", state="running", step=step, steps=20, reward=1.5, left_seconds=61.0)
+        board.show([done, now, Progress(name="c_seed-1", state="waiting", step=0, steps=20)], 3600.0)
+    board.close()
+
+
+def test_the_board_off_a_terminal_prints_what_is_new() -> None:
+    out = io.StringIO()
+    shown(Console(file=out, soft_wrap=True))
+    assert out.getvalue().splitlines() == [
+        "a_seed-1: finished 20/20 3.25 -; the grid left 60:00",
+        "b_seed-1: running 0/20 1.50 1:01; the grid left 60:00",
+        "c_seed-1: waiting 0/20 - -; the grid left 60:00",
+        "b_seed-1: running 2/20 1.50 1:01; the grid left 60:00",
+    ]
+
+
+def test_the_board_on_a_terminal_is_a_table_with_the_running_cells_first() -> None:
+    out = io.StringIO()
+    shown(Console(file=out, force_terminal=True, width=100, height=30))
+    last = out.getvalue().rsplit("a grid", 1)[1]
+    assert "1 running, 1 waiting, 1 finished  left 60:00" in last
+    assert last.index("b_seed-1") < last.index("c_seed-1") < last.index("a_seed-1")
+    for text in ("2/20", "1:01", "20/20", "3.25"):
+        assert text in last
