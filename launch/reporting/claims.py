@@ -4,7 +4,7 @@ Verdicts use Student's and Welch's intervals, which stay honest for few seeds; o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -101,21 +101,22 @@ def own(value: Callable[[Run], float], words: str, role: str = "SA-AH-GRPO") -> 
 
 
 def largest_kl(runs: Finished) -> Measured:
-    """The highest mean KL of the paper's three methods."""
+    """The mean KL of that one of the paper's methods which speaks most against a bound on all of them."""
     measured = [(f"mean KL, {g.label}", mean(g.per_seed(mean_kl))) for g in runs.groups if g.role]
     if not measured:
         raise Untold("no finished run of the paper's methods")
-    return max(measured, key=lambda pair: pair[1].high if pair[1].has_interval else pair[1].value)
+    unsure = [pair for pair in measured if not pair[1].has_interval]
+    return unsure[0] if unsure else max(measured, key=lambda pair: pair[1].low)
 
 
 def positive_over_negative(runs: Finished) -> Measured:
-    """Final Pass@1 of AH-GRPO: seeds of all positive alphas against those of the negative ones."""
+    """Final Pass@1 of AH-GRPO, a seed's mean over positive alphas against its mean over negative ones."""
     sweep = runs.sweep("AH-GRPO")
-    positive, negative = ([g for g in sweep if sign * g.alpha > 0] for sign in (1, -1))
-    if not positive or not negative:
+    sides = [[g for g in sweep if sign * g.alpha > 0] for sign in (1, -1)]
+    if not all(sides):
         raise Untold("no finished sweep of AH-GRPO with alphas of both signs")
-    left, right = (np.concatenate([g.per_seed(final) for g in side]) for side in (positive, negative))
-    return "final Pass@1, AH-GRPO with α > 0 − α < 0", difference(left, right)
+    pooled = [replace(side[0], runs=tuple(run for g in side for run in g.runs)) for side in sides]
+    return "final Pass@1, AH-GRPO with α > 0 − α < 0", difference(*(side.per_seed(final) for side in pooled))
 
 
 def _gain_over_base(run: Run) -> float:

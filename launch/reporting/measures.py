@@ -1,11 +1,12 @@
-"""One number of one run: what the tables and the claims are about. NaN where the run does not have it."""
+"""Single numbers of a run, and Pass@1 of a group: what tables, figures and claims are about; NaN where absent."""
 
 import math
 
 import numpy as np
 
+from launch.reporting.groups import Group
 from launch.reporting.runs import Run
-from launch.reporting.statistics import finite, training_variance
+from launch.reporting.statistics import Estimate, binomial, bootstrap, finite, training_variance
 
 EDGE_STEPS = 5  # the first and the last steps that "at the start" and "at the end" are means of
 
@@ -61,3 +62,16 @@ def lowest(run: Run, metric: str) -> float:
 def _mean(values: np.ndarray) -> float:
     numbers = finite(values)
     return float(numbers.mean()) if len(numbers) else math.nan
+
+
+def evaluated(group: Group, values: np.ndarray) -> Estimate:
+    """Pass@1 over seeds; of a single seed, or equal ones, with the interval of one evaluation."""
+    estimate = bootstrap(values)
+    if not estimate.has_interval:
+        return binomial(estimate.value, max(run.num_problems for run in group.runs))
+    return estimate
+
+
+def pass_at(group: Group, step: int) -> Estimate:
+    """Greedy Pass@1 of a group at one step."""
+    return evaluated(group, group.per_seed(lambda run: run.pass_at_1().get(step, math.nan)))

@@ -3,22 +3,12 @@
 import math
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from launch.reporting import paper
 from launch.reporting.groups import Group
-from launch.reporting.measures import base, final, mean_kl, peak, variance
+from launch.reporting.measures import base, evaluated, final, mean_kl, pass_at, peak, variance
 from launch.reporting.runs import Run
 from launch.reporting.statistics import Estimate, binomial, bootstrap
 from launch.reporting.table import ABSENT, Cell, Row, Table
-
-
-def evaluated(group: Group, values: np.ndarray) -> Estimate:
-    """Pass@1 over seeds; of a single seed, or equal ones, with the interval of one evaluation."""
-    estimate = bootstrap(values)
-    if not estimate.has_interval:
-        return binomial(estimate.value, max(run.num_problems for run in group.runs))
-    return estimate
 
 
 def _word(value: object, *notes: str) -> Cell:
@@ -111,11 +101,7 @@ def _paper_row(model: str, result: paper.Result) -> Row:
 
 def _pass_cells(group: Group, steps: Iterable[int]) -> tuple[Cell, ...]:
     """Pass@1 of a group at each of the steps."""
-    curves = {id(run): run.pass_at_1() for run in group.runs}
-    return tuple(
-        Cell(value=evaluated(group, group.per_seed(lambda run, s=step: curves[id(run)].get(s, math.nan))))
-        for step in steps
-    )
+    return tuple(Cell(value=pass_at(group, step)) for step in steps)
 
 
 def checkpoints(groups: Sequence[Group]) -> Table:
@@ -134,7 +120,8 @@ def checkpoints(groups: Sequence[Group]) -> Table:
     return Table(
         key="tables-3-4",
         title="Tables 3 and 4. Pass@1 at each evaluated checkpoint",
-        caption="Greedy decoding; step 0 is the base model. The paper's rows: Table 3 (3B) and 4 (1.5B), ± by its formula.",
+        caption="Greedy decoding; step 0 is the base model. The paper's rows: Table 3 (3B) and Table 4 (1.5B); "
+        "their ± by its formula.",
         columns=("model", "method", *(f"step {step}" for step in steps)),
         rows=tuple(rows),
     )
