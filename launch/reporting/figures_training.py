@@ -137,8 +137,8 @@ def entropy_and_weight(groups: Sequence[Group]) -> Drawn:
     return Drawn(
         key="figure-a4",
         title="Figure A4. Entropy and token weight over steps",
-        caption="Means over seeds; dotted: the weight of tokens in rollouts of negative advantage (in the paper's Table 6 "
-        "0 where a step has none).",
+        caption="Means over seeds; dotted: the weight of tokens in rollouts of negative advantage (in the paper's "
+        "Table 6 it is 0 where a step has none).",
         figure=figure,
     )
 

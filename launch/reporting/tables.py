@@ -217,3 +217,8 @@ def _diagnostic_rows(group: Group) -> list[Row]:
 def all_tables(groups: Sequence[Group]) -> list[Table]:
     """Every table of the paper, in its order."""
     return [summary(groups), checkpoints(groups), ablation(groups), diagnostics(groups)]
+
+
+def words_row(words: Sequence[str]) -> Row:
+    """A row without numbers."""
+    return Row(cells=tuple(Cell(value=word) for word in words))
