@@ -101,8 +101,10 @@ def settings_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """The settings in which the runs differ, their folders aside."""
-    return [key for key in _varying([run.settings for run in runs]) if key not in ("run.dir", "run.resume")]
+    """The settings in which the runs differ, their folders aside; what names an experiment comes first."""
+    keys = [key for key in _varying([run.settings for run in runs]) if key not in ("run.dir", "run.resume")]
+    first = ("model.path", "method.name", "method.alpha", "run.seed")
+    return sorted(keys, key=lambda key: (first.index(key) if key in first else len(first), key))
 
 
 def _identity(run: Run) -> dict[str, Any]:
