@@ -19,9 +19,7 @@ from launch.reporting.watch import Server
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not (BROWSER and DRIVER), reason="no chromium and chromedriver here (Debian has both as packages)"
-    ),
+    pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver (packages of Debian) here"),
 ]
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1300,1000"),
@@ -184,7 +182,8 @@ def test_controls(opened):
 def test_timeline(opened):
     assert "grpo, step 1: 7.50 s in all, of which 2.50 s waiting" in text(opened, "timeline-of")
     bars = opened.execute_script(
-        "return [...document.querySelectorAll('.gantt .track i')].map((i) => [i.style.left, i.style.width].map(parseFloat))"
+        "return [...document.querySelectorAll('.gantt .track i')]"
+        ".map((i) => [i.style.left, i.style.width].map(parseFloat))"
     )
     ends = [[100 * x / 7.5 for x in pair] for pair in ((0, 2), (2, 0.5), (2.5, 4), (6.5, 1))]
     assert [[round(x, 2) for x in bar] for bar in bars] == [[round(x, 2) for x in pair] for pair in ends]
@@ -206,7 +205,8 @@ def contrast(browser, selector: str) -> float:
       let ground = document.querySelector(arguments[0]);
       const ink = parse(getComputedStyle(ground).color);
       while (ground && parse(getComputedStyle(ground).backgroundColor)[3] === 0) ground = ground.parentElement;
-      const light = (c) => c.slice(0, 3).map((x) => x / 255).map((x) => x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+      const light = (c) => c.slice(0, 3).map((x) => x / 255)
+        .map((x) => x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
         .reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
       const both = [light(ink), light(parse(getComputedStyle(ground).backgroundColor))].sort((a, b) => b - a);
       return (both[0] + .05) / (both[1] + .05);"""
@@ -214,16 +214,8 @@ def contrast(browser, selector: str) -> float:
 
 
 READ = (
-    "body",
-    "nav a",
-    ".caption",
-    "tr.paper td",
-    "sup a",
-    "button:enabled",
-    ".verdict",
-    ".horizon",
-    ".closes",
-    "#prompt",
+    *("body", "nav a", ".caption", "tr.paper td", "sup a", "button:enabled", ".verdict", ".horizon", ".closes"),
+    *("#prompt", ".card h4 span", ".tag"),
 )
 
 

@@ -1,6 +1,7 @@
 """Figures of the training itself: reward, variance, entropy and weight over steps; and the diagram of the methods."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -102,7 +103,7 @@ def _dots(axes: Axes, title: str, rows: Sequence[tuple[str, np.ndarray, Style]])
     axes.set_ylim(len(shown) - 0.5, -0.5)
 
 
-NEGATIVE = {"linewidth": 0.9, "linestyle": (0, (1, 1)), "marker": ".", "markersize": 3.5}
+NEGATIVE: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (1, 1)), "marker": ".", "markersize": 3.5}
 
 
 def entropy_and_weight(groups: Sequence[Group]) -> Drawn:
@@ -125,11 +126,11 @@ def entropy_and_weight(groups: Sequence[Group]) -> Drawn:
         entropy.set_title(setting)
         weight.set_title(setting)
     published = np.array(paper.DIAGNOSTICS["Qwen2.5-3B"])
-    look = {"color": COLOURS["sa-ah-grpo"][0], "marker": "D", "label": "SA-AH-GRPO (paper)"}
+    published_look: dict[str, Any] = {"color": COLOURS["sa-ah-grpo"][0], "marker": "D", "label": "SA-AH-GRPO (paper)"}
     for each, column in zip(axes[-2:], (5, 6), strict=True):
-        each.plot(published[:, 0], published[:, column], **look)
+        each.plot(published[:, 0], published[:, column], **published_look)
         each.set_title("paper, Qwen2.5-3B")
-    axes[-1].plot(published[:, 0], published[:, 7], color=look["color"], **NEGATIVE)
+    axes[-1].plot(published[:, 0], published[:, 7], color=published_look["color"], **NEGATIVE)
     for place, each in enumerate(axes):
         each.set_ylabel("mean token weight w̄" if place % 2 else "mean normalised entropy H̄")
         step_axis(each)

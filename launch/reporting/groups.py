@@ -61,10 +61,12 @@ class Group:
 
     def curve(self, metric: str) -> np.ndarray:
         """float [seeds, steps] of a metric over `steps`; NaN where a run has none."""
-        by_run = [dict(zip(run.steps.tolist(), run.series(metric).tolist(), strict=True)) for run in self.runs]
-        lookup = dict(zip(map(id, self.runs), by_run, strict=True))
-        columns = [self.per_seed(lambda run, s=step: lookup[id(run)].get(s, np.nan)) for step in self.steps]
-        return np.array(columns).T.reshape(len(self.seeds), len(self.steps))
+        by_run = {id(run): dict(zip(run.steps.tolist(), run.series(metric).tolist(), strict=True)) for run in self.runs}
+
+        def at(step: int) -> np.ndarray:
+            return self.per_seed(lambda run: by_run[id(run)].get(step, np.nan))
+
+        return np.array([at(step) for step in self.steps]).T.reshape(len(self.seeds), len(self.steps))
 
 
 def group(runs: Sequence[Run]) -> list[Group]:

@@ -36,7 +36,7 @@ COLOURS = {
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (9, 3)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vPX"
 
-RC = {
+RC: Any = {  # Any: matplotlib types its keys one by one
     "svg.fonttype": "none",  # text stays text: it can be searched, read aloud, and takes the theme's colour
     "font.size": 9,
     "axes.edgecolor": INK,
