@@ -93,8 +93,10 @@ def test_other_settings_are_not_compared(tmp_path):
 def test_the_baseline_keeps_the_reduction(tmp_path):
     """With both at hand, alpha 0 (a token mean, as the two others) is GRPO, not Eq. 2."""
     runs = grid(tmp_path, lambda name: QUIET)
-    runs += read_all([run_folders.write(tmp_path / f"eq2-{s}", method="grpo", alpha=None, seed=s) for s in (1, 2, 3)])
-    assert "sa-ah-grpo, α 0 / sa-ah-grpo" in verdict(runs, LESS).reason
+    eq2 = read_all([run_folders.write(tmp_path / f"eq2-{s}", method="grpo", alpha=None, seed=s) for s in (1, 2, 3)])
+    assert "sa-ah-grpo, α 0 / sa-ah-grpo" in verdict(runs + eq2, LESS).reason
+    without = [run for run in runs if run.settings["method.alpha"]] + eq2
+    assert "grpo (Eq. 2, another reduction) / sa-ah-grpo" in verdict(without, LESS).reason
 
 
 def test_peaks_of_different_checkpoints_do_not_compare(tmp_path):

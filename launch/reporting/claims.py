@@ -73,7 +73,7 @@ def variance_ratio(high: str, low: str) -> Callable[[Finished], Measured]:
 
     def measure(runs: Finished) -> Measured:
         a, b = runs.pair(high, low)
-        return f"training variance, {a.label} / {b.label}", ratio(a.per_seed(variance), b.per_seed(variance))
+        return f"training variance, {_name(a)} / {_name(b)}", ratio(a.per_seed(variance), b.per_seed(variance))
 
     return measure
 
@@ -85,7 +85,7 @@ def gain(value: Callable[[Run], float], words: str, left: str, right: str) -> Ca
         a, b = runs.pair(left, right)
         if value is peak and a.evaluated_steps != b.evaluated_steps:
             raise Untold(f"{a.label} and {b.label} were not evaluated at the same steps, so their peaks do not compare")
-        return f"{words}, {a.label} − {b.label}", difference(a.per_seed(value), b.per_seed(value))
+        return f"{words}, {_name(a)} − {_name(b)}", difference(a.per_seed(value), b.per_seed(value))
 
     return measure
 
@@ -235,6 +235,11 @@ def judge(claim: Claim, setting: str, groups: Sequence[Group]) -> Verdict:
 def verdicts(settings: dict[str, list[Group]]) -> list[Verdict]:
     """Every claim in every setting."""
     return [judge(claim, setting, groups) for setting, groups in settings.items() for claim in CLAIMS]
+
+
+def _name(group: Group) -> str:
+    """A group's label; of a baseline with another reduction than the paper's own, with a warning."""
+    return f"{group.label} (Eq. 2, another reduction)" if group.method == "grpo" else group.label
 
 
 def _seeds(num: int) -> str:

@@ -59,7 +59,7 @@ def variances(groups: Sequence[Group]) -> Drawn:
     """Training variance of each group with its interval and its seeds, and the paper's."""
     settings, looks = settings_of(groups), styles(groups)
     tallest = max([3, *map(len, settings.values())])
-    figure, axes = panels(len(settings) + 1, columns=2, width=4.9, height=0.75 + 0.27 * tallest)
+    figure, axes = panels(len(settings) + 1, columns=2, width=4.9, height=0.75 + 0.27 * tallest, sharex=True)
     for each, (setting, members) in zip(axes, settings.items(), strict=False):
         rows = [(g.label, g.per_seed(variance), looks[g.label]) for g in members]
         _dots(each, setting, rows)
@@ -167,7 +167,7 @@ def diagram() -> Drawn:
         key="figure-a5",
         title="Figure A5. What the methods do to a token's weight",
         caption="The same made-up entropies in a rollout of positive (above) and of negative advantage (below), α 0.5: "
-        "w_t = exp(−α Σ_{s≤t} H̃_s). AH-GRPO discounts both, SA-AH-GRPO only what went wrong; each uncertain token "
+        "wₜ = exp(−α (H̃₁ + … + H̃ₜ)). AH-GRPO discounts both, SA-AH-GRPO only what went wrong; each uncertain token "
         "lowers the weight of all that follow.",
         figure=figure,
     )

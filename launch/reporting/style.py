@@ -116,5 +116,5 @@ def inline(drawn: str, key: str, title: str) -> str:
     for name, (light, _) in COLOURS.items():
         rest = rest.replace(light, f"var(--method-{name})")
     rest = rest.replace(INK, "currentColor").replace(GRID, "var(--grid)")
-    size = f"max-width:{float(width[1]) * 1.25:.0f}px"
+    size = f"max-width:{float(width[1]) * 1.6:.0f}px"
     return f'<svg {box[0]} role="img" aria-label="{title}" style="{size}">{rest}'
