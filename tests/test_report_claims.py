@@ -132,8 +132,11 @@ def test_groups_are_told_apart_by_what_differs(tmp_path):
         for seed in (1, 2)
     ]
     folders.append(run_folders.write(tmp_path / "default", alpha=None, seed=3))  # the row's own alpha is 0.5
+    folders += [
+        run_folders.write(tmp_path / f"zero-{seed}", alpha=zero, seed=seed) for seed, zero in ((1, 0), (2, 0.0))
+    ]
     found = {each.label: each.seeds for each in group(read_all(folders))}
-    assert found == {"sa-ah-grpo, α 0.25": (1, 2), "sa-ah-grpo, α 0.5": (1, 2, 3)}
+    assert found == {"sa-ah-grpo, α 0": (1, 2), "sa-ah-grpo, α 0.25": (1, 2), "sa-ah-grpo, α 0.5": (1, 2, 3)}
 
 
 def test_table_2_has_the_numbers_of_the_runs_and_of_the_paper(tmp_path):

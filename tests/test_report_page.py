@@ -13,9 +13,10 @@ import pytest
 import run_folders
 
 from launch import report
-from launch.reporting.page import embedded
+from launch.reporting.page import ASSETS, embedded
 from launch.reporting.runs import read_all
 from launch.reporting.samples import all_samples, choose
+from launch.reporting.style import COLOURS
 
 TABLES = ["table-2", "tables-3-4", "table-5", "tables-6-7"]
 FIGURES = ["figure-1", "figures-2-3", "figure-4", "training-variance", *(f"figure-a{i}" for i in (1, 2, 3, 4, 5))]
@@ -67,6 +68,30 @@ def test_nothing_is_fetched(tmp_path):
         assert attribute.startswith(("#", "data:,")), attribute
     assert "default-src 'none'" in html
     assert not re.search(r"@import|url\((?!#)", html)
+
+
+def brightness(colour: str) -> float:
+    """Relative luminance of "#rrggbb" (WCAG)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((brightness(one), brightness(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_can_be_read_in_both_themes():
+    css = (ASSETS / "report.css").read_text()
+    themes = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r"\{([^{}]*--ground:[^{}]*)\}", css)]
+    assert len(themes) == 3  # light, dark by the system, dark by the switch
+    assert themes[1] == themes[2]
+    for theme, place in zip(themes, (0, 1, 1), strict=True):
+        for name, pair in COLOURS.items():
+            assert contrast(pair[place], theme["ground"]) >= 4.5, name  # titles are written in them
+        for heat in ("entropy", "weight", "positive", "negative"):
+            assert contrast(theme["ink"], theme[heat]) >= 4.5, heat
 
 
 def test_ids_are_unique(tmp_path):
@@ -135,7 +160,7 @@ def test_the_same_folder_twice_is_one_run(tmp_path):
     assert [run.name for run in read_all([folder, folder, twin])] == [f"{tmp_path.name}/run", "other/run"]
 
 
-@pytest.mark.parametrize("kind", ["nothing", "empty", "file", "broken"])
+@pytest.mark.parametrize("kind", ["nothing", "empty", "file", "broken", "foreign"])
 def test_a_folder_that_is_no_run(capsys, tmp_path, kind):
     path = tmp_path / "x"
     if kind == "file":
@@ -144,6 +169,8 @@ def test_a_folder_that_is_no_run(capsys, tmp_path, kind):
         path.mkdir()
     if kind == "broken":
         (path / "config.toml").write_text("[run\n")
+    if kind == "foreign":
+        (path / "config.toml").write_text('[run]\nseed = "one"\n')
     assert str(path) in refuse(capsys, path)
     assert not (tmp_path / "report.html").exists()
 

@@ -73,7 +73,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     """The runs grouped: by setting, then in the order of the table of methods and of alpha."""
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
-        by_settings.setdefault(repr(sorted(_identity(run).items())), []).append(run)
+        by_settings.setdefault(_key(_identity(run)), []).append(run)
     identities = [_identity(found[0]) for found in by_settings.values()]
     around = [{k: v for k, v in identity.items() if not k.startswith("method.")} for identity in identities]
     made = []
@@ -111,6 +111,11 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 def _identity(run: Run) -> dict[str, Any]:
     return {key: value for key, value in run.settings.items() if key not in OF_ONE_RUN}
+
+
+def _key(identity: Mapping[str, Any]) -> str:
+    """The same text for the same settings: in TOML somebody may have written 0 for 0.0."""
+    return repr([(k, float(v) if isinstance(v, int) else v) for k, v in sorted(identity.items())])
 
 
 def _is_extra(key: str) -> bool:

@@ -115,10 +115,14 @@ def read(folder: Path) -> Run:
     defaults = flat(Config().model_dump(mode="json", exclude_none=True))
     row = METHODS.get(str(written.get("method.name", defaults["method.name"])))
     fields = row.model_dump(mode="json", exclude=set(FACTS)) if row else {}
+    settings = defaults | {f"method.{key}": value for key, value in fields.items()} | written
+    for key in ("run.seed", "run.steps", "method.alpha"):
+        if math.isnan(number(settings.get(key, 0))):
+            raise UserError(f"{file}: {key}={settings[key]!r} is no number; name a folder that launch/run.py wrote")
     return Run(
         folder=folder,
         name=folder.resolve().name,
-        settings=defaults | {f"method.{key}": value for key, value in fields.items()} | written,
+        settings=settings,
         metrics=_by_step(folder / "metrics.jsonl"),
         evaluations=_by_step(folder / "evaluations.jsonl"),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.types import UserError
 
-FILES = ("config.toml", "metrics.jsonl", "evaluations.jsonl")  # rollouts come with metrics, and often
+FILES = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
 
 
 def fingerprint(folders: Sequence[Path]) -> str:
