@@ -84,7 +84,9 @@ def contrast(one: str, other: str) -> float:
 
 def test_colours_can_be_read_in_both_themes():
     css = (ASSETS / "report.css").read_text()
-    themes = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r"\{([^{}]*--ground:[^{}]*)\}", css)]
+    themes = [
+        dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r"\{([^{}]*--ground:[^{}]*)\}", css)
+    ]
     assert len(themes) == 3  # light, dark by the system, dark by the switch
     assert themes[1] == themes[2]
     for theme, place in zip(themes, (0, 1, 1), strict=True):
