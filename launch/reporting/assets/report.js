@@ -1,0 +1,258 @@
+"use strict";
+const { runs } = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+const state = { run: 0, step: null, group: 0, colour: "entropy", theme: "system", ...remembered() };
+const ABSENT = "-";
+
+function remembered() {
+  try { return JSON.parse(sessionStorage.getItem("horizon-report")) || {}; } catch { return {}; }
+}
+function remember() {
+  try { sessionStorage.setItem("horizon-report", JSON.stringify(state)); } catch { /* a browser may forbid it */ }
+}
+
+// An element of `tag` with attributes and children; text is always text, never markup.
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+const shown = (value, digits = 2) => (value == null ? ABSENT : value.toFixed(digits));
+
+// --- what is looked at ----------------------------------------------------------------------------------------------
+// Steps with samples; of a run that has none, every step that has times.
+function stepsOf(run) {
+  const sampled = [...new Set(run.groups.map((group) => group[0].step))];
+  return sampled.length ? sampled : run.steps;
+}
+const groupsAt = (run, step) => run.groups.filter((group) => group[0].step === step);
+
+function settle() {
+  state.run = Math.min(Math.max(state.run, 0), runs.length - 1);
+  const steps = stepsOf(runs[state.run]);
+  if (!steps.includes(state.step)) state.step = steps.find((step) => step >= state.step) ?? steps.at(-1) ?? null;
+  const count = groupsAt(runs[state.run], state.step).length;
+  state.group = Math.min(Math.max(state.group, 0), Math.max(count - 1, 0));
+}
+
+function choose(change) {
+  Object.assign(state, change);
+  settle();
+  remember();
+  draw();
+}
+
+function move(what, by) {
+  if (what === "step") {
+    const steps = stepsOf(runs[state.run]);
+    const place = Math.min(Math.max(steps.indexOf(state.step) + by, 0), steps.length - 1);
+    choose({ step: steps[place] ?? null, group: 0 });
+  } else {
+    choose({ [what]: state[what] + by });
+  }
+}
+
+// --- samples --------------------------------------------------------------------------------------------------------
+function largest(group, stream) {
+  return group.reduce((most, rollout) => rollout[stream].reduce((m, x) => Math.max(m, x ?? 0), most), 0);
+}
+
+function drawScale(group) {
+  const scale = byId("scale");
+  scale.replaceChildren();
+  const ramp = (from, to) => make("span", { class: "ramp", style: `background: linear-gradient(90deg, ${from}, ${to})` });
+  if (state.colour === "entropy") {
+    scale.append("0", ramp("transparent", "var(--entropy)"), `${shown(largest(group, "entropies"))} nats of entropy`);
+  } else if (state.colour === "weight") {
+    const most = Math.max(1, largest(group, "weights"));
+    scale.append("0", ramp("transparent", "var(--weight)"), `${shown(most)} token weight before normalising`);
+  } else {
+    scale.append("negative", ramp("var(--negative)", "transparent"), "0", ramp("transparent", "var(--positive)"), "positive advantage of the rollout");
+  }
+}
+
+function tokenSpans(rollout, group) {
+  const most = { entropy: largest(group, "entropies") || 1, weight: Math.max(1, largest(group, "weights")) };
+  const widest = Math.max(...group.map((each) => Math.abs(each.advantage ?? 0))) || 1;
+  const closes = closing(rollout);
+  const tokens = rollout.tokens.length ? rollout.tokens : [rollout.text];
+  return tokens.flatMap((token, place) => {
+    const entropy = rollout.entropies[place], weight = rollout.weights[place];
+    const share = { entropy: entropy / most.entropy, weight: weight / most.weight, advantage: Math.abs(rollout.advantage) / widest };
+    const title = `entropy ${shown(entropy, 3)} nats, weight ${shown(weight, 3)}, advantage ${shown(rollout.advantage)}`;
+    const span = make("span", { title }, token);
+    span.style.setProperty("--share", Number.isFinite(share[state.colour]) ? share[state.colour].toFixed(3) : 0);
+    if (token.includes("\n")) span.className = "newline";
+    const mark = make("span", { class: "closes", title: "from here on a token counts less than half" }, "horizon closes: w < ½");
+    return place === closes ? [mark, span] : [span];
+  });
+}
+
+// The first token of a negative rollout that counts less than half; -1 if there is none.
+function closing(rollout) {
+  return rollout.advantage < 0 ? rollout.weights.findIndex((weight) => weight != null && weight < 0.5) : -1;
+}
+
+function horizonWords(rollout) {
+  if (!(rollout.advantage < 0) || !rollout.weights.length) return "";
+  const closes = closing(rollout), count = rollout.weights.length;
+  const last = `the last token weighs ${shown(rollout.weights.at(-1))}`;
+  return closes < 0 ? `The horizon stays open: ${last}.` : `The horizon closes at token ${closes + 1} of ${count}; ${last}.`;
+}
+
+function partsList(parts) {
+  const most = Math.max(1, ...Object.values(parts).map((value) => Math.abs(value ?? 0)));
+  const rows = Object.entries(parts).flatMap(([name, value]) => {
+    const bar = make("i", { style: `width: ${(100 * Math.abs(value ?? 0)) / most}%${value < 0 ? "; background: var(--fails)" : ""}` });
+    return [make("dt", {}, name), make("dd", { class: "bar", "aria-hidden": "true" }, bar), make("dd", {}, shown(value))];
+  });
+  return make("dl", { class: "parts", "aria-label": "parts of the reward" }, ...rows);
+}
+
+function card(rollout, place, group) {
+  const right = rollout.correct == null ? ABSENT : rollout.correct ? "✓ right" : "✗ wrong";
+  const sign = rollout.advantage > 0 ? "+" : "";
+  const head = make("h4", {}, `${place + 1}. reward ${shown(rollout.reward)}`,
+    make("span", {}, right), make("span", {}, `advantage ${sign}${shown(rollout.advantage)}`), make("span", {}, rollout.finish ?? ABSENT));
+  const hue = state.colour === "advantage" ? (rollout.advantage < 0 ? "negative" : "positive") : state.colour;
+  const body = make("div", { class: `tokens by-${hue}` }, ...tokenSpans(rollout, group));
+  const made = make("article", { class: "card", "aria-label": `rollout ${place + 1}` }, head, partsList(rollout.parts), body);
+  if (rollout.error) made.append(make("p", { class: "horizon" }, `The reward failed: ${rollout.error}`));
+  const words = horizonWords(rollout);
+  if (words) made.append(make("p", { class: "horizon" }, words));
+  return made;
+}
+
+function drawSamples(run) {
+  const groups = groupsAt(run, state.step), group = groups[state.group] ?? [];
+  byId("group").textContent = groups.length ? `group ${state.group + 1} of ${groups.length}` : "no group";
+  byId("group-back").disabled = state.group === 0;
+  byId("group-on").disabled = state.group >= groups.length - 1;
+  byId("sampled").textContent =
+    `${run.shown.toLocaleString("en")} of ${run.recorded.toLocaleString("en")} recorded rollouts of this run are in this file: whole groups, spread over all steps.`;
+  drawScale(group);
+  byId("prompt").replaceChildren(...(group.length
+    ? [make("b", {}, "Prompt "), group[0].prompt, make("b", {}, "\nAnswer "), group[0].answer]
+    : ["No rollouts of this step."]));
+  byId("cards").replaceChildren(...group.map(card));
+}
+
+// --- timeline -------------------------------------------------------------------------------------------------------
+const PHASES = [["rollout", "--method-sa-ah-grpo"], ["reward", "--method-asym-grpo"], ["learn", "--method-ah-grpo"], ["publish", "--method-erpo"]];
+
+// Start of each phase in seconds from the step's beginning.
+function starts(time) {
+  const ready = time.wait ?? (time.rollout ?? 0) + (time.reward ?? 0);
+  return {
+    rollout: ready - (time.reward ?? 0) - (time.rollout ?? 0), reward: ready - (time.reward ?? 0),
+    learn: ready, publish: ready + (time.learn ?? 0),
+  };
+}
+
+function drawTimeline(run) {
+  const place = run.steps.indexOf(state.step);
+  const time = Object.fromEntries(Object.entries(run.times).map(([phase, values]) => [phase, values[place] ?? null]));
+  byId("timeline-of").textContent = `${run.name}, step ${state.step ?? ABSENT}: ${shown(time.step)} s in all, of which ${shown(time.wait)} s waiting for rollouts.`;
+  const at = starts(time);
+  const known = PHASES.filter(([phase]) => time[phase] != null);
+  if (!known.length) { byId("gantt").replaceChildren("No times of this step."); return; }
+  const first = Math.min(0, ...known.map(([phase]) => at[phase]));
+  const last = Math.max(...known.map(([phase]) => at[phase] + time[phase]), first + 1e-6);
+  const percent = (seconds) => (100 * (seconds - first)) / (last - first);
+  const zero = () => make("span", { class: "zero", style: `left: ${percent(0)}%` });
+  const rows = PHASES.flatMap(([phase, colour]) => {
+    const bar = make("i", { style: `left: ${percent(at[phase])}%; width: ${(100 * (time[phase] ?? 0)) / (last - first)}%; background: var(${colour})` });
+    return [make("span", {}, phase), make("div", { class: "track", "aria-hidden": "true" }, zero(), ...(time[phase] == null ? [] : [bar])), make("span", { class: "num" }, `${shown(time[phase])} s`)];
+  });
+  const ticks = [first, 0, last / 2, last].filter((x, i, all) => all.slice(0, i).every((y) => Math.abs(percent(x) - percent(y)) > 8));
+  const axis = make("div", { class: "axis" }, ...ticks.map((x) => make("span", { style: `left: ${percent(x)}%` }, `${x.toFixed(1)} s`)));
+  byId("gantt").replaceChildren(make("div", { class: "gantt" }, ...rows, make("span"), axis, make("span")));
+}
+
+// --- settings -------------------------------------------------------------------------------------------------------
+function drawSettings(run) {
+  byId("settings-of").textContent = run.name;
+  const rows = Object.entries(run.settings).map(([key, value]) => {
+    const others = [...new Set(runs.map((other) => other.settings[key] ?? ABSENT))].filter((other) => other !== value);
+    const differs = others.length && key !== "run.dir";
+    return make("tr", differs ? { class: "differs" } : {}, make("td", {}, key), make("td", {}, value), make("td", {}, differs ? others.join(" | ") : ""));
+  });
+  byId("all-settings").tBodies[0].replaceChildren(...rows);
+}
+
+// --- the whole ------------------------------------------------------------------------------------------------------
+function fill(select, options, chosen) {
+  select.replaceChildren(...options.map(([value, label]) => make("option", { value }, label)));
+  select.value = String(chosen);
+}
+
+function draw() {
+  const run = runs[state.run], steps = stepsOf(run);
+  fill(byId("run"), runs.map((each, place) => [place, each.name]), state.run);
+  fill(byId("step"), steps.map((step) => [step, step]), state.step);
+  byId("step-back").disabled = steps.indexOf(state.step) <= 0;
+  byId("step-on").disabled = steps.indexOf(state.step) >= steps.length - 1;
+  for (const input of document.getElementsByName("colour")) input.checked = input.value === state.colour;
+  drawSamples(run);
+  drawTimeline(run);
+  drawSettings(run);
+}
+
+function drawTheme() {
+  if (state.theme === "system") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = state.theme;
+  byId("theme").textContent = `Theme: ${state.theme}`;
+}
+
+function nextTheme() {
+  const themes = ["system", "light", "dark"];
+  state.theme = themes[(themes.indexOf(state.theme) + 1) % themes.length];
+  remember();
+  drawTheme();
+}
+
+const SECTIONS = ["claims", "tables", "figures", "look", "timeline", "settings-section", "notes"];
+const KEYS = {
+  ArrowLeft: () => move("step", -1), ArrowRight: () => move("step", 1),
+  k: () => move("group", -1), j: () => move("group", 1), p: () => move("run", -1), n: () => move("run", 1),
+  e: () => choose({ colour: "entropy" }), w: () => choose({ colour: "weight" }), a: () => choose({ colour: "advantage" }),
+  t: nextTheme, "?": () => byId("keys").showModal(),
+  ...Object.fromEntries(SECTIONS.map((id, place) => [String(place + 1), () => byId(id).scrollIntoView()])),
+};
+
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.closest("select, input, dialog");
+  const scrolls = event.target.closest(".scroll") && event.key.startsWith("Arrow");
+  if (typing || scrolls || event.ctrlKey || event.metaKey || event.altKey || !Object.hasOwn(KEYS, event.key)) return;
+  event.preventDefault();
+  KEYS[event.key]();
+});
+byId("run").addEventListener("change", (event) => choose({ run: Number(event.target.value) }));
+byId("step").addEventListener("change", (event) => choose({ step: Number(event.target.value), group: 0 }));
+for (const what of ["step", "group"]) {
+  byId(`${what}-back`).addEventListener("click", () => move(what, -1));
+  byId(`${what}-on`).addEventListener("click", () => move(what, 1));
+}
+for (const input of document.getElementsByName("colour")) input.addEventListener("change", () => choose({ colour: input.value }));
+byId("theme").addEventListener("click", nextTheme);
+byId("help").addEventListener("click", () => byId("keys").showModal());
+
+// A watched page asks for the newest report's version, and loads that report when it has changed.
+async function watch() {
+  for (;;) {
+    await new Promise((wake) => setTimeout(wake, 2000));
+    try {
+      const answer = await fetch("version");
+      if (answer.ok && (await answer.text()) !== document.body.dataset.version) location.reload();
+      byId("watch").textContent = "watching";
+    } catch {
+      byId("watch").textContent = "the server has ended";
+    }
+  }
+}
+
+settle();
+draw();
+drawTheme();
+if (document.body.dataset.version) watch();

@@ -1,0 +1,85 @@
+"""Run folders as launch/run.py writes them, made of chosen numbers: for tests of the report."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli_w
+
+
+def write(
+    folder: Path,
+    *,
+    method: str = "sa-ah-grpo",
+    alpha: float | None = 0.5,
+    seed: int = 1,
+    rewards: Sequence[float | None] = (1.0, 2.0, 3.0, 5.0),
+    passes: dict[int, float] | None = None,
+    steps: int | None = None,
+    model: str = "smollm2-135m-instruct",
+    metrics: dict[str, Sequence[float | None]] | None = None,
+    rollouts_per_step: int = 0,
+) -> Path:
+    """A run with one mean reward a step; it is finished unless it was to make more `steps`."""
+    folder.mkdir(parents=True)
+    fields = {"name": method} | ({} if alpha is None else {"alpha": alpha})
+    planned = len(rewards) if steps is None else steps
+    config = {"run": {"dir": str(folder), "seed": seed, "steps": planned}, "model": {"path": model}, "method": fields}
+    (folder / "config.toml").write_text(tomli_w.dumps(config))
+    columns = {"reward/mean": rewards, **steady(len(rewards)), **(metrics or {})}
+    lines(
+        folder / "metrics.jsonl", [{"step": i + 1} | {k: v[i] for k, v in columns.items()} for i in range(len(rewards))]
+    )
+    evaluations = [{"step": step, "pass_at_1": p, "num_problems": 64} for step, p in (passes or {}).items()]
+    lines(folder / "evaluations.jsonl", evaluations)
+    rollouts = [rollout(i + 1, j // 4, j) for i in range(len(rewards)) for j in range(rollouts_per_step)]
+    lines(folder / "rollouts.jsonl", rollouts)
+    return folder
+
+
+def steady(steps: int) -> dict[str, list[float]]:
+    """Metrics that do not change from step to step."""
+    values = {
+        "reward/std": 0.5,
+        "kl/mean": 0.01,
+        "entropy/normalized_mean": 0.05,
+        "weight/mean": 0.9,
+        "weight/negative_mean": 0.7,
+        "advantage/negative_fraction": 0.5,
+        "completion/length_mean": 30.0,
+        "time/rollout_seconds": 2.0,
+        "time/reward_seconds": 0.5,
+        "time/wait_seconds": 2.5,
+        "time/learn_seconds": 4.0,
+        "time/publish_seconds": 1.0,
+        "time/step_seconds": 7.5,
+    }
+    return {name: [value] * steps for name, value in values.items()}
+
+
+def rollout(step: int, prompt: int, place: int) -> dict:
+    """The fourth of each group is right; the others have weights that fall below a half at their fourth token."""
+    right = place % 4 == 3
+    tokens = ["The", " sum", " is", "\n", str(place), ".", "</", "S", ">", "<|im_end|>"] * 3
+    count = len(tokens)
+    return {
+        "step": step,
+        "prompt_index": prompt,
+        "prompt": "1 + 1 =",
+        "answer": "2",
+        "version": step - 1,
+        "text": "".join(tokens),
+        "finish_reason": "stop",
+        "reward_error": None,
+        "tokens": tokens,
+        "reward": 4.1 if right else 0.1,
+        "correct": right,
+        "parts": {"correct": 4.0 * right, "format": 0.0, "present": 0.0, "steps": 0.1},
+        "advantage": 1.73 if right else -0.58,
+        "entropies": [0.25] * count,
+        "weights": [1.0] * count if right else [round(0.8 ** (i + 1), 4) for i in range(count)],
+    }
+
+
+def lines(path: Path, records: Sequence[dict]) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -1,0 +1,183 @@
+"""Which runs are compared, what the tables say of them, and when a claim of the paper holds."""
+
+import pytest
+import run_folders
+
+from launch.reporting import paper, tables
+from launch.reporting.claims import CLAIMS, FAILS, HOLDS, UNKNOWN, judge, verdicts
+from launch.reporting.groups import group, settings_of
+from launch.reporting.runs import read_all
+
+QUIET, WILD = (1.0, 1.0, 2.0, 2.2), (1.0, 1.0, 2.0, 6.0)
+
+
+def grid(folder, rewards_of, seeds=(1, 2, 3), **options):
+    """Runs of the three methods; `rewards_of` maps a method and a seed to its step rewards."""
+    cells = [("sa-ah-grpo", 0.0), ("ah-grpo", 0.5), ("sa-ah-grpo", 0.5)]
+    names = {("sa-ah-grpo", 0.0): "GRPO", ("ah-grpo", 0.5): "AH-GRPO", ("sa-ah-grpo", 0.5): "SA-AH-GRPO"}
+    return read_all(
+        [
+            run_folders.write(
+                folder / f"{method}-{alpha}-{seed}",
+                method=method,
+                alpha=alpha,
+                seed=seed,
+                rewards=[reward * (1 + 0.01 * seed) for reward in rewards_of(names[method, alpha])],
+                **options,
+            )
+            for method, alpha in cells
+            for seed in seeds
+        ]
+    )
+
+
+def verdict(runs, words):
+    ((setting, groups),) = settings_of(group(runs)).items()
+    return judge(next(claim for claim in CLAIMS if words in claim.words), setting, groups)
+
+
+LESS = "less variance than GRPO"
+
+
+def test_a_claim_holds(tmp_path):
+    found = verdict(grid(tmp_path, lambda name: QUIET if name == "SA-AH-GRPO" else WILD), LESS)
+    assert found.verdict == HOLDS
+    assert "sa-ah-grpo, α 0 / sa-ah-grpo, α 0.5: 400.00" in found.reason  # spreads 0.1 and 2 around their means
+    assert "lies above 1 (3 seeds)" in found.reason
+
+
+def test_a_claim_does_not_hold(tmp_path):
+    found = verdict(grid(tmp_path, lambda name: WILD if name == "SA-AH-GRPO" else QUIET), LESS)
+    assert found.verdict == FAILS
+    assert "lies below 1" in found.reason
+
+
+def test_a_claim_is_not_told_by_overlapping_seeds(tmp_path):
+    """GRPO's variance is larger in the mean, but the seeds lie so far apart that this may be chance."""
+
+    def scaled(rewards):
+        return lambda name: [reward * (0.9 if name == "SA-AH-GRPO" else 1) for reward in rewards]
+
+    runs = grid(tmp_path / "a", scaled(QUIET)) + grid(tmp_path / "b", scaled(WILD), seeds=(4, 5, 6))
+    found = verdict(runs, LESS)
+    assert found.verdict == UNKNOWN
+    assert ": 1.23, 95 % [" in found.reason
+    assert "contains 1 (6 seeds)" in found.reason
+
+
+@pytest.mark.parametrize("seeds", [(1,), (7,)])
+def test_nothing_is_told_by_one_seed(tmp_path, seeds):
+    runs = grid(tmp_path, lambda name: QUIET if name == "SA-AH-GRPO" else WILD, seeds=seeds, passes={0: 0.2, 4: 0.6})
+    assert {each.verdict for each in verdicts(settings_of(group(runs)))} == {UNKNOWN}
+
+
+def test_repeats_of_a_seed_are_one_seed(tmp_path):
+    runs = [
+        run
+        for part in ("a", "b", "c")
+        for run in grid(tmp_path / part, lambda name: QUIET if name == "SA-AH-GRPO" else WILD, seeds=(1,))
+    ]
+    assert verdict(runs, LESS).verdict == UNKNOWN
+
+
+def test_unfinished_runs_tell_nothing(tmp_path):
+    found = verdict(grid(tmp_path, lambda name: QUIET if name == "SA-AH-GRPO" else WILD, steps=9), LESS)
+    assert (found.verdict, found.reason) == (UNKNOWN, "no finished run of GRPO")
+
+
+def test_other_settings_are_not_compared(tmp_path):
+    """Three seeds of SA-AH on one model and of GRPO on another make two settings, and no comparison."""
+    folders = [
+        run_folders.write(tmp_path / f"{alpha}-{seed}", alpha=alpha, seed=seed, model=model)
+        for alpha, model in ((0.0, "small"), (0.5, "large"))
+        for seed in (1, 2, 3)
+    ]
+    found = [each for each in verdicts(settings_of(group(read_all(folders)))) if LESS in each.claim]
+    assert [(each.setting, each.verdict) for each in found] == [("large", UNKNOWN), ("small", UNKNOWN)]
+
+
+def test_the_baseline_keeps_the_reduction(tmp_path):
+    """With both at hand, alpha 0 (a token mean, as the two others) is GRPO, not Eq. 2."""
+    runs = grid(tmp_path, lambda name: QUIET)
+    eq2 = read_all([run_folders.write(tmp_path / f"eq2-{s}", method="grpo", alpha=None, seed=s) for s in (1, 2, 3)])
+    assert "sa-ah-grpo, α 0 / sa-ah-grpo" in verdict(runs + eq2, LESS).reason
+    without = [run for run in runs if run.settings["method.alpha"]] + eq2
+    assert "grpo (Eq. 2, another reduction) / sa-ah-grpo" in verdict(without, LESS).reason
+
+
+def test_peaks_of_different_checkpoints_do_not_compare(tmp_path):
+    folders = [
+        run_folders.write(tmp_path / f"{alpha}-{seed}", alpha=alpha, seed=seed, passes=passes)
+        for alpha, passes in ((0.0, {2: 0.5, 4: 0.6}), (0.5, {4: 0.9}))
+        for seed in (1, 2, 3)
+    ]
+    assert "same steps" in verdict(read_all(folders), "no peak accuracy").reason
+
+
+def test_a_bound_from_above(tmp_path):
+    low = {"kl/mean": [0.001] * 4}
+    runs = grid(tmp_path / "low", lambda name: QUIET, metrics=low)
+    assert verdict(runs, "KL stays below").verdict == UNKNOWN  # seeds that do not differ have no interval
+    folders = [
+        run_folders.write(tmp_path / f"{seed}", seed=seed, metrics={"kl/mean": [level * (1 + seed / 100)] * 4})
+        for seed, level in ((1, 0.001), (2, 0.001), (3, 0.001))
+    ]
+    assert verdict(read_all(folders), "KL stays below").verdict == HOLDS
+
+
+def test_groups_are_told_apart_by_what_differs(tmp_path):
+    folders = [
+        run_folders.write(tmp_path / f"{alpha}-{seed}", alpha=alpha, seed=seed)
+        for alpha in (0.5, 0.25)
+        for seed in (1, 2)
+    ]
+    folders.append(run_folders.write(tmp_path / "default", alpha=None, seed=3))  # the row's own alpha is 0.5
+    folders += [
+        run_folders.write(tmp_path / f"zero-{seed}", alpha=zero, seed=seed) for seed, zero in ((1, 0), (2, 0.0))
+    ]
+    found = {each.label: each.seeds for each in group(read_all(folders))}
+    assert found == {"sa-ah-grpo, α 0": (1, 2), "sa-ah-grpo, α 0.25": (1, 2), "sa-ah-grpo, α 0.5": (1, 2, 3)}
+
+
+def test_table_2_has_the_numbers_of_the_runs_and_of_the_paper(tmp_path):
+    folders = [
+        run_folders.write(tmp_path / str(seed), seed=seed, rewards=rewards, passes={0: 0.875, 2: 0.75, 4: final})
+        for seed, rewards, final in ((1, (0, 0, 1.0, 3.0), 0.5), (2, (0, 0, 2.0, 6.0), 0.625))
+    ]
+    table = tables.summary(group(read_all(folders)))
+    base, run, *published = [[cell.text for cell in row.cells] for row in table.rows]
+    assert base[:2] + base[4:5] == ["smollm2-135m-instruct", "base (zero-shot)", "0.875 ± 0.081"]
+    assert run[1:] == [
+        *("sa-ah-grpo, α 0.5", "4", "2", "0.562 [0.500, 0.625]", "0.750 ± 0.106"),
+        *("2.5000 [1.0000, 4.0000]", "0.01000"),
+    ]
+    assert published[3] == [
+        "Qwen2.5-3B",
+        "SA-AH-GRPO, α 0.5",
+        "180",
+        "1",
+        "0.846 ± 0.032",
+        "0.858 ± 0.031",
+        "0.0246",
+        "0.00785",
+    ]
+
+
+def test_every_footnote_stands_at_a_number(tmp_path):
+    run_folders.write(tmp_path / "run")
+    made = tables.all_tables(group(read_all([tmp_path / "run"])))
+    marked = {note for table in made for row in table.rows if row.of_paper for cell in row.cells for note in cell.notes}
+    assert marked == set(paper.FOOTNOTES)
+    cells = [cell for row in made[0].rows for cell in row.cells]
+    assert [cell.text for cell in cells if "repeated" in cell.notes] == ["0.0885", "0.00537", "0.0630", "0.00512"]
+    assert [cell.text for cell in cells if "base" in cell.notes] == ["0.831 ± 0.033", "0.637 ± 0.042"]
+    assert [cell.text for cell in cells if "one-seed" in cell.notes] == ["0.0246"]
+
+
+def test_the_papers_numbers_agree_with_one_another():
+    """Peak and final of Table 2 are those of Tables 3 to 5, and Tables 6 and 7 repeat the SA-AH rows."""
+    assert [r.peak for r in paper.RESULTS["Qwen2.5-1.5B"][1:]] == [0.668, 0.676, 0.686]
+    assert [r.final for r in paper.RESULTS["Qwen2.5-3B"][1:]] == [0.846, 0.848, 0.846]
+    for model, rows in paper.DIAGNOSTICS.items():
+        assert tuple(row[1] for row in rows[1:]) == paper.RESULTS[model][3].pass_at_1
+    assert paper.ABLATION[0.0] == paper.RESULTS["Qwen2.5-1.5B"][1].pass_at_1
