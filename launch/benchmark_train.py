@@ -1,23 +1,23 @@
 """Throughput of whole steps, side by side in one run and by turns.
 
-    python launch/benchmark.py train [--peer trl] [--steps 3] [--config FILE.toml] [OPTIONS of launch/run.py]
+    python launch/benchmark.py train [--peer trl] [--steps 3] [--batches 2 4 8] [--model-shape qwen2.5-3b]
+                                     [--out FOLDER] [--config FILE.toml] [OPTIONS of launch/run.py]
 
 Each round runs one whole step of every contender (sampling, reward, learning, publishing) while the others are idle,
-in an order that turns around from round to round; the first round warms up and is not counted. Prints a table, and
-one JSON object as the last line.
+in an order that turns around from round to round; the first round warms up and is not counted. --batches then runs
+two steps of each multiple of the prompts, counts the second, and fits how the cost grows with the tokens. Prints a
+table, and one JSON object as the last line; --out keeps that and a chart. --model-shape takes random weights of a
+published shape.
 """
 
 import argparse
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,55 +25,71 @@ from typing import Any
 import ray
 import torch
 from rich.console import Console
-from rich.table import Table
+from transformers import AutoConfig
 
 from actor.rollout import Sampling
 from common.command_line import load
-from common.config import Config, MethodConfig
-from common.types import UserError
-from launch import cluster, plan, wiring
+from common.config import MethodConfig
+from common.types import Group, UpdateResult, UserError
+from launch import benchmark_results, cluster, floor, models, plan, wiring
 from launch.buffer import PromptStream
 from launch.evaluate import sample
 from launch.plan import Plan
 from launch.record import num_completion_tokens
+from learner.learner import Learner
 
 CONFIG = Path(__file__).parent / "configs" / "benchmark.toml"
-METHODS = ("sa-ah-grpo", "grpo")
-Seconds = dict[str, float]  # by phase; "step" is the whole
+METHODS = {
+    "sa-ah-grpo": MethodConfig(name="sa-ah-grpo"),
+    "alpha 0": MethodConfig.model_validate({"name": "sa-ah-grpo", "alpha": 0.0}),
+    "grpo": MethodConfig(name="grpo"),
+}
+Measured = dict[str, float]  # of a step: seconds by phase ("step" is the whole), floors, tokens, bytes
+
+
+class AnyMethod(Learner):
+    """A learner that is told the method at each step: contenders differ in nothing else."""
+
+    def update_with(self, method: MethodConfig, groups: Sequence[Group]) -> UpdateResult:
+        self.method = method.resolve()
+        return self.update(groups)
 
 
 class Horizon:
-    """One actor, and a learner for each method, so that methods differ in nothing else."""
+    """One actor and one learner, and the least that their steps can take."""
 
     def __init__(self, checked: Plan, stack: ExitStack) -> None:
         self.config = checked.config
         self.stream = PromptStream(checked.train_prompts, seed=self.config.run.seed)
         self.sampling = Sampling.of(self.config)
-        self.workers = stack.enter_context(wiring.start(checked))
-        self.learners = {self.config.method.name: self.workers.learner}
-        for name in METHODS:
-            if name not in self.learners:
-                config = self.config.model_copy(update={"method": MethodConfig(name=name)})
-                self.learners[name] = stack.enter_context(wiring.learner(replace(checked, config=config)))
+        self.shape = floor.shape(AutoConfig.from_pretrained(checked.model_folder), self.config.model)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.rates = floor.measure_rates(getattr(torch, self.config.model.dtype), device)
+        self.workers = stack.enter_context(wiring.start(checked, learner_class=AnyMethod))
 
-    def step(self, method: str) -> Seconds:
-        """One step of `method`."""
-        learner = self.learners[method]
+    def step(self, method: MethodConfig, batch: int = 1) -> Measured:
+        """One step of `method` on `batch` times run.prompts_per_step prompts."""
         started = time.perf_counter()
-        groups = sample(self.workers.actors, self.stream.draw(self.config.run.prompts_per_step), self.sampling)
+        prompts = self.stream.draw(batch * self.config.run.prompts_per_step)
+        groups = sample(self.workers.actors, prompts, self.sampling)
         sampled = time.perf_counter()
-        result = ray.get(learner.update.remote(groups))
+        result = ray.get(self.workers.learner.update_with.remote(method, groups))
         learned = time.perf_counter()
-        self.workers.channel.publish(learner.adapter.remote())
+        published = self.workers.channel.publish(self.workers.learner.adapter.remote())
         ended = time.perf_counter()
         assert result.refused is None, result.refused
+        reference = method.resolve().has_kl
         return {
             "rollout": sampled - started,
+            "reward": max(group.reward_seconds for group in groups),
             "learn": learned - sampled,
             "publish": ended - learned,
+            "load": published.load_seconds,
             "step": ended - started,
             "tokens": num_completion_tokens(groups),
             "learner_peak_bytes": result.metrics["memory/peak_bytes"],
+            "rollout_floor": floor.rollout_seconds(groups, self.shape, self.rates),
+            "learn_floor": floor.learn_seconds(groups, self.shape, self.rates, reference=reference),
         }
 
 
@@ -117,7 +133,7 @@ class Peer:
         stack.callback(self.process.terminate)
         self._answer()
 
-    def step(self) -> Seconds:
+    def step(self) -> Measured:
         """One optimizer step."""
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
@@ -139,9 +155,9 @@ class Peer:
         return json.loads(line)
 
 
-def rounds(contenders: dict[str, Callable[[], Seconds]], steps: int) -> dict[str, list[Seconds]]:
+def rounds(contenders: Mapping[str, Callable[[], Measured]], steps: int) -> dict[str, list[Measured]]:
     """`steps` measured rounds after one that warms up."""
-    measured: dict[str, list[Seconds]] = {name: [] for name in contenders}
+    measured: dict[str, list[Measured]] = {name: [] for name in contenders}
     for number in range(steps + 1):
         order = list(contenders) if number % 2 else list(contenders)[::-1]
         for name in order:
@@ -152,76 +168,42 @@ def rounds(contenders: dict[str, Callable[[], Seconds]], steps: int) -> dict[str
     return measured
 
 
-def ratios(measured: dict[str, list[Seconds]], above: str, below: str) -> list[float]:
-    """Step time of `above` over that of `below`, round by round."""
-    pairs = zip(measured[above], measured[below], strict=True)
-    return [a["step"] / b["step"] for a, b in pairs]
-
-
-def summary(config: Config, measured: dict[str, list[Seconds]]) -> dict[str, Any]:
-    """The JSON object: medians, spreads and every figure behind them."""
-    sa_ah = ratios(measured, *METHODS)
-    over_trl = ratios(measured, "trl", METHODS[0]) if "trl" in measured else None
-    return {
-        "machine": {
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "processor": platform.processor() or platform.machine(),
-            "cores": len(wiring.cores()),
-        },
-        "model": config.model.path,
-        "work": {
-            "prompts": config.run.prompts_per_step,
-            "completions": config.actor.group_size,
-            "max_tokens": config.actor.max_tokens,
-            "publish": config.actor.publish,
-        },
-        "measured": measured,
-        "sa_ah_over_grpo": statistics.median(sa_ah),
-        "sa_ah_over_grpo_by_round": sa_ah,
-        "speedup_over_trl": statistics.median(over_trl) if over_trl else None,
-        "speedup_over_trl_by_round": over_trl,
-    }
-
-
-def table(measured: dict[str, list[Seconds]]) -> Table:
-    """Median seconds by phase, with the range of whole steps."""
-    drawn = Table("", "rollout s", "learn s", "publish s", "step s", "range", "tokens/s", "learner peak GB")
-    for name, rows in measured.items():
-        middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        steps = [row["step"] for row in rows]
-        drawn.add_row(
-            name,
-            f"{middle['rollout']:.2f}",
-            f"{middle['learn']:.2f}",
-            f"{middle['publish']:.2f}" if "publish" in middle else "-",
-            f"{middle['step']:.2f}",
-            f"{min(steps):.2f}-{max(steps):.2f}",
-            f"{middle['tokens'] / middle['step']:.0f}",
-            f"{middle['learner_peak_bytes'] / 1e9:.1f}",
-        )
-    return drawn
-
-
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["trl"])
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="*", default=[])
+    parser.add_argument("--model-shape", choices=models.SHAPES)
+    parser.add_argument("--out", type=Path)
     arguments, options = parser.parse_known_args(list(argv))
     try:
-        if arguments.steps < 1:
-            raise UserError(f"--steps {arguments.steps} measures nothing; ask for 1 or more")
+        for flag, values in (("steps", [arguments.steps]), ("batches", arguments.batches)):
+            if min(values, default=1) < 1:
+                raise UserError(f"--{flag} {min(values)} measures nothing; ask for 1 or more")
         with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            checked = plan.make(load([*options, "--run.dir", folder], CONFIG))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            if arguments.model_shape:
+                made = models.random_weights(arguments.model_shape, folder / arguments.model_shape)
+                options += ["--model.path", str(made)]
+            checked = plan.make(load([*options, "--run.dir", str(folder / "run")], CONFIG))
             stack.enter_context(cluster.connect())
             horizon = Horizon(checked, stack)
-            contenders: dict[str, Callable[[], Seconds]] = {name: partial(horizon.step, name) for name in METHODS}
+            contenders: dict[str, Callable[[], Measured]] = {
+                name: partial(horizon.step, method) for name, method in METHODS.items()
+            }
             if arguments.peer == "trl":
                 contenders["trl"] = Peer(checked, stack).step
             measured = rounds(contenders, arguments.steps)
+            batches = {1: measured["sa-ah-grpo"][-1]} if arguments.batches else {}
+            for batch in arguments.batches:
+                horizon.step(METHODS["sa-ah-grpo"], batch)
+                batches[batch] = horizon.step(METHODS["sa-ah-grpo"], batch)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    Console(width=120).print(table(measured))
-    print(json.dumps(summary(checked.config, measured)))
+    summary = benchmark_results.summary(checked.config, horizon.rates, measured, batches)
+    Console(width=140).print(benchmark_results.table(measured))
+    if arguments.out:
+        benchmark_results.keep(arguments.out, summary)
+    print(json.dumps(summary))
     return 0

@@ -6,17 +6,48 @@ import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen2Config
 
 from common.types import UserError
 
 SMOLLM2 = "smollm2-135m-instruct"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Published shapes, from the models' own config.json. What is made of them has random weights and SmolLM2's tokenizer.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
 
 
 def resolve(path: str) -> Path:
@@ -36,6 +67,15 @@ def resolve(path: str) -> Path:
             f"model.path={path} is no folder and cannot be had from the hub ({reason}); "
             f"name a model folder, a hub name, or {SMOLLM2}"
         ) from None
+
+
+def random_weights(shape: str, folder: Path) -> Path:
+    """A model of SHAPES in bfloat16 in `folder`: its samples are noise, its times are those of the real one."""
+    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=32768, rope_theta=1e6)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2()).save_pretrained(folder)
+    return folder
 
 
 def smollm2(cache: Path | None = None) -> Path:

@@ -27,13 +27,13 @@ class Workers:
 
 
 @contextlib.contextmanager
-def start(plan: Plan) -> Iterator[Workers]:
+def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Workers]:
     """Learner and actors for the length of the block, with the learner's adapter published and proved."""
     config = plan.config
     actor_class = _remote(Actor, shares(config)[0])
     actors = [actor_class.remote(plan.model_folder, config) for _ in range(config.actor.num_actors)]
     try:
-        with learner(plan) as learner_:
+        with learner(plan, learner_class) as learner_:
             channel = Channel(actors, canary_bound_nats=config.actor.canary_bound_nats)
             published = channel.publish(learner_.adapter.remote())
             yield Workers(learner=learner_, actors=actors, channel=channel, version=published.version)
@@ -45,10 +45,10 @@ def start(plan: Plan) -> Iterator[Workers]:
 
 
 @contextlib.contextmanager
-def learner(plan: Plan) -> Iterator[Any]:
+def learner(plan: Plan, learner_class: type[Learner]) -> Iterator[Any]:
     """A learner for the length of the block, at the checkpoint of the plan if it has one."""
-    learner_class = _remote(Learner, shares(plan.config)[1])
-    handle = learner_class.remote(plan.model_folder, plan.config, plan.canary_token_ids)
+    processors = shares(plan.config)[1]
+    handle = _remote(learner_class, processors).remote(plan.model_folder, plan.config, plan.canary_token_ids)
     try:
         if plan.resume_from is not None:
             ray.get(handle.load.remote(plan.resume_from.resolve()))

@@ -1,0 +1,127 @@
+"""The least time a step can take on this machine: rates that are measured, over work that is counted."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from common.config import ModelConfig
+from common.types import Group
+
+REPEATS = 5  # of each measurement, after one that warms up; the best counts
+ROWS, WIDTH = 2048, 4096  # of the matrices that the rate is measured with
+COPIED_BYTES = 2**28
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Of the device that samples and learns."""
+
+    operations_per_second: float  # of a large matrix product in the model's dtype
+    bytes_per_second: float  # read and written by a large copy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What the work is counted from."""
+
+    trunk_parameters: int  # of the linear layers below the head
+    head_parameters: int
+    adapter_parameters: int
+    attention_width: int  # layers * query heads * size of a head
+    weight_bytes: int  # read for each decoded token of a batch
+    kv_token_bytes: int  # of the cache, over all layers
+
+
+def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
+    """Takes a second or two; nothing else may run on the device."""
+    left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((ROWS, WIDTH), (WIDTH, ROWS)))
+    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Rates(
+        operations_per_second=2 * ROWS * WIDTH * ROWS / _best(lambda: left @ right, device),
+        bytes_per_second=2 * COPIED_BYTES / _best(lambda: target.copy_(source), device),
+    )
+
+
+def _best(function: Callable[[], object], device: torch.device) -> float:
+    seconds = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
+def shape(config: PretrainedConfig, model: ModelConfig) -> Shape:
+    """Counted on the model's modules, whatever its architecture."""
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    head = whole.get_output_embeddings()
+    linear = {n: m for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    adapted = [m for name, m in linear.items() if name.rsplit(".", 1)[-1] in model.lora_targets]
+    size = torch.finfo(getattr(torch, model.dtype)).bits // 8
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    trunk = sum(module.weight.numel() for module in linear.values())
+    return Shape(
+        trunk_parameters=trunk,
+        head_parameters=head.weight.numel(),
+        adapter_parameters=sum(model.lora_rank * (m.in_features + m.out_features) for m in adapted),
+        attention_width=config.num_hidden_layers * heads * head_size,
+        weight_bytes=(trunk + head.weight.numel()) * size,
+        kv_token_bytes=2 * config.num_hidden_layers * kv_heads * head_size * size,
+    )
+
+
+def rollout_seconds(groups: Sequence[Group], shape: Shape, rates: Rates) -> float:
+    """Each prompt prefilled once, all rollouts decoded at once: by operations or by bytes, what takes longer.
+
+    A decoded token of the batch reads every weight once, and each rollout its own cache.
+    """
+    prefill = sum(
+        2 * shape.trunk_parameters * prompt + 4 * shape.attention_width * _triangle(prompt)
+        for prompt, _ in map(_lengths, groups)
+    )
+    rollouts = [(prompt, length) for prompt, lengths in map(_lengths, groups) for length in lengths]
+    seen = sum(prompt * length + _triangle(length) for prompt, length in rollouts)
+    tokens = sum(length for _, length in rollouts)
+    operations = 2 * (shape.trunk_parameters + shape.head_parameters) * tokens + 4 * shape.attention_width * seen
+    moved = max(length for _, length in rollouts) * shape.weight_bytes + seen * shape.kv_token_bytes
+    return prefill / rates.operations_per_second + max(
+        operations / rates.operations_per_second, moved / rates.bytes_per_second
+    )
+
+
+def learn_seconds(groups: Sequence[Group], shape: Shape, rates: Rates, *, reference: bool) -> float:
+    """Forward, backward to the adapter, and the reference's forward if there is one; a group's prompt computed once.
+
+    A token takes 2 operations of a frozen weight forward and 2 backward (which makes no gradient for it), 2 and 4 of an
+    adapter's, and 4 of the head's where it is scored (learner/head.py).
+    """
+    tokens = sum(prompt + sum(lengths) for prompt, lengths in map(_lengths, groups))
+    scored = sum(sum(lengths) for _, lengths in map(_lengths, groups))
+    pairs = sum(
+        _triangle(prompt) + sum(prompt * length + _triangle(length) for length in lengths)
+        for prompt, lengths in map(_lengths, groups)
+    )
+    forward = 2 * shape.trunk_parameters * tokens + 4 * shape.attention_width * pairs
+    backward = forward + 4 * shape.attention_width * pairs  # attention has twice its products to undo
+    head = 4 * shape.head_parameters * scored
+    adapter = 6 * shape.adapter_parameters * tokens
+    again = (forward + 2 * shape.head_parameters * scored) if reference else 0
+    return (forward + backward + head + adapter + again) / rates.operations_per_second
+
+
+def _lengths(group: Group) -> tuple[int, list[int]]:
+    """Tokens of the prompt, and of each completion."""
+    return group.rollouts[0].num_prompt_tokens, [rollout.num_completion_tokens for rollout in group.rollouts]
+
+
+def _triangle(length: int) -> int:
+    return length * (length + 1) // 2
