@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -52,12 +52,19 @@ def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
     return None
 
 
+def _base(model: Path | PretrainedConfig, dtype: str, device: torch.device) -> Any:
+    if isinstance(model, PretrainedConfig):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model, dtype=getattr(torch, dtype), attn_implementation=PACKED)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=PACKED).to(device)
+
+
 class Policy:
     """Base, adapter and head, on one device, in training mode."""
 
     def __init__(
         self,
-        folder: Path,
+        model: Path | PretrainedConfig,
         config: ModelConfig,
         *,
         device: torch.device,
@@ -65,8 +72,12 @@ class Policy:
         head_backend: str,
         dropout: bool = True,
     ) -> None:
-        """`recompute` as learner.recompute says; without `dropout` training computes what evaluation does."""
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, attn_implementation=PACKED).to(device)
+        """`model` is a folder, or a configuration alone: then all weights are shapes, on the meta device.
+
+        `recompute` as learner.recompute says; without `dropout` training computes what evaluation does.
+        """
+        assert recompute in ("none", "layer", "micro-batch"), "the memory plan has resolved auto"
+        base = _base(model, config.dtype, device)
         if reason := unsupported(base.config, config.max_length):
             raise UserError(f"model.path={config.path} {reason}; use another model")
         self.device = device
@@ -81,6 +92,9 @@ class Policy:
                 task_type="CAUSAL_LM",
             ),
         )
+        for module in self.peft_model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False  # for good: the backward pass computes layers again
         if recompute == "layer":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.recompute = recompute
@@ -120,12 +134,7 @@ class Policy:
         keep_hidden: bool = False,
     ) -> Pass:
         """One pass through the trunk, and the head at the N scored tokens of a micro-batch."""
-        packing = {"position_ids": batch.position_ids_L[None], "lengths": batch.lengths}
-        if self.recompute == "micro-batch" and torch.is_grad_enabled():
-            hidden_LH = checkpoint(self._hidden, batch.token_ids_L, use_reentrant=False, **packing)
-        else:
-            hidden_LH = self._hidden(batch.token_ids_L, **packing)
-        hidden_NH = hidden_LH[batch.predictor_N]
+        hidden_NH = self.scored_states(batch)
         stats = self._head(
             hidden_NH,
             batch.target_N,
@@ -135,6 +144,13 @@ class Policy:
             entropy_at_one=entropy_at_one,
         )
         return Pass(stats, hidden_NH.detach() if keep_hidden else None)
+
+    def scored_states(self, batch: MicroBatch) -> Tensor:
+        """[N, H]: the trunk's output where a scored token is predicted."""
+        packing = {"position_ids": batch.position_ids_L[None], "lengths": batch.lengths}
+        if self.recompute == "micro-batch" and torch.is_grad_enabled():
+            return checkpoint(self._hidden, batch.token_ids_L, use_reentrant=False, **packing)[batch.predictor_N]
+        return self._hidden(batch.token_ids_L, **packing)[batch.predictor_N]
 
     def _training_mode(self) -> None:
         """Set once, not around a pass: the backward pass may compute a forward pass again."""
@@ -157,10 +173,7 @@ class Policy:
     def _hidden(self, token_ids_L: Tensor, **packing: Any) -> Tensor:
         """[L, H]: the trunk's output."""
         dtype = self.head_weight_VH.dtype
-        with (
-            torch.autocast(self.device.type, dtype=dtype, enabled=dtype == torch.bfloat16),
-            disable_input_dtype_casting(self.peft_model),
-        ):
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype == torch.bfloat16):
             return self.trunk(input_ids=token_ids_L[None], use_cache=False, **packing).last_hidden_state[0]
 
     def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
