@@ -8,7 +8,6 @@ import numpy as np
 
 from common.adapter import Adapter
 
-
 # Tokens that vLLM computes at once on a GPU: what its server takes on one of 40 GB (get_batch_defaults in
 # vllm/engine/arg_utils.py). As a library it would take 8,192 or 16,384, at several times the working memory.
 PREFILL_TOKENS = 2048

@@ -112,7 +112,8 @@ def _make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
         return made[tensor]
 
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        own: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for tensors in own:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = fake(tensor)

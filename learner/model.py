@@ -147,7 +147,7 @@ class Policy:
 
     def scored_states(self, batch: MicroBatch) -> Tensor:
         """[N, H]: the trunk's output where a scored token is predicted."""
-        packing = {"position_ids": batch.position_ids_L[None], "lengths": batch.lengths}
+        packing: dict[str, Any] = {"position_ids": batch.position_ids_L[None], "lengths": batch.lengths}
         if self.recompute == "micro-batch" and torch.is_grad_enabled():
             return checkpoint(self._hidden, batch.token_ids_L, use_reentrant=False, **packing)[batch.predictor_N]
         return self._hidden(batch.token_ids_L, **packing)[batch.predictor_N]
