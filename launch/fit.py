@@ -3,6 +3,7 @@
 import bisect
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -90,7 +91,11 @@ def on_gpu(config: Config, work: Work, gpu_bytes: int) -> Config:
 
 
 def _choose(config: Config, work: Work, gpu_bytes: int) -> Config | None:
-    for candidate in _learner_choices(config, work):
+    candidates = list(_learner_choices(config, work))
+    idle = replace(work, activations=lambda *_: Activations(kept=0, peak=0))
+    if not _fits(candidates[-1], idle, gpu_bytes):
+        return None  # nothing has to be measured
+    for candidate in candidates:
         if _fits(candidate, work, gpu_bytes):
             return _with_share(candidate, work, gpu_bytes)
     return None

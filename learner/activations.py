@@ -83,8 +83,18 @@ def observe(policy: Policy, lengths: Sequence[Sequence[int]]) -> Activations:
     """What a forward and a backward pass of this policy take; it is left with a gradient."""
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    batch = scored_everywhere(lengths)
+    with _LiveBytes() as memory:
+        loss = policy.scored_states(batch).sum()
+        kept = memory.live
+        loss.backward()
+    return Activations(kept=kept, peak=memory.peak)
+
+
+def scored_everywhere(lengths: Sequence[Sequence[int]]) -> MicroBatch:
+    """A micro-batch of some tokens."""
     positions_L = torch.arange(sum(map(sum, lengths)))
-    batch = MicroBatch(
+    return MicroBatch(
         token_ids_L=torch.zeros_like(positions_L),
         position_ids_L=positions_L,
         lengths=tuple(map(tuple, lengths)),
@@ -93,11 +103,6 @@ def observe(policy: Policy, lengths: Sequence[Sequence[int]]) -> Activations:
         rollout_N=positions_L,
         token_N=positions_L,
     )
-    with _LiveBytes() as memory:
-        loss = policy.scored_states(batch).sum()
-        kept = memory.live
-        loss.backward()
-    return Activations(kept=kept, peak=memory.peak)
 
 
 def _make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
