@@ -84,7 +84,7 @@ def observe(policy: Policy, lengths: Sequence[Sequence[int]]) -> Activations:
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     batch = scored_everywhere(lengths)
-    with _LiveBytes() as memory:
+    with LiveBytes() as memory:
         loss = policy.scored_states(batch).sum()
         kept = memory.live
         loss.backward()
@@ -124,7 +124,7 @@ def _make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
                     tensors[name] = fake(tensor)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the storages that operators make inside of it, while they live."""
 
     def __init__(self) -> None:
