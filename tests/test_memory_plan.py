@@ -227,7 +227,7 @@ def test_on_a_cpu_half_of_the_memory_decides(available, recompute) -> None:
 @pytest.mark.parametrize("recompute", ["none", "layer", "micro-batch"])
 @pytest.mark.parametrize("tokens", [40, 4096])
 def test_a_whole_update_takes_what_was_planned(tmp_path, recompute, tokens) -> None:
-    """But for the head's workspace, which is small here, and the adapter's gradient, which rank 1 makes so."""
+    """With the head's workspace and the adapter's gradient, which are small here."""
     folder = tiny.save_model(tmp_path)
     config = tiny.config(dropout=0.1, recompute=recompute, micro_batch_tokens=tokens)
     config = fit.with_values(
@@ -237,14 +237,10 @@ def test_a_whole_update_takes_what_was_planned(tmp_path, recompute, tokens) -> N
     groups = [tiny.group(seed, [25] * 4, [1.0, 0.0, 2.0, 0.5], prompt_length=12) for seed in range(3)]
     with activations.LiveBytes() as seen:
         assert learner.update(groups).refused is None
-    policy = learner.policy
 
     def measured(lengths: tuple[int, ...], mode: str) -> Activations:
-        return measure(policy.trunk.config, config.model, lengths=[lengths], recompute=mode)
+        return measure(learner.policy.trunk.config, config.model, lengths=[lengths], recompute=mode)
 
-    work = Work(
-        size=Size.of(plan.check_model(config, folder), config.model), longest_prompt_tokens=12, activations=measured
-    )
-    peak = memory.step_activations(config, work).peak
-    print("STEP", recompute, tokens, peak, seen.peak)
-    assert 0.8 < peak / seen.peak < 1.1
+    size = Size.of(plan.check_model(config, folder), config.model)
+    work = Work(size=size, longest_prompt_tokens=12, activations=measured)
+    assert memory.step_activations(config, work).peak == pytest.approx(seen.peak, rel=0.06)
