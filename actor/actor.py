@@ -23,6 +23,7 @@ class Receipt:
     checksum: str  # of the tensors as the sampling process received them
     canary_logprobs: np.ndarray  # float32 [T - 1], what the engine makes of the canary with that version
     load_seconds: float
+    way: str  # "merged" or "hotswap"
 
 
 class Actor:
@@ -50,6 +51,7 @@ class Actor:
             checksum=checksum,
             canary_logprobs=self.engine.logprobs(adapter.canary.token_ids.tolist()),
             load_seconds=time.perf_counter() - started,
+            way=self.engine.way,
         )
 
     def rollout(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:

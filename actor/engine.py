@@ -8,10 +8,6 @@ import numpy as np
 
 from common.adapter import Adapter
 
-# Tokens that vLLM computes at once on a GPU: what its server takes on one of 40 GB (get_batch_defaults in
-# vllm/engine/arg_utils.py). As a library it would take 8,192 or 16,384, at several times the working memory.
-PREFILL_TOKENS = 2048
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
@@ -25,6 +21,8 @@ class Sample:
 
 class Engine(Protocol):
     """Samples from one model with one adapter version at a time. Not thread-safe: one call at once."""
+
+    way: str  # in which the version in use was published: "merged" or "hotswap"
 
     def load(self, adapter: Adapter) -> str:
         """Make `adapter` the only version in use and forget every cached prefix of older ones.

@@ -1,12 +1,13 @@
 """The vLLM engine: samples, scores, and takes new adapter versions in memory. The only file that imports vllm.
 
-A version is published in one of two ways (actor.publish):
+A version is published in one of two ways (actor.publish), or, with auto, in the cheaper one (actor/publishing.py):
 hotswap  as a LoRA adapter beside the frozen weights: cheap to publish, slower to sample with;
 merged   W = W0 + alpha / rank * B A, from the frozen W0 every time: slower to publish, samples at base speed.
 """
 
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,9 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 
-from actor.engine import PREFILL_TOKENS, Sample
+from actor import gpu_share
+from actor.engine import Sample
+from actor.publishing import Trial
 from common.adapter import Adapter, checksum
 from common.config import ActorConfig, ModelConfig
 from common.types import UserError
@@ -46,7 +49,8 @@ class VLLMEngine:
 
     def __init__(self, model_dir: str, model: ModelConfig, actor: ActorConfig, *, seed: int) -> None:
         """Start vLLM on the model folder `model_dir` with the frozen weights, as adapter version 0 would sample."""
-        self._publish = actor.publish
+        self._trial = Trial() if actor.publish == "auto" else None
+        self.way: str = actor.publish  # of the version in use
         self._lora_request: LoRARequest | None = None
         self._llm = LLM(
             model=model_dir,
@@ -59,18 +63,26 @@ class VLLMEngine:
             max_logprobs=-1,  # first_tokens says how many
             worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
             **_device_options(actor),
-            **(_lora_options(model) if actor.publish == "hotswap" else {}),
+            **(_lora_options(model) if actor.publish != "merged" else {}),
         )
 
     def load(self, adapter: Adapter) -> str:
         """See Engine.load. Raises ValueError for a tensor that belongs to no linear module of the model."""
+        if self._trial:
+            self.way, before = self._trial.next_way(), self.way
+            if (before, self.way) == ("merged", "hotswap"):
+                self._llm.collective_rpc("merge_adapter", args=({}, adapter.rank, adapter.alpha))  # back to the base
+        started = time.perf_counter()
         arguments: tuple[Any, ...] = (dict(adapter.tensors), adapter.rank, adapter.alpha)
-        if self._publish == "hotswap":
+        if self.way == "hotswap":
             lora_id = adapter.version + 1  # ids start at 1; a new one for each version, since vLLM caches by id
             received = self._llm.collective_rpc("swap_adapter", args=(lora_id, *arguments))
             self._lora_request = LoRARequest(f"version-{adapter.version}", lora_id, "in-memory")
         else:
             received = self._llm.collective_rpc("merge_adapter", args=arguments)
+            self._lora_request = None
+        if self._trial:
+            self._trial.loaded(self.way, time.perf_counter() - started)
         return received[0]
 
     def sample(
@@ -100,8 +112,13 @@ class VLLMEngine:
             for seed in seeds
         ]
         requests = [TokensPrompt(prompt_token_ids=np.asarray(prompt).tolist()) for prompt in prompts]
+        started = time.perf_counter()
         outputs = self._llm.generate(requests, parameters, use_tqdm=False, lora_request=self._lora_request)
-        return [[_sample(completion) for completion in output.outputs] for output in outputs]
+        samples = [[_sample(completion) for completion in output.outputs] for output in outputs]
+        if self._trial:
+            num_tokens = sum(len(sample.token_ids) for group in samples for sample in group)
+            self._trial.sampled(self.way, time.perf_counter() - started, num_tokens)
+        return samples
 
     def first_tokens(
         self, prompts: Sequence[Sequence[int]], *, count: int, temperature: float, without: Sequence[int]
@@ -203,6 +220,7 @@ class WorkerExtension:
 
 
 def _set_weight(layer: Any, weight: torch.Tensor) -> None:
+    layer = getattr(layer, "base_layer", layer)  # in an engine that can also hold an adapter beside it
     if current_platform.is_cpu():  # computes with a packed copy, made here; the parameter itself is empty
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
@@ -241,23 +259,10 @@ def _device_options(actor: ActorConfig) -> dict[str, Any]:
     if actor.num_sequences is not None:
         options["max_num_seqs"] = actor.num_sequences
     if not current_platform.is_cpu():
-        return options | _gpu_options(actor)
+        return options | gpu_share.options(actor)
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(actor.kv_cache_gib or 1))  # it reads whole GiB
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray sets OMP_NUM_THREADS to 1
     return options | {"enforce_eager": True}  # compilation gains nothing here, and would keep old packed weights
-
-
-def _gpu_options(actor: ActorConfig) -> dict[str, Any]:
-    """vLLM's options for what it takes on the GPU. It makes CUDA graphs for up to twice `max_num_seqs` tokens."""
-    options: dict[str, Any] = {
-        "enforce_eager": actor.eager,
-        "max_num_batched_tokens": max(PREFILL_TOKENS, actor.num_sequences or 0),
-    }
-    if actor.gpu_memory_fraction is not None:
-        options["gpu_memory_utilization"] = actor.gpu_memory_fraction
-    if actor.kv_cache_gib is not None:  # vLLM then asks for its share at the start, but sizes nothing by it
-        options["kv_cache_memory_bytes"] = round(actor.kv_cache_gib * 2**30)
-    return options
 
 
 def _lora_options(model: ModelConfig) -> dict[str, Any]:

@@ -28,6 +28,9 @@ class RunConfig(Section):
     """Optimizer steps."""
     prompts_per_step: int = Field(4, ge=1)
     """P: prompts, and so groups, per step."""
+    max_staleness: int = Field(0, ge=0)
+    """Versions that a rollout may be behind when it is learned from. 0: sampling and learning take turns; 1: the next
+    step's rollouts are sampled while this one is learned (importance is then token-truncate, unless it is set)."""
     seed: int = Field(123, ge=0)
     """Seed of the prompt order, the sampling and the dropout."""
     checkpoint_every: int = Field(15, ge=0)
@@ -91,8 +94,9 @@ class ActorConfig(Section):
     """Strings that end a completion; they stay part of it."""
     fixed_length: bool = False
     """Sample exactly max_tokens tokens, whatever comes (benchmarks)."""
-    publish: Literal["hotswap", "merged"] = "hotswap"
-    """How a new adapter reaches vLLM: as a LoRA adapter, or merged into the frozen weights."""
+    publish: Literal["auto", "hotswap", "merged"] = "hotswap"
+    """How a new adapter reaches vLLM: as a LoRA adapter, merged into the frozen weights, or whichever of the two costs
+    a step less, measured in the first steps (a run then depends on timing, within the noise between the two)."""
     gpu_memory_fraction: float | None = Field(None, gt=0, lt=1)
     """vLLM's share of the GPU; None: set by the memory plan."""
     kv_cache_gib: float | None = Field(None, gt=0)
@@ -226,6 +230,11 @@ class Config(pydantic_settings.BaseSettings):
             raise ValueError(
                 f"method.entropy={method.entropy} is not made by learner.head_backend={self.learner.head_backend}; "
                 "use auto"
+            )
+        if method.refill_rounds and self.run.max_staleness:
+            raise ValueError(
+                f"method.refill_rounds={method.refill_rounds} waits behind the rollouts that are sampled ahead with "
+                f"run.max_staleness={self.run.max_staleness}; set one of the two to 0"
             )
         if method.weight_gradient and self.learner.inner_updates > 1:
             raise ValueError(

@@ -51,7 +51,7 @@ class Buffer:
         drop_reason: Callable[[Group], str | None] = lambda group: None,
         refill_rounds: int = 0,
     ) -> None:
-        assert not (max_staleness and refill_rounds), "a refill samples beside what is under way"
+        assert not (max_staleness and refill_rounds), "a refill would wait behind what is sampled ahead"
         self.actors = list(actors)
         self.stream = stream
         self.sampling = sampling

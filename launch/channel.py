@@ -24,6 +24,7 @@ class Published:
 
     version: int
     load_seconds: float  # of the slowest actor, canary included
+    merged_fraction: float  # of the actors that hold it merged; the others hold it beside the base
     canary_difference: float  # nats, mean |learner - actor| of the worst actor
     canary_signal: float  # nats, mean |adapter - base| in the learner: what an unused adapter would differ by
 
@@ -46,6 +47,7 @@ class Channel:
         return Published(
             version=adapter.version,
             load_seconds=max(receipt.load_seconds for receipt in receipts),
+            merged_fraction=sum(receipt.way == "merged" for receipt in receipts) / len(receipts),
             canary_difference=max(differences),
             canary_signal=_distance(adapter.canary.logprobs, adapter.canary.base_logprobs),
         )

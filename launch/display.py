@@ -20,6 +20,8 @@ COLUMNS = (
     ("entropy/normalized_mean", "entropy", "{:.4f}"),
     ("weight/mean", "weight", "{:.3f}"),
     ("completion/length_mean", "length", "{:.0f}"),
+    ("staleness/max", "stale", "{:.0f}"),
+    ("actor_learner_kl", "a-l kl", "{:.4f}"),
     ("throughput/tokens_per_second", "tok/s", "{:.0f}"),
     ("time/step_seconds", "s/step", "{:.1f}"),
 )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from actor.engine import PREFILL_TOKENS
+from actor.gpu_share import PREFILL_TOKENS
 from common.config import Config, ModelConfig
 from common.types import Group, Prompt, Rollout
 from learner.activations import Activations

@@ -57,6 +57,7 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
 
     With `saved`, a checkpoint to evaluate, the run folder is only read.
     """
+    config = _corrected(config)
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
     config = _as_before(config)
@@ -84,12 +85,21 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     )
 
 
+def _corrected(config: Config) -> Config:
+    """With importance weights where rollouts may be stale, and nobody said otherwise."""
+    if not config.run.max_staleness or "importance" in config.method.model_dump(exclude_none=True):
+        return config
+    return config.model_copy(update={"method": config.method.model_copy(update={"importance": "token-truncate"})})
+
+
 def warnings(config: Config) -> list[str]:
     """What is allowed, but does not do what its name says."""
     method = config.method.resolve()
     found = []
     if method.ratio == "power-mean" and config.learner.inner_updates == 1:
         found.append("the power of ratio=power-mean has no effect with learner.inner_updates=1: every ratio is 1")
+    if config.run.max_staleness and method.importance == "none":
+        found.append(f"run.max_staleness={config.run.max_staleness} without method.importance: nothing corrects for it")
     if method.needs_evaluation_mode and config.model.lora_dropout > 0:
         found.append(
             f"model.lora_dropout={config.model.lora_dropout} is off in every pass of this method, which compares the "

@@ -55,11 +55,13 @@ class Recorder:
             "groups/discarded": float(num_discarded),
             "update/refused": float(result.refused is not None),
             "adapter/version": float(published.version),
+            "adapter/merged_fraction": published.merged_fraction,
             "adapter/canary_difference": published.canary_difference,
             "adapter/canary_signal": published.canary_signal,
             "time/wait_seconds": times.wait_seconds,
             "time/learn_seconds": times.learn_seconds,
             "time/publish_seconds": times.publish_seconds,
+            "time/load_seconds": published.load_seconds,
             "time/step_seconds": times.step_seconds,
             "throughput/tokens_per_second": num_completion_tokens(groups) / times.step_seconds,
         }

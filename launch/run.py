@@ -66,6 +66,7 @@ def run(checked: Plan) -> None:
                 Sampling.of(config),
                 prompts_per_step=config.run.prompts_per_step,
                 num_steps=config.run.steps - first_step,
+                max_staleness=config.run.max_staleness,
                 drop_reason=partial(drop_reason, method=method),
                 refill_rounds=method.refill_rounds,
             )

@@ -10,6 +10,7 @@ import ray
 import torch
 
 from actor.actor import Actor
+from common.config import Config
 from launch.channel import Channel
 from launch.plan import Plan
 from learner.learner import Learner
@@ -29,7 +30,7 @@ class Workers:
 def start(plan: Plan) -> Iterator[Workers]:
     """Learner and actors for the length of the block, with the learner's adapter published and proved."""
     config = plan.config
-    actor_class = ray.remote(Actor).options(**_options())
+    actor_class = _remote(Actor, shares(config)[0])
     actors = [actor_class.remote(plan.model_folder, config) for _ in range(config.actor.num_actors)]
     try:
         with learner(plan) as learner_:
@@ -46,7 +47,8 @@ def start(plan: Plan) -> Iterator[Workers]:
 @contextlib.contextmanager
 def learner(plan: Plan) -> Iterator[Any]:
     """A learner for the length of the block, at the checkpoint of the plan if it has one."""
-    handle = ray.remote(Learner).options(**_options()).remote(plan.model_folder, plan.config, plan.canary_token_ids)
+    learner_class = _remote(Learner, shares(plan.config)[1])
+    handle = learner_class.remote(plan.model_folder, plan.config, plan.canary_token_ids)
     try:
         if plan.resume_from is not None:
             ray.get(handle.load.remote(plan.resume_from.resolve()))
@@ -60,14 +62,34 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
-def _options() -> dict[str, Any]:
+def shares(config: Config) -> tuple[list[int], list[int]]:
+    """The processors of the actors and of the learner: all of them where the two take turns, or there is a GPU."""
+    every = cores()
+    if not config.run.max_staleness or torch.cuda.is_available() or len(every) == 1:
+        return every, every
+    return every[: len(every) // 2], every[len(every) // 2 :]
+
+
+def _remote(side: type, processors: list[int]) -> Any:
+    """`side` as a Ray actor on these processors."""
+
+    class Pinned(side):
+        def __init__(self, *arguments: Any) -> None:
+            os.sched_setaffinity(0, processors)
+            super().__init__(*arguments)
+
+    Pinned.__name__ = side.__name__
+    return ray.remote(Pinned).options(**_options(len(processors)))
+
+
+def _options(num_threads: int) -> dict[str, Any]:
     """Ray's options for either side. They share each GPU: the fractions say so and reserve nothing."""
     return {
         "num_cpus": 0,  # Ray must not queue one side behind the other: they take turns on the same cores
         "num_gpus": 0.5 if torch.cuda.is_available() else 0,
         "runtime_env": {
             "env_vars": {
-                "OMP_NUM_THREADS": str(len(cores())),  # Ray would set it to 1
+                "OMP_NUM_THREADS": str(num_threads),  # Ray would set it to 1
                 "GOMP_SPINCOUNT": "3000",  # waiting threads soon sleep: spinning steals the other side's cores
                 "TORCH_CPP_LOG_LEVEL": "ERROR",
                 "PYTHONWARNINGS": "ignore::FutureWarning",

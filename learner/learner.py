@@ -34,7 +34,6 @@ class Learner:
         self.config = config
         self.micro_batch_tokens = config.learner.micro_batch_tokens
         self.method = config.method.resolve()
-        self.canary_token_ids = canary_token_ids
         self.policy = Policy(
             model_folder,
             config.model,
@@ -44,6 +43,9 @@ class Learner:
             dropout=not self.method.needs_evaluation_mode,
         )
         self.optimizer = Optimizer(self.policy.parameters(), config.learner, steps=config.run.steps)
+        self.canary_token_ids = canary_token_ids
+        with self.policy.reference():
+            self.canary_base_logprobs = self.policy.logprobs(canary_token_ids)
         self.step = 0
         self.entropy_bonus = self.method.entropy_bonus  # as adapted so far
 
@@ -103,7 +105,7 @@ class Learner:
 
     def adapter(self) -> Adapter:
         """The current weights as version number of steps taken."""
-        return self.policy.adapter(self.step, self.canary_token_ids)
+        return self.policy.adapter(self.step, self.canary_token_ids, self.canary_base_logprobs)
 
     def save(self, folder: Path) -> None:
         """Adapter, optimizer, step and random state into the existing `folder`."""

@@ -1,7 +1,7 @@
 """The policy: a frozen base with a LoRA adapter (peft). The reference is the same model, adapter off.
 
 Dtype policy, said once: frozen weights and activations have `model.dtype`; adapter weights, their gradients, head sums
-and loss are float32. Autocast rounds the adapter's weights at use, so that no activation is kept in float32 for them.
+and loss are float32. learner/lora.py rounds the adapter's weights at use, so that no activation is in float32 for them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners import lora
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +24,7 @@ from common.types import UserError
 from learner.attention import PACKED
 from learner.batch import MicroBatch
 from learner.head import HeadStats, concatenate, head_stats
+from learner.lora import lora_linear
 
 
 class Pass(NamedTuple):
@@ -50,6 +51,25 @@ def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
     if getattr(text, "use_sliding_window", True) and (getattr(text, "sliding_window", None) or max_length) < max_length:
         return f"attends within a window of {text.sliding_window} tokens, less than model.max_length={max_length}"
     return None
+
+
+class _LoraLinear(lora.Linear):
+    """peft's layer, computed in one function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disable_adapters:
+            return self.base_layer(x)
+        [name] = self.active_adapters
+        dropout = self.lora_dropout[name]
+        return lora_linear(
+            x,
+            self.base_layer.weight,
+            self.base_layer.bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            scale=self.scaling[name],
+            dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,  # an Identity where there is none
+        )
 
 
 def _base(model: Path | PretrainedConfig, dtype: str, device: torch.device) -> Any:
@@ -82,19 +102,15 @@ class Policy:
             raise UserError(f"model.path={config.path} {reason}; use another model")
         self.device = device
         self.config = config
-        self.peft_model: PeftModel = get_peft_model(
-            base,
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=list(config.lora_targets),
-                task_type="CAUSAL_LM",
-            ),
+        lora_config = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=list(config.lora_targets),
+            task_type="CAUSAL_LM",
         )
-        for module in self.peft_model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.cast_input_dtype_enabled = False  # for good: the backward pass computes layers again
+        lora_config._register_custom_module({torch.nn.Linear: _LoraLinear})
+        self.peft_model: PeftModel = get_peft_model(base, lora_config)
         if recompute == "layer":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.recompute = recompute
@@ -161,7 +177,7 @@ class Policy:
 
     def _head(self, hidden_NH: Tensor, target_N: Tensor, **options: Any) -> HeadStats:
         return head_stats(
-            hidden_NH.to(self.head_weight_VH.dtype),  # autocast leaves some models' last norm in float32
+            hidden_NH.to(self.head_weight_VH.dtype),  # some models' last norm gives float32
             self.head_weight_VH,
             target_N,
             bias_V=self.head_bias_V,
@@ -172,9 +188,7 @@ class Policy:
 
     def _hidden(self, token_ids_L: Tensor, **packing: Any) -> Tensor:
         """[L, H]: the trunk's output."""
-        dtype = self.head_weight_VH.dtype
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype == torch.bfloat16):
-            return self.trunk(input_ids=token_ids_L[None], use_cache=False, **packing).last_hidden_state[0]
+        return self.trunk(input_ids=token_ids_L[None], use_cache=False, **packing).last_hidden_state[0]
 
     def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         """float32 [T - 1]: nats at temperature 1 of tokens 1..T-1; no dropout, no gradient."""
@@ -186,10 +200,8 @@ class Policy:
         self._training_mode()
         return logprobs.float().cpu().numpy()
 
-    def adapter(self, version: int, canary_token_ids: np.ndarray) -> Adapter:
+    def adapter(self, version: int, canary_token_ids: np.ndarray, canary_base_logprobs: np.ndarray) -> Adapter:
         """A copy of the current weights as adapter version `version`, with its canary."""
-        with self.reference():
-            base_logprobs = self.logprobs(canary_token_ids)
         state = get_peft_model_state_dict(self.peft_model)
         tensors = {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in state.items()}
         return Adapter(
@@ -201,7 +213,7 @@ class Policy:
             canary=Canary(
                 token_ids=canary_token_ids,
                 logprobs=self.logprobs(canary_token_ids),
-                base_logprobs=base_logprobs,
+                base_logprobs=canary_base_logprobs,
             ),
             checksum=checksum(tensors),
         )

@@ -22,7 +22,7 @@ ADAPTER = Adapter(
     canary=Canary(token_ids=np.arange(4, dtype=np.int32), logprobs=LEARNER, base_logprobs=BASE),
     checksum=checksum(TENSORS),
 )
-RECEIPT = Receipt(version=7, checksum=ADAPTER.checksum, canary_logprobs=LEARNER + 0.04, load_seconds=0.1)
+RECEIPT = Receipt(version=7, checksum=ADAPTER.checksum, canary_logprobs=LEARNER + 0.04, load_seconds=0.1, way="merged")
 
 
 def test_noise_below_the_bound_passes():

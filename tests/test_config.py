@@ -33,7 +33,7 @@ def empty(tmp_path: Path) -> Path:
         ("--run.steps 0", "run.steps='0': Input should be greater than or equal to 1"),
         ("--actor.group_size 1", "actor.group_size='1': Input should be greater than or equal to 2"),
         ("--actor.temperature -1", "actor.temperature='-1': Input should be greater than 0"),
-        ("--actor.publish disk", "actor.publish='disk': Input should be 'hotswap' or 'merged'"),
+        ("--actor.publish disk", "actor.publish='disk': Input should be 'auto', 'hotswap' or 'merged'"),
         ("--actor.max_tokens 1024", "actor.max_tokens=1024 leaves no room for a prompt in model.max_length=1024"),
         ("--learner.learning_rate -0.1", "learner.learning_rate='-0.1': Input should be greater than 0"),
         ("--method.name grppo", "method.name=grppo is no method; did you mean grpo?"),

@@ -46,7 +46,13 @@ class ScriptedActor:
     def load(self, adapter):
         self.version = adapter.version
         logprobs = adapter.canary.base_logprobs - 1 if self.lies else adapter.canary.logprobs
-        return Receipt(version=adapter.version, checksum=adapter.checksum, canary_logprobs=logprobs, load_seconds=0.0)
+        return Receipt(
+            version=adapter.version,
+            checksum=adapter.checksum,
+            canary_logprobs=logprobs,
+            load_seconds=0.0,
+            way="merged",
+        )
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_a_gpu_run_resumes_with_its_share(folder, tmp_path) -> None:
 def test_vllm_knows_the_options_that_it_gets_on_a_gpu() -> None:
     code = (
         "from dataclasses import fields\nfrom vllm.engine.arg_utils import EngineArgs\n"
-        "from common.config import ActorConfig\nfrom actor.vllm_engine import _gpu_options\n"
+        "from common.config import ActorConfig\nfrom actor.gpu_share import options as _gpu_options\n"
         "actor = ActorConfig(gpu_memory_fraction=0.375, kv_cache_gib=1.5, num_sequences=3000)\n"
         "options = _gpu_options(actor)\n"
         "assert set(options) <= {field.name for field in fields(EngineArgs)}, options\n"

@@ -65,7 +65,9 @@ def folder() -> str:
     return str(models.smollm2())
 
 
-@pytest.fixture(scope="module", params=[("hotswap", "float32"), ("merged", "bfloat16")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[("hotswap", "float32"), ("merged", "bfloat16"), ("auto", "bfloat16")], ids="-".join
+)
 def engine(request: pytest.FixtureRequest, folder: str) -> Iterator[Remote]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
