@@ -243,4 +243,4 @@ def test_a_whole_update_takes_what_was_planned(tmp_path, recompute, tokens) -> N
 
     size = Size.of(plan.check_model(config, folder), config.model)
     work = Work(size=size, longest_prompt_tokens=12, activations=measured)
-    assert memory.step_activations(config, work).peak == pytest.approx(seen.peak, rel=0.06)
+    assert memory.step_activations(config, work).peak == pytest.approx(seen.peak, rel=0.08)
