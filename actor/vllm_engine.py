@@ -5,6 +5,7 @@ hotswap  as a LoRA adapter beside the frozen weights: cheap to publish, slower t
 merged   W = W0 + alpha / rank * B A, from the frozen W0 every time: slower to publish, samples at base speed.
 """
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 
+from actor import gpu_share
 from actor.engine import Sample
 from actor.publishing import Trial
 from common.adapter import Adapter, checksum
@@ -254,9 +256,11 @@ def _device_options(actor: ActorConfig) -> dict[str, Any]:
     # equal calls make equal batches; nothing can outlive the owner; nothing polls while the engine is idle.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     options: dict[str, Any] = {"distributed_executor_backend": "uni"}
+    if actor.num_sequences is not None:
+        options["max_num_seqs"] = actor.num_sequences
     if not current_platform.is_cpu():
-        return options | {"gpu_memory_utilization": actor.gpu_memory_fraction, "enforce_eager": actor.eager}
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(actor.kv_cache_gib)
+        return options | gpu_share.options(actor)
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(actor.kv_cache_gib or 1))  # it reads whole GiB
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray sets OMP_NUM_THREADS to 1
     return options | {"enforce_eager": True}  # compilation gains nothing here, and would keep old packed weights
 

@@ -41,6 +41,8 @@ class RunConfig(Section):
     """Steps between printed sample completions; 0: none."""
     resume: bool = False
     """Continue the run in run.dir from its last checkpoint."""
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """GPU memory that the run is planned for, GiB; None: all of the present GPU's, and no such plan without one."""
 
 
 class ModelConfig(Section):
@@ -95,10 +97,12 @@ class ActorConfig(Section):
     publish: Literal["auto", "hotswap", "merged"] = "hotswap"
     """How a new adapter reaches vLLM: as a LoRA adapter, merged into the frozen weights, or whichever of the two costs
     a step less, measured in the first steps (a run then depends on timing, within the noise between the two)."""
-    gpu_memory_fraction: float = Field(0.45, gt=0, lt=1)
-    """vLLM's share of the GPU."""
-    kv_cache_gib: int = Field(1, ge=1)
-    """vLLM's KV cache on a CPU, GiB."""
+    gpu_memory_fraction: float | None = Field(None, gt=0, lt=1)
+    """vLLM's share of the GPU; None: set by the memory plan."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """vLLM's KV cache, GiB; None: on a CPU 1, on a GPU set by the memory plan (or what is left of its share)."""
+    num_sequences: int | None = Field(None, ge=1)
+    """Most sequences that vLLM samples at once; None: on a CPU vLLM's own number, on a GPU set by the memory plan."""
     eager: bool = False
     """No CUDA graphs and no compilation: starts sooner, samples slower on a GPU."""
     canary_bound_nats: float = Field(0.2, gt=0)
@@ -150,13 +154,14 @@ class LearnerConfig(Section):
     """Optimizer updates on each batch of rollouts; the ratio differs from 1 only after the first."""
     gradient_accumulation: int = Field(2, ge=1)
     """Least number of micro-batches a step is cut into. The gradient is the same for any cut."""
-    micro_batch_tokens: int = Field(4096, ge=1)
-    """Most tokens of a micro-batch (a single longer sequence is still taken)."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Most tokens of a micro-batch (a single longer sequence is still taken); None: set by the memory plan."""
     head_backend: Literal["auto", "torch", "triton", "trl", "liger"] = "auto"
     """Log-probabilities and entropies: ours on any device or on an NVIDIA GPU, or a peer's to compare with."""
-    recompute: Literal["none", "layer", "micro-batch"] = "none"
+    recompute: Literal["auto", "none", "layer", "micro-batch"] = "auto"
     """What the backward pass computes a second time, to keep less of the step until then: nothing; within each layer
-    (the states between layers are kept); or a whole micro-batch at a time (its token states alone are kept)."""
+    (the states between layers are kept); or a whole micro-batch at a time (its token states alone are kept). auto: the
+    first of these that the memory plan finds to fit."""
 
 
 class EvaluationConfig(Section):

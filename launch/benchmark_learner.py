@@ -22,7 +22,7 @@ import torch
 from common.command_line import load
 from common.config import Config, MethodConfig
 from common.types import Group, Prompt, Rollout, Score, UserError
-from launch import models
+from launch import fit, models, plan
 from learner.learner import Learner
 
 CONFIG = Path(__file__).parent / "configs" / "benchmark.toml"
@@ -93,6 +93,8 @@ def main(argv: Sequence[str]) -> int:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give 1 or more")
         config = load(options, CONFIG)
         folder = models.resolve(config.model.path)
+        model = plan.check_model(config, folder)
+        config, _ = fit.resolve(config, model, longest_prompt_tokens=arguments.prompt_tokens)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from common.config import ModelConfig
 from common.types import Group
+from launch.memory import Size
 
 REPEATS = 5  # of each measurement, after one that warms up; the best counts
 ROWS, WIDTH = 2048, 4096  # of the matrices that the rate is measured with
@@ -62,20 +63,19 @@ def shape(config: PretrainedConfig, model: ModelConfig) -> Shape:
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     head = whole.get_output_embeddings()
-    linear = {n: m for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    adapted = [m for name, m in linear.items() if name.rsplit(".", 1)[-1] in model.lora_targets]
-    size = torch.finfo(getattr(torch, model.dtype)).bits // 8
+    linear = [m for m in whole.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    trunk = sum(module.weight.numel() for module in linear)
+    size = Size.of(whole, model)
+    item_bytes = torch.finfo(getattr(torch, model.dtype)).bits // 8
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    trunk = sum(module.weight.numel() for module in linear.values())
     return Shape(
         trunk_parameters=trunk,
         head_parameters=head.weight.numel(),
-        adapter_parameters=sum(model.lora_rank * (m.in_features + m.out_features) for m in adapted),
+        adapter_parameters=size.num_adapter_parameters,
         attention_width=config.num_hidden_layers * heads * head_size,
-        weight_bytes=(trunk + head.weight.numel()) * size,
-        kv_token_bytes=2 * config.num_hidden_layers * kv_heads * head_size * size,
+        weight_bytes=(trunk + head.weight.numel()) * item_bytes,
+        kv_token_bytes=size.kv_elements * item_bytes,
     )
 
 

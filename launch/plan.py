@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from actor.rollout import prompt_tokens
 from actor.tasks import task_module
 from common.config import Config, dump
 from common.types import Prompt, UserError
-from launch import models
+from launch import fit, models
+from launch.memory import Memory, Size
 from learner import checkpoint, head
 from learner.model import unsupported
 
@@ -34,6 +35,7 @@ class Plan:
     resume_from: Path | None  # checkpoint
     longest_prompt_tokens: int
     num_adapter_parameters: int
+    memory: Memory | None  # None: no GPU to plan
 
     def describe(self) -> str:
         """What --dry-run prints: the resolved configuration and the sizes that follow from it."""
@@ -45,6 +47,7 @@ class Plan:
             f"{step * self.config.actor.max_tokens} completion tokens\n"
             f"# adapter: {self.num_adapter_parameters / 1e6:.2f} M parameters, "
             f"{self.num_adapter_parameters * 4 / 1e6:.1f} MB in float32 a version"
+            + ("" if self.memory is None else "\n# " + self.memory.table().replace("\n", "\n# "))
             + "".join(f"\n# warning: {warning}" for warning in warnings(self.config))
         )
 
@@ -57,15 +60,17 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     config = _corrected(config)
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
+    config = _as_before(config)
     resume_from = saved or run_folder(config)
     task = task_module(config.task.name)
     train_prompts = tuple(task.load(config.task, "train"))
     eval_prompts = tuple(task.load(config.task, "eval"))[: config.evaluation.num_problems]
     model_folder = models.resolve(config.model.path)
-    num_adapter_parameters = _check_model(config, model_folder)
+    model = check_model(config, model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     longest = _check_lengths(config, tokenizer, [*train_prompts, *eval_prompts])
     canary = prompt_tokens(tokenizer, train_prompts[0])[: min(CANARY_TOKENS, config.model.max_length - 1)]
+    config, planned = fit.resolve(config, model, longest_prompt_tokens=longest)
     return Plan(
         config=config,
         model_folder=model_folder.resolve(),
@@ -75,7 +80,8 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
         canary_token_ids=np.array(canary, dtype=np.int32),
         resume_from=resume_from,
         longest_prompt_tokens=longest,
-        num_adapter_parameters=num_adapter_parameters,
+        num_adapter_parameters=Size.of(model, config.model).num_adapter_parameters,
+        memory=planned,
     )
 
 
@@ -100,6 +106,17 @@ def warnings(config: Config) -> list[str]:
             "adapter with its absence"
         )
     return found
+
+
+def _as_before(config: Config) -> Config:
+    """`config` with what the plan once set for the run that is continued, where nothing else is asked for now."""
+    written = config.run.dir / "config.toml"
+    if not config.run.resume or not written.is_file():
+        return config
+    before = tomllib.loads(written.read_text())
+    set_before = {f"{section}.{key}": value for section, keys in before.items() for key, value in keys.items()}
+    left_open = [name for name, value in fit.OPEN.items() if fit.get(config, name) == value and name in set_before]
+    return fit.with_values(config, {name: set_before[name] for name in left_open})
 
 
 def run_folder(config: Config) -> Path | None:
@@ -127,8 +144,8 @@ def run_folder(config: Config) -> Path | None:
     return resume_from
 
 
-def _check_model(config: Config, folder: Path) -> int:
-    """Check the target modules and the length against the model; returns the number of adapter parameters."""
+def check_model(config: Config, folder: Path) -> PreTrainedModel:
+    """Check the target modules and the length against the model; returns it without weights."""
     try:
         model_config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -153,8 +170,7 @@ def _check_model(config: Config, folder: Path) -> int:
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions and config.model.max_length > positions:
         raise UserError(f"model.max_length={config.model.max_length} exceeds the model's {positions}; lower it")
-    adapted = [m for n, m in linear.items() if n.rsplit(".", 1)[-1] in config.model.lora_targets]
-    return sum(config.model.lora_rank * (m.in_features + m.out_features) for m in adapted)
+    return model
 
 
 def _check_lengths(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> int:

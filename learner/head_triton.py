@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from learner.head_types import Chunk, Projection, Wanted
+from learner.head_types import GPU_WORKSPACE_BYTES, Chunk, Projection, Wanted
 
-WORKSPACE_BYTES = 512 * 2**20  # of a chunk: float32 logits, and the weights made of them
+WORKSPACE_BYTES = GPU_WORKSPACE_BYTES
 BLOCK, WARPS = 4096, 8  # logits that a program holds at once, 16 a thread; not tuned yet
 SCALE = 512.0  # of the weights: keeps float16 ones out of the subnormals in a flat row, and finite in any
 LOWEST: tl.constexpr = tl.constexpr(-1e30)  # where a running maximum starts: finite, so that 0 * (it) is 0

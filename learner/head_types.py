@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+GPU_WORKSPACE_BYTES = 512 * 2**20  # of a chunk on a GPU: float32 logits, and the weights made of them
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projection:

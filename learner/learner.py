@@ -30,7 +30,9 @@ class Learner:
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray gives an actor one thread
         torch.manual_seed(config.run.seed)
+        assert config.learner.micro_batch_tokens is not None, "the memory plan has set it"
         self.config = config
+        self.micro_batch_tokens = config.learner.micro_batch_tokens
         self.method = config.method.resolve()
         self.policy = Policy(
             model_folder,
@@ -62,7 +64,7 @@ class Learner:
 
         batch = pack(
             selection.groups,
-            max_tokens=self.config.learner.micro_batch_tokens,
+            max_tokens=self.micro_batch_tokens,
             min_micro_batches=self.config.learner.gradient_accumulation,
             device=self.policy.device,
         )

@@ -72,12 +72,19 @@ class _LoraLinear(lora.Linear):
         )
 
 
+def _base(model: Path | PretrainedConfig, dtype: str, device: torch.device) -> Any:
+    if isinstance(model, PretrainedConfig):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model, dtype=getattr(torch, dtype), attn_implementation=PACKED)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=PACKED).to(device)
+
+
 class Policy:
     """Base, adapter and head, on one device, in training mode."""
 
     def __init__(
         self,
-        folder: Path,
+        model: Path | PretrainedConfig,
         config: ModelConfig,
         *,
         device: torch.device,
@@ -85,8 +92,12 @@ class Policy:
         head_backend: str,
         dropout: bool = True,
     ) -> None:
-        """`recompute` as learner.recompute says; without `dropout` training computes what evaluation does."""
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, attn_implementation=PACKED).to(device)
+        """`model` is a folder, or a configuration alone: then all weights are shapes, on the meta device.
+
+        `recompute` as learner.recompute says; without `dropout` training computes what evaluation does.
+        """
+        assert recompute in ("none", "layer", "micro-batch"), "the memory plan has resolved auto"
+        base = _base(model, config.dtype, device)
         if reason := unsupported(base.config, config.max_length):
             raise UserError(f"model.path={config.path} {reason}; use another model")
         self.device = device
@@ -139,12 +150,7 @@ class Policy:
         keep_hidden: bool = False,
     ) -> Pass:
         """One pass through the trunk, and the head at the N scored tokens of a micro-batch."""
-        packing: dict[str, Any] = {"position_ids": batch.position_ids_L[None], "lengths": batch.lengths}
-        if self.recompute == "micro-batch" and torch.is_grad_enabled():
-            hidden_LH = checkpoint(self._hidden, batch.token_ids_L, use_reentrant=False, **packing)
-        else:
-            hidden_LH = self._hidden(batch.token_ids_L, **packing)
-        hidden_NH = hidden_LH[batch.predictor_N]
+        hidden_NH = self.scored_states(batch)
         stats = self._head(
             hidden_NH,
             batch.target_N,
@@ -154,6 +160,13 @@ class Policy:
             entropy_at_one=entropy_at_one,
         )
         return Pass(stats, hidden_NH.detach() if keep_hidden else None)
+
+    def scored_states(self, batch: MicroBatch) -> Tensor:
+        """[N, H]: the trunk's output where a scored token is predicted."""
+        packing: dict[str, Any] = {"position_ids": batch.position_ids_L[None], "lengths": batch.lengths}
+        if self.recompute == "micro-batch" and torch.is_grad_enabled():
+            return checkpoint(self._hidden, batch.token_ids_L, use_reentrant=False, **packing)[batch.predictor_N]
+        return self._hidden(batch.token_ids_L, **packing)[batch.predictor_N]
 
     def _training_mode(self) -> None:
         """Set once, not around a pass: the backward pass may compute a forward pass again."""

@@ -11,6 +11,7 @@ from common.types import Group, Prompt, Rollout, Score
 from learner.learner import Learner
 
 V = 97
+LEARNER = {"learning_rate": 1e-2, "gradient_accumulation": 1, "recompute": "none", "micro_batch_tokens": 4096}
 CANARY = np.arange(12, dtype=np.int32)
 
 
@@ -36,7 +37,7 @@ def config(*, steps: int = 10, dropout: float = 0.0, method: dict | None = None,
         run=RunConfig(steps=steps),
         model=ModelConfig(dtype="float32", lora_rank=4, lora_alpha=8, lora_dropout=dropout),
         method=MethodConfig(**(method or {})),
-        learner=LearnerConfig(**({"learning_rate": 1e-2, "gradient_accumulation": 1} | learner)),
+        learner=LearnerConfig(**(LEARNER | learner)),
     )
 
 
