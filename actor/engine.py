@@ -1,6 +1,6 @@
 """The engine protocol: what every sampling engine promises to actor/actor.py."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,11 +40,13 @@ class Engine(Protocol):
         stop: Sequence[str],
         seeds: Sequence[int],
         fixed_length: bool = False,
+        finished: Callable[[int, list[Sample]], None] = ...,
     ) -> list[list[Sample]]:
         """`num_samples` completions of each tokenised prompt, which is computed once; one seed per prompt.
 
         temperature 0 is greedy. `fixed_length` samples exactly max_tokens tokens and ignores every stop.
-        Equal arguments and adapter give equal samples.
+        Equal arguments and adapter give equal samples. `finished` is told each prompt's place and samples as soon as
+        they have ended, while others still decode.
         """
 
     def first_tokens(

@@ -1,5 +1,6 @@
 """publish=auto: both ways to publish by turns in the first versions, then the one that costs a step less."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WAYS = ("merged", "hotswap")
@@ -9,10 +10,14 @@ VERSIONS = 3  # of each way that are tried, these included
 
 @dataclass
 class Trial:
-    """Says which way the next version goes; told what each one cost, settles on one of WAYS."""
+    """Says which of `ways` the next version goes; told what each one cost, settles on one."""
 
-    loads: dict[str, list[float]] = field(default_factory=lambda: {way: [] for way in WAYS})  # seconds
-    calls: dict[str, list[tuple[float, int]]] = field(default_factory=lambda: {way: [] for way in WAYS})
+    ways: Sequence[str] = WAYS
+    loads: dict[str, list[float]] = field(init=False)  # seconds
+    calls: dict[str, list[tuple[float, int]]] = field(init=False)  # seconds, tokens
+
+    def __post_init__(self) -> None:
+        self.loads, self.calls = {way: [] for way in self.ways}, {way: [] for way in self.ways}
 
     @property
     def settled(self) -> bool:
@@ -21,8 +26,8 @@ class Trial:
     def next_way(self) -> str:
         """The way tried less so far; once settled the cheaper one."""
         if self.settled:
-            return min(WAYS, key=self.step_seconds)
-        return min(WAYS, key=lambda way: len(self.loads[way]))
+            return min(self.ways, key=self.step_seconds)
+        return min(self.ways, key=lambda way: len(self.loads[way]))
 
     def loaded(self, way: str, seconds: float) -> None:
         """A version was loaded in this way."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from importlib.machinery import ModuleSpec
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
@@ -24,6 +24,13 @@ from common.types import Prompt, Score
 START_SECONDS = 120.0  # a worker that has not come up after this never will
 MAX_FRUITLESS = 3  # restarts in a row that settle no call
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Scoring(NamedTuple):
+    """Calls that were started; a future of None is one that the pool did not take."""
+
+    completions: Sequence[tuple[str, Prompt]]
+    futures: Sequence[ProcessFuture | None]
 
 
 class RewardPool:
@@ -45,19 +52,34 @@ class RewardPool:
 
         The time-out of a call starts when a worker takes it up; a queue costs nothing.
         """
+        return self.finish([self.start(completions)])
+
+    def start(self, completions: Sequence[tuple[str, Prompt]]) -> Scoring:
+        """Begin to score, while the caller does something else."""
         if self._closed.is_set():
             raise RuntimeError("the reward pool is closed")
-        results: list[Score | str | None] = [None] * len(completions)
+        try:
+            futures = [
+                self._pool.schedule(_call, args=(self._task_name, *call), timeout=self._timeout_seconds)
+                for call in completions
+            ]
+        except RuntimeError:  # pebble's word for a pool that broke while it was idle
+            return Scoring(completions, [None] * len(completions))
+        return Scoring(completions, futures)
+
+    def finish(self, started: Sequence[Scoring]) -> list[Score | str]:
+        """What score_all gives, for all of `started` in the order in which they were started."""
+        completions = [call for scoring in started for call in scoring.completions]
+        results = [self._settle(future) for scoring in started for future in scoring.futures]
         num_fruitless = 0
-        while None in results:
+        while None in results:  # the pool broke: a worker died at a bad moment, or while idle
+            self._restart()
             waiting = [index for index, result in enumerate(results) if result is None]
-            for index, result in zip(waiting, self._score([completions[i] for i in waiting]), strict=True):
-                results[index] = result
-            if None in results:  # the pool broke: a worker died at a bad moment, or while idle
-                self._restart()
-                num_fruitless = num_fruitless + 1 if all(results[i] is None for i in waiting) else 0
-                if num_fruitless == MAX_FRUITLESS:
-                    results = ["the reward pool breaks on this call" if r is None else r for r in results]
+            for index, future in zip(waiting, self.start([completions[i] for i in waiting]).futures, strict=True):
+                results[index] = self._settle(future)
+            num_fruitless = num_fruitless + 1 if all(results[i] is None for i in waiting) else 0
+            if num_fruitless == MAX_FRUITLESS:
+                results = ["the reward pool breaks on this call" if r is None else r for r in results]
         return [result for result in results if result is not None]
 
     def close(self) -> None:
@@ -66,18 +88,10 @@ class RewardPool:
         self._pool.join()
         self._closed.set()
 
-    def _score(self, completions: Sequence[tuple[str, Prompt]]) -> list[Score | str | None]:
+    def _settle(self, future: ProcessFuture | None) -> Score | str | None:
         """None for a call that the pool never settled: the pool is broken and needs a restart."""
-        try:
-            futures = [
-                self._pool.schedule(_call, args=(self._task_name, *call), timeout=self._timeout_seconds)
-                for call in completions
-            ]
-        except RuntimeError:  # pebble's word for a pool that broke while it was idle
-            return [None] * len(completions)
-        return [self._settle(future) for future in futures]
-
-    def _settle(self, future: ProcessFuture) -> Score | str | None:
+        if future is None:
+            return None
         try:
             # Calls are taken up in order, so once the ones before are settled this one runs or is next.
             return future.result(timeout=self._timeout_seconds + START_SECONDS)

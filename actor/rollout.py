@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actor.engine import Engine, Sample
 from actor.opening import Opening, sample_with_openers
-from actor.reward import RewardPool
+from actor.reward import RewardPool, Scoring
 from common.config import Config
 from common.types import Group, Prompt, Rollout, Score
 
@@ -78,20 +79,30 @@ def roll_out(
         "seeds": [prompt_seed(sampling.seed, prompt.index) for prompt in prompts],
         "fixed_length": sampling.fixed_length,
     }
+    scorings: dict[int, Scoring] = {}  # by the prompt's place; in the order in which the groups ended
+
+    def score(place: int, group: list[Sample]) -> None:
+        scorings[place] = rewards.start([(sample.text, prompts[place]) for sample in group])
+
     if sampling.opening is None:
-        samples = engine.sample(tokens, **options)
+        samples = engine.sample(tokens, **options, finished=score)  # rewards while others still decode
     else:
         samples = sample_with_openers(engine, tokenizer, tokens, sampling.opening, **options)
+        for place, group in enumerate(samples):
+            score(place, group)
     sampled = time.perf_counter()
-    jobs = [(sample.text, prompt) for prompt, group in zip(prompts, samples, strict=True) for sample in group]
-    scores = iter(rewards.score_all(jobs))
+    scores = iter(rewards.finish(list(scorings.values())))
+    scores_of = {place: list(islice(scores, len(samples[place]))) for place in scorings}
     groups = [
         Group(
             prompt=prompt,
-            rollouts=tuple(_rollout(ids, sample, next(scores), version, sampling.opening) for sample in group),
+            rollouts=tuple(
+                _rollout(tokens[place], sample, score, version, sampling.opening)
+                for sample, score in zip(samples[place], scores_of[place], strict=True)
+            ),
             rollout_seconds=sampled - started,
         )
-        for prompt, ids, group in zip(prompts, tokens, samples, strict=True)
+        for place, prompt in enumerate(prompts)
     ]
     reward_seconds = time.perf_counter() - sampled
     return [replace(group, reward_seconds=reward_seconds) for group in groups]

@@ -8,7 +8,7 @@ merged   W = W0 + alpha / rank * B A, from the frozen W0 every time: slower to p
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -24,17 +24,18 @@ import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.config.lora import MaxLoRARanks
 from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.logprobs import Logprob
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
 
 from actor import gpu_share
 from actor.engine import Sample
 from actor.publishing import Trial
+from actor.samples import chosen, likeliest
 from common.adapter import Adapter, checksum
 from common.config import ActorConfig, ModelConfig
 from common.types import UserError
@@ -49,8 +50,8 @@ class VLLMEngine:
 
     def __init__(self, model_dir: str, model: ModelConfig, actor: ActorConfig, *, seed: int) -> None:
         """Start vLLM on the model folder `model_dir` with the frozen weights, as adapter version 0 would sample."""
-        self._trial = Trial() if actor.publish == "auto" else None
-        self.way: str = actor.publish  # of the version in use
+        self._trial = Trial() if actor.publish == "auto" else Trial([actor.publish])
+        self.way = ""  # of the version in use; none yet
         self._lora_request: LoRARequest | None = None
         self._llm = LLM(
             model=model_dir,
@@ -68,10 +69,9 @@ class VLLMEngine:
 
     def load(self, adapter: Adapter) -> str:
         """See Engine.load. Raises ValueError for a tensor that belongs to no linear module of the model."""
-        if self._trial:
-            self.way, before = self._trial.next_way(), self.way
-            if (before, self.way) == ("merged", "hotswap"):
-                self._llm.collective_rpc("merge_adapter", args=({}, adapter.rank, adapter.alpha))  # back to the base
+        before, self.way = self.way, self._trial.next_way()
+        if (before, self.way) == ("merged", "hotswap"):
+            self._llm.collective_rpc("merge_adapter", args=({}, adapter.rank, adapter.alpha))  # back to the base
         started = time.perf_counter()
         arguments: tuple[Any, ...] = (dict(adapter.tensors), adapter.rank, adapter.alpha)
         if self.way == "hotswap":
@@ -81,8 +81,7 @@ class VLLMEngine:
         else:
             received = self._llm.collective_rpc("merge_adapter", args=arguments)
             self._lora_request = None
-        if self._trial:
-            self._trial.loaded(self.way, time.perf_counter() - started)
+        self._trial.loaded(self.way, time.perf_counter() - started)
         return received[0]
 
     def sample(
@@ -95,6 +94,7 @@ class VLLMEngine:
         stop: Sequence[str],
         seeds: Sequence[int],
         fixed_length: bool = False,
+        finished: Callable[[int, list[Sample]], None] = lambda place, samples: None,
     ) -> list[list[Sample]]:
         """See Engine.sample. A completion that reaches model.max_length ends there, with finish_reason "length"."""
         self._forget_prefixes()
@@ -108,16 +108,22 @@ class VLLMEngine:
                 ignore_eos=fixed_length,
                 seed=_spread(seed),
                 logprobs=0,  # of the sampled token alone
+                output_kind=RequestOutputKind.FINAL_ONLY,  # of a prompt: once all of its samples have ended
             )
             for seed in seeds
         ]
-        requests = [TokensPrompt(prompt_token_ids=np.asarray(prompt).tolist()) for prompt in prompts]
         started = time.perf_counter()
-        outputs = self._llm.generate(requests, parameters, use_tqdm=False, lora_request=self._lora_request)
-        samples = [[_sample(completion) for completion in output.outputs] for output in outputs]
-        if self._trial:
-            num_tokens = sum(len(sample.token_ids) for group in samples for sample in group)
-            self._trial.sampled(self.way, time.perf_counter() - started, num_tokens)
+        engine = self._llm.llm_engine
+        for place, (prompt, each) in enumerate(zip(prompts, parameters, strict=True)):
+            engine.add_request(str(place), _request(prompt), each, lora_request=self._lora_request)
+        samples: list[list[Sample]] = [[] for _ in prompts]
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                place = int(output.request_id)
+                samples[place] = [_sample(completion) for completion in output.outputs]
+                finished(place, samples[place])
+        num_tokens = sum(len(sample.token_ids) for group in samples for sample in group)
+        self._trial.sampled(self.way, time.perf_counter() - started, num_tokens)
         return samples
 
     def first_tokens(
@@ -128,9 +134,10 @@ class VLLMEngine:
         parameters = SamplingParams(
             temperature=temperature, max_tokens=1, seed=0, logprobs=count + len(without), detokenize=False
         )
-        requests = [TokensPrompt(prompt_token_ids=np.asarray(prompt).tolist()) for prompt in prompts]
-        outputs = self._llm.generate(requests, parameters, use_tqdm=False, lora_request=self._lora_request)
-        return [_likeliest(output.outputs[0].logprobs[0], count, without) for output in outputs]
+        outputs = self._llm.generate(
+            [_request(prompt) for prompt in prompts], parameters, use_tqdm=False, lora_request=self._lora_request
+        )
+        return [likeliest(output.outputs[0].logprobs[0], count, without) for output in outputs]
 
     def _forget_prefixes(self) -> None:
         # Every call starts with an empty prefix cache: what an older version left in it is never read, and an equal
@@ -142,9 +149,10 @@ class VLLMEngine:
         """See Engine.logprobs. T is at most model.max_length - 1, since vLLM must sample one token more."""
         # vLLM reads no prefix cache for a request with prompt log-probabilities: all T tokens are computed.
         parameters = SamplingParams(temperature=1.0, max_tokens=1, seed=0, prompt_logprobs=0, detokenize=False)
-        request = TokensPrompt(prompt_token_ids=np.asarray(token_ids).tolist())
-        [output] = self._llm.generate([request], [parameters], use_tqdm=False, lora_request=self._lora_request)
-        return _chosen(token_ids[1:], output.prompt_logprobs[1:])
+        [output] = self._llm.generate(
+            [_request(token_ids)], [parameters], use_tqdm=False, lora_request=self._lora_request
+        )
+        return chosen(token_ids[1:], output.prompt_logprobs[1:])
 
     def close(self) -> None:
         """Free the engine's memory. It has no process of its own."""
@@ -272,6 +280,10 @@ def _lora_options(model: ModelConfig) -> dict[str, Any]:
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(allowed)}
 
 
+def _request(token_ids: Sequence[int]) -> TokensPrompt:
+    return TokensPrompt(prompt_token_ids=np.asarray(token_ids).tolist())
+
+
 def _spread(seed: int) -> int:
     """A seed far from those of `seed` + 1, + 2, ...: vLLM gives the i-th sample of a request the seed plus i."""
     return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 2)
@@ -280,16 +292,7 @@ def _spread(seed: int) -> int:
 def _sample(completion: CompletionOutput) -> Sample:
     return Sample(
         token_ids=np.array(completion.token_ids, dtype=np.int32),
-        logprobs=_chosen(completion.token_ids, completion.logprobs),
+        logprobs=chosen(completion.token_ids, completion.logprobs),
         text=completion.text,
         finish_reason=completion.finish_reason,
     )
-
-
-def _chosen(token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]) -> np.ndarray:
-    return np.array([entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True)], dtype=np.float32)
-
-
-def _likeliest(logprobs: Mapping[int, Logprob], count: int, without: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    ranked = sorted((-entry.logprob, token) for token, entry in logprobs.items() if token not in without)[:count]
-    return np.array([t for _, t in ranked], dtype=np.int32), np.array([-n for n, _ in ranked], dtype=np.float32)
