@@ -93,6 +93,16 @@ def test_a_failure_costs_its_own_rollout_only(pool: RewardPool, completion: str,
     assert words(pool, "ok", "ok") == ["ok", "ok"]
 
 
+def test_rewards_are_computed_while_the_caller_does_something_else(pool: RewardPool) -> None:
+    started = [pool.start([("ok 2", PROMPT), ("ok 3", PROMPT)]), pool.start([("raise", PROMPT), ("ok 5", PROMPT)])]
+    for scoring in started:
+        for future in scoring.futures:
+            future.result(timeout=60)  # settles without finish
+    two, three, failed, five = pool.finish(started)
+    assert [s.total for s in (two, three, five)] == [2.0, 3.0, 5.0]
+    assert failed == "KeyError: 'no such\\nkey'"
+
+
 def test_order_is_kept(pool: RewardPool) -> None:
     scores = pool.score_all([(f"value {n}", PROMPT) for n in range(200)])
     assert [s.total for s in scores if isinstance(s, Score)] == list(range(200))

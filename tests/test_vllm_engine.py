@@ -46,6 +46,12 @@ def _held_adapters() -> set[int]:
     return set(held)
 
 
+def _told(prompts: list[list[int]], options: dict) -> list[tuple[int, list[Sample]]]:
+    told: list[tuple[int, list[Sample]]] = []
+    _engine.sample(prompts, **options, finished=lambda place, samples: told.append((place, samples)))
+    return told
+
+
 class Remote:
     """The engine in a process of its own, as an actor has it: vLLM changes global state of torch."""
 
@@ -135,10 +141,9 @@ def distance(a: Any, b: Any) -> float:
 
 
 def same(a: list[list[Sample]], b: list[list[Sample]]) -> bool:
-    pairs = zip(chain(*a), chain(*b), strict=True)
     return all(
         np.array_equal(x.token_ids, y.token_ids) and np.array_equal(x.logprobs, y.logprobs) and x.text == y.text
-        for x, y in pairs
+        for x, y in zip(chain(*a), chain(*b), strict=True)
     )
 
 
@@ -152,6 +157,9 @@ def test_equal_calls_give_equal_samples_with_tempered_logprobs(engine: Remote, r
     prompt = tokenizer(TEXT).input_ids
     options = {"num_samples": 3, "temperature": 0.6, "max_tokens": 24, "stop": (), "seeds": [5, 6]}
     groups = engine.sample([prompt, prompt], **options)
+    told = engine.pool.submit(_told, [prompt, prompt], options).result()
+    assert sorted(place for place, _ in told) == [0, 1]
+    assert same([group for _, group in sorted(told, key=lambda pair: pair[0])], groups)
     assert same(groups, engine.sample([prompt, prompt], **options))
     samples = list(chain(*groups))
     assert len({sample.token_ids.tobytes() for sample in samples}) == 6  # seeds of neighbours do not overlap
@@ -290,8 +298,3 @@ def test_the_engine_is_one_process_and_frees_its_memory(engine: Remote) -> None:
     held = owner.memory_info().rss
     engine.close()
     assert owner.memory_info().rss < held - 2**30  # the KV cache's GiB and more
-
-
-def test_the_converted_tokenizer_splits_digits_off(tokenizer: Any) -> None:
-    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
-    assert tokenizer.eos_token == "<|im_end|>"
