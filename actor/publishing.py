@@ -15,6 +15,7 @@ class Trial:
     ways: Sequence[str] = WAYS
     loads: dict[str, list[float]] = field(init=False)  # seconds
     calls: dict[str, list[tuple[float, int]]] = field(init=False)  # seconds, tokens
+    fresh: bool = False  # nothing was sampled since the last load
 
     def __post_init__(self) -> None:
         self.loads, self.calls = {way: [] for way in self.ways}, {way: [] for way in self.ways}
@@ -31,13 +32,15 @@ class Trial:
 
     def loaded(self, way: str, seconds: float) -> None:
         """A version was loaded in this way."""
+        self.fresh = True
         if not self.settled:
             self.loads[way].append(seconds)
 
     def sampled(self, way: str, seconds: float, num_tokens: int) -> None:
         """A call sampled with it: (seconds, tokens). The first call after each load counts, which is a step's."""
-        if len(self.calls[way]) < min(len(self.loads[way]), VERSIONS):
+        if self.fresh and len(self.calls[way]) < VERSIONS:
             self.calls[way].append((seconds, num_tokens))
+        self.fresh = False
 
     def step_seconds(self, way: str) -> float:
         """Seconds of loading a version in this way and sampling as many tokens as a call does in the mean."""

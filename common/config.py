@@ -28,9 +28,10 @@ class RunConfig(Section):
     """Optimizer steps."""
     prompts_per_step: int = Field(4, ge=1)
     """P: prompts, and so groups, per step."""
-    max_staleness: int = Field(0, ge=0)
+    max_staleness: int = Field(0, ge=0, le=1)
     """Versions that a rollout may be behind when it is learned from. 0: sampling and learning take turns; 1: the next
-    step's rollouts are sampled while this one is learned (importance is then token-truncate, unless it is set)."""
+    step's rollouts are sampled while this one is learned (importance is then token-truncate, unless it is set). More
+    would be older and no faster: an adapter is loaded between two steps' rollouts."""
     seed: int = Field(123, ge=0)
     """Seed of the prompt order, the sampling and the dropout."""
     checkpoint_every: int = Field(15, ge=0)
@@ -230,6 +231,11 @@ class Config(pydantic_settings.BaseSettings):
             raise ValueError(
                 f"method.entropy={method.entropy} is not made by learner.head_backend={self.learner.head_backend}; "
                 "use auto"
+            )
+        if self.actor.publish == "auto" and self.actor.num_actors > 1:
+            raise ValueError(
+                f"actor.publish=auto lets each of actor.num_actors={self.actor.num_actors} decide for itself; "
+                "set merged or hotswap"
             )
         if method.refill_rounds and self.run.max_staleness:
             raise ValueError(

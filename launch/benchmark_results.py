@@ -13,26 +13,31 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from common.config import Config
 from launch import wiring
 from launch.floor import Rates
+from launch.plan import Plan
 
 Rows = Mapping[str, Sequence[Mapping[str, float]]]  # by contender: its measured steps
 PHASES = {"rollout": "#0072b2", "learn": "#e69f00", "publish": "#009e73"}  # seconds of a step; colour-blind safe
 
 
-def summary(config: Config, rates: Rates, measured: Rows, batches: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
-    """Medians, spreads, and every figure behind them."""
+def summary(
+    plan: Plan, model: str, rates: Rates, measured: Rows, batches: Mapping[int, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Medians, spreads, and every figure behind them. Peaks are the learner's, of the peer those of all it is."""
+    config = plan.config
     over_grpo = ratios(measured, "sa-ah-grpo", "grpo")
     over_trl = ratios(measured, "trl", "sa-ah-grpo") if "trl" in measured else None
     return {
         "machine": {
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "processor": platform.processor() or platform.machine(),
+            "processor": _processor(),
             "cores": len(wiring.cores()),
             **asdict(rates),
         },
-        "model": config.model.path,
+        "model": model,
+        "planned_learner_peak_bytes": plan.memory.learner_peak_bytes if plan.memory else None,
+        "settings": {"learner": config.learner.model_dump(), "actor": config.actor.model_dump()},
         "work": {
             "prompts": config.run.prompts_per_step,
             "completions": config.actor.group_size,
@@ -47,6 +52,13 @@ def summary(config: Config, rates: Rates, measured: Rows, batches: Mapping[int, 
         "batches": batches,
         "cost_exponent": exponent(batches) if len(batches) > 1 else None,
     }
+
+
+def _processor() -> str:
+    """The model's name, where the system tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def ratios(measured: Rows, above: str, below: str) -> list[float]:
@@ -68,7 +80,7 @@ def medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def table(measured: Rows) -> Table:
     """Median seconds by phase, in per cent of them the floor, and the range of whole steps."""
     drawn = Table(
-        "", "rollout s", "floor %", "learn s", "floor %", "publish s", "step s", "range", "tokens/s", "peak GB"
+        "", "rollout s", "floor %", "learn s", "floor %", "publish s", "step s", "range", "tokens/s", "learner GB"
     )
     for name, rows in measured.items():
         middle, steps = medians(rows), [row["step"] for row in rows]

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from transformers import AutoConfig
 
 from actor.rollout import Sampling
 from common.command_line import load
-from common.config import MethodConfig
+from common.config import Config, MethodConfig
 from common.types import Group, UpdateResult, UserError
-from launch import benchmark_results, cluster, floor, models, plan, wiring
+from launch import benchmark_results, cluster, fit, floor, models, plan, wiring
 from launch.buffer import PromptStream
 from launch.evaluate import sample
 from launch.plan import Plan
@@ -168,6 +169,13 @@ def rounds(contenders: Mapping[str, Callable[[], Measured]], steps: int) -> dict
     return measured
 
 
+def _planned(config: Config, batch: int) -> Plan:
+    """The plan of `config`, with memory for steps of `batch` times its prompts."""
+    number = config.run.prompts_per_step
+    planned = plan.make(fit.with_values(config, {"run.prompts_per_step": number * batch}))
+    return replace(planned, config=fit.with_values(planned.config, {"run.prompts_per_step": number}))
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["trl"])
@@ -185,7 +193,10 @@ def main(argv: Sequence[str]) -> int:
             if arguments.model_shape:
                 made = models.random_weights(arguments.model_shape, folder / arguments.model_shape)
                 options += ["--model.path", str(made)]
-            checked = plan.make(load([*options, "--run.dir", str(folder / "run")], CONFIG))
+            config = load([*options, "--run.dir", str(folder / "run")], CONFIG)
+            if config.actor.publish == "auto" or config.run.max_staleness:
+                raise UserError("actor.publish=auto and run.max_staleness change from step to step; set one way, and 0")
+            checked = _planned(config, max([1, *arguments.batches]))
             stack.enter_context(cluster.connect())
             horizon = Horizon(checked, stack)
             contenders: dict[str, Callable[[], Measured]] = {
@@ -194,14 +205,15 @@ def main(argv: Sequence[str]) -> int:
             if arguments.peer == "trl":
                 contenders["trl"] = Peer(checked, stack).step
             measured = rounds(contenders, arguments.steps)
-            batches = {1: measured["sa-ah-grpo"][-1]} if arguments.batches else {}
-            for batch in arguments.batches:
+            batches = {}
+            for batch in sorted({1, *arguments.batches}) if arguments.batches else []:
                 horizon.step(METHODS["sa-ah-grpo"], batch)
                 batches[batch] = horizon.step(METHODS["sa-ah-grpo"], batch)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    summary = benchmark_results.summary(checked.config, horizon.rates, measured, batches)
+    model = arguments.model_shape or checked.config.model.path
+    summary = benchmark_results.summary(checked, model, horizon.rates, measured, batches)
     Console(width=140).print(benchmark_results.table(measured))
     if arguments.out:
         benchmark_results.keep(arguments.out, summary)

@@ -83,6 +83,11 @@ class Buffer:
         self.num_taken += count + len(self.discarded)
         return groups
 
+    def wait_ahead(self) -> None:
+        """Returns when nothing is being sampled."""
+        for request in self.requests:
+            self._wait(request)
+
     def release(self, count: int) -> None:
         """`count` taken groups are done with: as many new ones start, with the adapter that the actors hold."""
         prompts = self.stream.draw(min(count, self.num_left))

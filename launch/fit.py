@@ -21,7 +21,7 @@ MODES = ("none", "layer", "micro-batch")  # learner.recompute: least computed tw
 GPU_TOKENS, CPU_TOKENS = 16384, 4096  # most of a micro-batch: beyond them it is no faster
 SEQUENCES = (256, 128, 64, 32)  # sampled at once by an evaluation, where the memory is there
 CPU_FRACTION = 0.5  # of the available memory, for the learner's activations
-GPU, LARGEST_GIB = "run.gpu_memory_gib", 4096  # that a refusal may name
+GPU, LARGEST_GIB = "run.gpu_memory_gib", 2**16  # that a refusal may name
 
 # Set here where nothing else was asked for; a run that is resumed takes over what was set when it began.
 OPEN: dict[str, Any] = {

@@ -12,8 +12,8 @@ from common.types import Group
 from launch.memory import Size
 
 REPEATS = 5  # of each measurement, after one that warms up; the best counts
-ROWS, WIDTH = 2048, 4096  # of the matrices that the rate is measured with
-COPIED_BYTES = 2**28
+WIDTH = {"cpu": 2048, "cuda": 8192}  # of the square matrices that the rate is measured with
+COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +38,18 @@ class Shape:
 
 def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
     """Takes a second or two; nothing else may run on the device."""
-    left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((ROWS, WIDTH), (WIDTH, ROWS)))
-    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+    width, copied = WIDTH[device.type], COPIED_BYTES[device.type]
+    left, right = (torch.ones(width, width, dtype=dtype, device=device) for _ in range(2))
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Rates(
-        operations_per_second=2 * ROWS * WIDTH * ROWS / _best(lambda: left @ right, device),
-        bytes_per_second=2 * COPIED_BYTES / _best(lambda: target.copy_(source), device),
+    rates = Rates(
+        operations_per_second=2 * width**3 / _best(lambda: left @ right, device),
+        bytes_per_second=2 * copied / _best(lambda: target.copy_(source), device),
     )
+    del left, right, source, target
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # both sides need it
+    return rates
 
 
 def _best(function: Callable[[], object], device: torch.device) -> float:
@@ -67,13 +72,14 @@ def shape(config: PretrainedConfig, model: ModelConfig) -> Shape:
     trunk = sum(module.weight.numel() for module in linear)
     size = Size.of(whole, model)
     item_bytes = torch.finfo(getattr(torch, model.dtype)).bits // 8
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
         trunk_parameters=trunk,
         head_parameters=head.weight.numel(),
         adapter_parameters=size.num_adapter_parameters,
-        attention_width=config.num_hidden_layers * heads * head_size,
+        attention_width=text.num_hidden_layers * heads * head_size,
         weight_bytes=(trunk + head.weight.numel()) * item_bytes,
         kv_token_bytes=size.kv_elements * item_bytes,
     )
@@ -92,7 +98,8 @@ def rollout_seconds(groups: Sequence[Group], shape: Shape, rates: Rates) -> floa
     seen = sum(prompt * length + _triangle(length) for prompt, length in rollouts)
     tokens = sum(length for _, length in rollouts)
     operations = 2 * (shape.trunk_parameters + shape.head_parameters) * tokens + 4 * shape.attention_width * seen
-    moved = max(length for _, length in rollouts) * shape.weight_bytes + seen * shape.kv_token_bytes
+    passes = max(length for _, length in rollouts) - 1  # the prefill gives the first tokens
+    moved = passes * shape.weight_bytes + seen * shape.kv_token_bytes
     return prefill / rates.operations_per_second + max(
         operations / rates.operations_per_second, moved / rates.bytes_per_second
     )

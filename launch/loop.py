@@ -41,13 +41,15 @@ def train(
         taken = time.perf_counter()
         result = ray.get(learner.update.remote(groups))
         learned = time.perf_counter()
+        buffer.wait_ahead()  # an actor loads an adapter between two steps' rollouts, not during them
+        idle = time.perf_counter()
         published = channel.publish(learner.adapter.remote())
         ended = time.perf_counter()
         buffer.release(len(groups))
         times = StepTimes(
-            wait_seconds=taken - started,
+            wait_seconds=taken - started + idle - learned,
             learn_seconds=learned - taken,
-            publish_seconds=ended - learned,
+            publish_seconds=ended - idle,
             step_seconds=ended - started,
         )
         recorder.step(step, groups, result, published, times, num_discarded=len(buffer.discarded))

@@ -74,6 +74,8 @@ def random_weights(shape: str, folder: Path) -> Path:
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=32768, rope_theta=1e6)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the runs need it
     AutoTokenizer.from_pretrained(smollm2()).save_pretrained(folder)
     return folder
 

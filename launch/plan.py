@@ -58,10 +58,15 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     With `saved`, a checkpoint to evaluate, the run folder is only read.
     """
     config = _corrected(config)
+    if torch.cuda.is_available() and config.actor.num_actors > torch.cuda.device_count():
+        raise UserError(
+            f"actor.num_actors={config.actor.num_actors} exceeds the {torch.cuda.device_count()} GPUs of this machine; "
+            "lower it"
+        )
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
-    config = _as_before(config)
     resume_from = saved or run_folder(config)
+    config = _as_before(config)
     task = task_module(config.task.name)
     train_prompts = tuple(task.load(config.task, "train"))
     eval_prompts = tuple(task.load(config.task, "eval"))[: config.evaluation.num_problems]
@@ -87,7 +92,8 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
 
 def _corrected(config: Config) -> Config:
     """With importance weights where rollouts may be stale, and nobody said otherwise."""
-    if not config.run.max_staleness or "importance" in config.method.model_dump(exclude_none=True):
+    set_here = "importance" in config.method.model_dump(exclude_none=True)
+    if not config.run.max_staleness or set_here or config.method.resolve().importance != "none":
         return config
     return config.model_copy(update={"method": config.method.model_copy(update={"importance": "token-truncate"})})
 
@@ -121,6 +127,7 @@ def _as_before(config: Config) -> Config:
 
 def run_folder(config: Config) -> Path | None:
     """The checkpoint to resume from; refuses to write over another run."""
+    config = _as_before(_corrected(config))
     folder, written = config.run.dir, config.run.dir / "config.toml"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file; name a folder")

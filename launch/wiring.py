@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Workers:
 def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Workers]:
     """Learner and actors for the length of the block, with the learner's adapter published and proved."""
     config = plan.config
-    actor_class = _remote(Actor, shares(config)[0])
+    actor_class = _remote(Actor, config, first_half=True)
     actors = [actor_class.remote(plan.model_folder, config) for _ in range(config.actor.num_actors)]
     try:
         with learner(plan, learner_class) as learner_:
@@ -47,8 +47,9 @@ def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Wor
 @contextlib.contextmanager
 def learner(plan: Plan, learner_class: type[Learner]) -> Iterator[Any]:
     """A learner for the length of the block, at the checkpoint of the plan if it has one."""
-    processors = shares(plan.config)[1]
-    handle = _remote(learner_class, processors).remote(plan.model_folder, plan.config, plan.canary_token_ids)
+    handle = _remote(learner_class, plan.config, first_half=False).remote(
+        plan.model_folder, plan.config, plan.canary_token_ids
+    )
     try:
         if plan.resume_from is not None:
             ray.get(handle.load.remote(plan.resume_from.resolve()))
@@ -62,24 +63,24 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
-def shares(config: Config) -> tuple[list[int], list[int]]:
-    """The processors of the actors and of the learner: all of them where the two take turns, or there is a GPU."""
-    every = cores()
-    if not config.run.max_staleness or torch.cuda.is_available() or len(every) == 1:
-        return every, every
-    return every[: len(every) // 2], every[len(every) // 2 :]
+def half(processors: Sequence[int], *, first: bool) -> list[int]:
+    """The first half of the processors, or the others; one alone is in both."""
+    middle = len(processors) // 2
+    return list(processors[: max(1, middle)] if first else processors[middle:])
 
 
-def _remote(side: type, processors: list[int]) -> Any:
-    """`side` as a Ray actor on these processors."""
+def _remote(side: type, config: Config, *, first_half: bool) -> Any:
+    """`side` as a Ray actor; on half of its processors where both sides work at the same time on a CPU."""
+    if not config.run.max_staleness or torch.cuda.is_available():
+        return ray.remote(side).options(**_options(len(cores())))
 
-    class Pinned(side):
+    class Halved(side):
         def __init__(self, *arguments: Any) -> None:
-            os.sched_setaffinity(0, processors)
+            os.sched_setaffinity(0, half(cores(), first=first_half))
             super().__init__(*arguments)
 
-    Pinned.__name__ = side.__name__
-    return ray.remote(Pinned).options(**_options(len(processors)))
+    Halved.__name__ = side.__name__
+    return ray.remote(Halved).options(**_options(len(half(cores(), first=first_half))))
 
 
 def _options(num_threads: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def dropped(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Te
     16 random bits an element, the share rounded to them: torch's own dropout draws 64 on a CPU, one by one.
     """
     bits = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-    count = round(dropout * 2**16)
+    count = min(round(dropout * 2**16), 2**16 - 1)
     dropped = bits.view(torch.int16)[: shape.numel()].view(shape) < count - 2**15
     return dropped, 1 - count / 2**16
 

@@ -169,11 +169,11 @@ class Policy:
         return self._hidden(batch.token_ids_L, **packing)[batch.predictor_N]
 
     def _training_mode(self) -> None:
-        """Set once, not around a pass: the backward pass may compute a forward pass again."""
+        """Set once, not around a pass: the backward pass may compute a forward pass again. The base has no dropout."""
         self.peft_model.train()
-        for module in self.peft_model.modules():
+        for name, module in self.peft_model.named_modules():
             if isinstance(module, torch.nn.Dropout):
-                module.train(self.dropout)
+                module.train(self.dropout and "lora_dropout" in name)
 
     def _head(self, hidden_NH: Tensor, target_N: Tensor, **options: Any) -> HeadStats:
         return head_stats(

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,13 +28,14 @@ MEASURED = {
 
 def test_ratios_are_of_rounds_and_their_median_counts():
     rates = Rates(operations_per_second=1e9, bytes_per_second=1e9)
-    said = benchmark_results.summary(Config(), rates, MEASURED, {})
+    planned = SimpleNamespace(config=Config(), memory=None)
+    said = benchmark_results.summary(planned, "a model", rates, MEASURED, {})
     assert said["sa_ah_over_grpo_by_round"] == pytest.approx([1.0, 1.2, 1.1])
     assert said["sa_ah_over_grpo"] == pytest.approx(1.1)
     assert said["speedup_over_trl_by_round"] == pytest.approx([4.0, 3.0, 5.0])
     assert said["speedup_over_trl"] == pytest.approx(4.0)
     assert said["cost_exponent"] is None
-    alone = benchmark_results.summary(Config(), rates, {k: v for k, v in MEASURED.items() if k != "trl"}, {})
+    alone = benchmark_results.summary(planned, "a model", rates, {k: v for k, v in MEASURED.items() if k != "trl"}, {})
     assert alone["speedup_over_trl"] is None
 
 
@@ -74,5 +76,6 @@ def test_real_steps_by_turns(tmp_path, capsys):
         assert 0 < each["rollout_floor"] < each["rollout"] and 0 < each["learn_floor"] < each["learn"]
         assert each["load"] < each["publish"]
     assert said["batches"]["2"]["tokens"] == 2 * 4 * 8
+    assert set(said["batches"]) == {"1", "2"}
     assert np.isfinite(said["cost_exponent"])
     assert said["sa_ah_over_grpo"] > 0 and said["speedup_over_trl"] is None

@@ -27,7 +27,7 @@ PAIRS_OF_ROLLOUTS = (4 + 1) + (4 + 2) + (4 + 1) + (4 + 2) + (4 + 3) + (2 + 1)  #
 def test_sampling_by_bytes_by_hand():
     rates = Rates(operations_per_second=1e9, bytes_per_second=10.0)
     prefill = 2 * 100 * PREFILLED + 4 * 5 * PAIRS_OF_PROMPTS
-    moved = 3 * 1000 + PAIRS_OF_ROLLOUTS * 7  # the longest has 3 tokens: 3 passes over the weights
+    moved = 2 * 1000 + PAIRS_OF_ROLLOUTS * 7  # the longest has 3 tokens, the first out of the prefill
     assert floor.rollout_seconds(GROUPS, SHAPE, rates) == pytest.approx(prefill / 1e9 + moved / 10)
 
 
@@ -68,9 +68,3 @@ def test_a_shape_counts_what_a_model_computes(tmp_path):
     )
     outputs = {"gate_proj": 48, "up_proj": 48, "down_proj": 32, "q_proj": 32, "k_proj": 16, "v_proj": 16, "o_proj": 32}
     assert shape.adapter_parameters == 2 * 4 * sum(inputs[name] + outputs[name] for name in inputs)
-
-
-def test_rates_are_of_this_machine():
-    rates = floor.measure_rates(torch.float32, torch.device("cpu"))
-    assert 1e8 < rates.operations_per_second < 1e16
-    assert 1e7 < rates.bytes_per_second < 1e14
