@@ -66,6 +66,8 @@ class Horizon:
         self.shape = floor.shape(AutoConfig.from_pretrained(checked.model_folder), self.config.model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.rates = floor.measure_rates(getattr(torch, self.config.model.dtype), device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # both sides need it
         self.workers = stack.enter_context(wiring.start(checked, learner_class=AnyMethod))
 
     def step(self, method: MethodConfig, batch: int = 1) -> Measured:

@@ -42,14 +42,10 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
     left, right = (torch.ones(width, width, dtype=dtype, device=device) for _ in range(2))
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    rates = Rates(
+    return Rates(
         operations_per_second=2 * width**3 / _best(lambda: left @ right, device),
         bytes_per_second=2 * copied / _best(lambda: target.copy_(source), device),
     )
-    del left, right, source, target
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # both sides need it
-    return rates
 
 
 def _best(function: Callable[[], object], device: torch.device) -> float:

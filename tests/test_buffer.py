@@ -56,6 +56,21 @@ def test_bounds_and_order(num_actors, max_staleness):
     assert buffer.num_taken == 24
 
 
+def test_nothing_is_being_sampled_after_wait_ahead(monkeypatch):
+    """Before a version is loaded, what is sampled ahead is waited for; it is not taken."""
+    waited = []
+    monkeypatch.setattr(ray, "get", lambda references: waited.append(references) or references)
+    buffer = Buffer(
+        [FakeActor()], PromptStream(PROMPTS, seed=1), SAMPLING, prompts_per_step=2, num_steps=3, max_staleness=1
+    )
+    buffer.take(2)
+    waited.clear()
+    buffer.wait_ahead()
+    assert [[g.prompt.index for part in each for g in part] for each in waited] == [[2, 3]]
+    buffer.release(2)
+    assert [group.prompt.index for group in buffer.take(2)] == [2, 3]
+
+
 def test_stream_depends_on_seed_and_place_alone():
     whole = PromptStream(PROMPTS, seed=3).draw(12)
     resumed = PromptStream(PROMPTS, seed=3, cursor=7).draw(5)

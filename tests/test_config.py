@@ -9,7 +9,7 @@ from common.config import Config, MethodConfig, dump
 from common.methods import METHODS, parameters, table
 from common.types import UserError
 from launch import grid
-from launch.plan import warnings
+from launch.plan import _corrected, warnings
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "launch" / "configs").glob("*.toml"))
 GRIDS = [path for path in CONFIGS if "\n[grid]" in path.read_text()]
@@ -36,6 +36,9 @@ def empty(tmp_path: Path) -> Path:
         ("--run.steps 0", "run.steps='0': Input should be greater than or equal to 1"),
         ("--actor.group_size 1", "actor.group_size='1': Input should be greater than or equal to 2"),
         ("--actor.temperature -1", "actor.temperature='-1': Input should be greater than 0"),
+        ("--actor.publish auto --actor.num_actors 2", "actor.publish=auto lets each of actor.num_actors=2 decide"),
+        ("--run.max_staleness 2", "run.max_staleness='2'"),
+        ("--run.max_staleness 1 --method.name dapo", "method.refill_rounds=3 waits behind"),
         ("--actor.publish disk", "actor.publish='disk': Input should be 'auto', 'hotswap' or 'merged'"),
         ("--actor.max_tokens 1024", "actor.max_tokens=1024 leaves no room for a prompt in model.max_length=1024"),
         ("--learner.learning_rate -0.1", "learner.learning_rate='-0.1': Input should be greater than 0"),
@@ -166,6 +169,22 @@ def test_every_row_says_where_it_comes_from_and_every_field_what_it_means() -> N
         assert row.equation, name
     assert all(meaning for _, meaning in parameters().values())
     assert set(parameters()) == set(MethodConfig.model_fields) - {"name"}
+
+
+def test_stale_rollouts_get_importance_weights_unless_something_is_said(empty: Path, tmp_path, monkeypatch) -> None:
+    def importance(*options: str) -> str:
+        return _corrected(load(["--run.max_staleness", "1", *options], empty)).method.resolve().importance
+
+    assert _corrected(load([], empty)).method.resolve().importance == "none"
+    assert importance() == "token-truncate"
+    assert importance("--method.importance", "sequence-mask") == "sequence-mask"
+    assert importance("--method.importance", "none") == "none"
+    row = "from common.methods import Method\nMETHOD = Method(paper='p', equation='e', importance='sequence-mask')\n"
+    (tmp_path / "stale_row.py").write_text(row)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importance("--method.name", "stale_row") == "sequence-mask"
+    [warning] = warnings(load(["--run.max_staleness", "1", "--method.importance", "none"], empty))
+    assert "nothing corrects for it" in warning
 
 
 def test_warnings_name_what_has_no_effect(empty: Path) -> None:

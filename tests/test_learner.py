@@ -7,9 +7,12 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
+from common.config import ModelConfig
+from learner.batch import pack
 from learner.learner import Learner
+from learner.model import Policy
 
 METHODS = {
     "grpo": {},
@@ -91,6 +94,25 @@ def test_any_cut_gives_the_same_gradient(folder, cut):
     other = tiny.gradients(tiny.learner(folder, **cut), tiny.groups())
     for name in whole:
         torch.testing.assert_close(other[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_base_with_dropout_of_its_own_learns_without_it(tmp_path):
+    config = PhiConfig(
+        vocab_size=tiny.V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        resid_pdrop=0.5, embd_pdrop=0.5, initializer_range=0.3,
+    )  # fmt: skip
+    PhiForCausalLM(config).save_pretrained(tmp_path)
+    policy = Policy(
+        tmp_path,
+        ModelConfig(dtype="float32", lora_targets=("q_proj",)),
+        device=torch.device("cpu"),
+        recompute="none",
+        head_backend="torch",
+    )
+    batch, *_ = pack(tiny.groups(), max_tokens=999, min_micro_batches=1, device=torch.device("cpu")).micro_batches
+    with policy.reference():
+        passes = [policy.forward(batch, temperature=1.0).stats.logprob_N for _ in range(2)]
+    assert torch.equal(*passes)
 
 
 def test_order_of_groups_does_not_matter(folder):

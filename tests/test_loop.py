@@ -16,6 +16,7 @@ from launch.channel import AdapterMismatch, Channel
 from launch.display import Display
 from launch.loop import RunFailed, train
 from launch.record import Recorder
+from launch.wiring import half
 from learner.learner import Learner
 
 
@@ -88,6 +89,12 @@ def test_every_step_is_recorded_and_fresh(run, tmp_path, capsys):
     assert [m["adapter/version"] for m in metrics] == [1, 2, 3]
     assert [m["staleness/max"] for m in metrics] == [0, 0, 0]
     assert "step 3/3 reward 1.50 ± 1.50" in capsys.readouterr().out
+
+
+def test_halves_of_the_processors():
+    assert [half([3, 4, 5], first=first) for first in (True, False)] == [[3], [4, 5]]
+    assert [half([0, 1], first=first) for first in (True, False)] == [[0], [1]]
+    assert [half([7], first=first) for first in (True, False)] == [[7], [7]]
 
 
 def test_three_refused_steps_in_a_row_end_the_run(run, tmp_path):

@@ -46,6 +46,25 @@ def test_other_calls_between_two_loads_do_not_count():
     assert taken == TURNS + ["hotswap"] * 6
 
 
+def test_a_version_that_no_step_used_does_not_count():
+    """An actor without prompts loads and samples nothing; the next version's later calls are not its."""
+    trial = Trial()
+    trial.loaded("merged", 1.0)
+    trial.loaded("merged", 1.0)
+    trial.sampled("merged", 2.0, 100)
+    trial.sampled("merged", 9.0, 1)
+    assert trial.calls["merged"] == [(2.0, 100)]
+
+
+def test_one_way_is_no_trial():
+    trial = Trial(["hotswap"])
+    assert [trial.next_way() for _ in range(2)] == ["hotswap"] * 2
+    for _ in range(9):
+        trial.loaded("hotswap", 1.0)
+        trial.sampled("hotswap", 2.0, 100)
+        assert trial.next_way() == "hotswap"
+
+
 def test_steps_of_few_tokens_make_loading_count():
     """Lengths differ from step to step: what counts is seconds a token, at the mean of the counted steps."""
     trial = Trial()
