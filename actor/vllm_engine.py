@@ -198,11 +198,11 @@ class WorkerExtension:
         frozen = self._frozen_weight(projection)
         if f"{PEFT_PREFIX}{projection}{LORA_A}" not in arrays:
             return frozen
-        lora_a, lora_b = (
-            torch.tensor(arrays[f"{PEFT_PREFIX}{projection}{suffix}"], device=frozen.device)
+        lora_a, lora_b = (  # rounded as the learner rounds them at use
+            torch.tensor(arrays[f"{PEFT_PREFIX}{projection}{suffix}"], device=frozen.device, dtype=frozen.dtype)
             for suffix in (LORA_A, LORA_B)
         )
-        return torch.addmm(frozen.float(), lora_b, lora_a, alpha=scale).to(frozen.dtype)
+        return torch.addmm(frozen, lora_b, lora_a, alpha=scale)
 
     @cached_property
     def _merged_layers(self) -> dict[str, tuple[str, ...]]:

@@ -25,7 +25,6 @@ GIB = 2**30
 KV_CACHE = "KV cache"
 BLOCK_TOKENS = 16  # of vLLM's KV cache
 ADAPTER_BYTES = 16  # a parameter: itself, its gradient and AdamW's two moments, all float32
-MERGE_BYTES = 8  # an element of a weight that is merged: the frozen one and the sum, both float32
 LOGIT_BYTES = 16  # a logit while vLLM samples: logits, log-probabilities, probabilities, noise, all float32
 
 # What only a GPU can tell; not measured yet.
@@ -149,7 +148,7 @@ def _actor(config: Config, work: Work, gpu_bytes: int) -> list[Part]:
     sequences = actor.num_sequences or rollouts_at_once(config)
     tokens = max(PREFILL_TOKENS, sequences)
     sampling = tokens * (2 * size.hidden + 3 * size.intermediate) * itemsize + sequences * size.vocab * LOGIT_BYTES
-    merging = size.largest_adapted * (MERGE_BYTES + 4 * itemsize)  # itself, and twice in a fused layer of two
+    merging = size.largest_adapted * 4 * itemsize  # two sums, and the fused layer of the two
     parts = [
         Part(side, "frozen weights", size.num_parameters * itemsize),
         Part(side, "CUDA graphs", 0 if actor.eager else CUDA_GRAPH_BYTES),
