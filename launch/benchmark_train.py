@@ -1,13 +1,14 @@
 """Throughput of whole steps, side by side in one run and by turns.
 
-    python launch/benchmark.py train [--peer trl] [--steps 3] [--batches 2 4 8] [--model-shape qwen2.5-3b]
-                                     [--out FOLDER] [--config FILE.toml] [OPTIONS of launch/run.py]
+    python launch/benchmark.py train [--peer trl] [--steps 3] [--batches 2 4 8] [--rows reft erpo]
+                                     [--model-shape qwen2.5-3b] [--out FOLDER] [--config FILE.toml]
+                                     [OPTIONS of launch/run.py]
 
 Each round runs one whole step of every contender (sampling, reward, learning, publishing) while the others are idle,
 in an order that turns around from round to round; the first round warms up and is not counted. --batches then runs
 two steps of each multiple of the prompts, counts the second, and fits how the cost grows with the tokens. Prints a
-table, and one JSON object as the last line; --out keeps that and a chart. --model-shape takes random weights of a
-published shape.
+table, and one JSON object as the last line; --out keeps that and a chart. --rows adds rows of the table of methods,
+without their refill and further inner updates; --model-shape takes random weights of a published shape.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from transformers import AutoConfig
 from actor.rollout import Sampling
 from common.command_line import load
 from common.config import Config, MethodConfig
+from common.methods import METHODS
 from common.types import Group, UpdateResult, UserError
 from launch import benchmark_results, cluster, fit, floor, models, plan, wiring
 from launch.buffer import PromptStream
@@ -40,7 +42,7 @@ from launch.record import num_completion_tokens
 from learner.learner import Learner
 
 CONFIG = Path(__file__).parent / "configs" / "benchmark.toml"
-METHODS = {
+CONTENDERS = {
     "sa-ah-grpo": MethodConfig(name="sa-ah-grpo"),
     "alpha 0": MethodConfig.model_validate({"name": "sa-ah-grpo", "alpha": 0.0}),
     "grpo": MethodConfig(name="grpo"),
@@ -62,7 +64,6 @@ class Horizon:
     def __init__(self, checked: Plan, stack: ExitStack) -> None:
         self.config = checked.config
         self.stream = PromptStream(checked.train_prompts, seed=self.config.run.seed)
-        self.sampling = Sampling.of(self.config)
         self.shape = floor.shape(AutoConfig.from_pretrained(checked.model_folder), self.config.model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.rates = floor.measure_rates(getattr(torch, self.config.model.dtype), device)
@@ -74,7 +75,8 @@ class Horizon:
         """One step of `method` on `batch` times run.prompts_per_step prompts."""
         started = time.perf_counter()
         prompts = self.stream.draw(batch * self.config.run.prompts_per_step)
-        groups = sample(self.workers.actors, prompts, self.sampling)
+        sampling = Sampling.of(self.config.model_copy(update={"method": method}))
+        groups = sample(self.workers.actors, prompts, sampling)
         sampled = time.perf_counter()
         result = ray.get(self.workers.learner.update_with.remote(method, groups))
         learned = time.perf_counter()
@@ -184,8 +186,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="*", default=[])
     parser.add_argument("--model-shape", choices=models.SHAPES)
+    parser.add_argument("--rows", nargs="*", default=[], choices=METHODS, help="rows of the table that run beside ours")
     parser.add_argument("--out", type=Path)
     arguments, options = parser.parse_known_args(list(argv))
+    methods = CONTENDERS | {name: MethodConfig(name=name) for name in arguments.rows if name not in CONTENDERS}
     try:
         for flag, values in (("steps", [arguments.steps]), ("batches", arguments.batches)):
             if min(values, default=1) < 1:
@@ -202,15 +206,15 @@ def main(argv: Sequence[str]) -> int:
             stack.enter_context(cluster.connect())
             horizon = Horizon(checked, stack)
             contenders: dict[str, Callable[[], Measured]] = {
-                name: partial(horizon.step, method) for name, method in METHODS.items()
+                name: partial(horizon.step, method) for name, method in methods.items()
             }
             if arguments.peer == "trl":
                 contenders["trl"] = Peer(checked, stack).step
             measured = rounds(contenders, arguments.steps)
             batches = {}
             for batch in sorted({1, *arguments.batches}) if arguments.batches else []:
-                horizon.step(METHODS["sa-ah-grpo"], batch)
-                batches[batch] = horizon.step(METHODS["sa-ah-grpo"], batch)
+                horizon.step(CONTENDERS["sa-ah-grpo"], batch)
+                batches[batch] = horizon.step(CONTENDERS["sa-ah-grpo"], batch)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

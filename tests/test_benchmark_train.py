@@ -64,11 +64,14 @@ def test_table_and_chart_show_every_contender_and_its_floors():
 @pytest.mark.timeout(600)
 def test_real_steps_by_turns(tmp_path, capsys):
     options = ["--actor.max_tokens", "8", "--run.prompts_per_step", "1", "--task.num_train", "8"]
-    assert benchmark.main(["train", "--steps", "1", "--batches", "2", "--out", str(tmp_path), *options]) == 0
+    assert (
+        benchmark.main(["train", "--steps", "1", "--batches", "2", "--rows", "reft", "--out", str(tmp_path), *options])
+        == 0
+    )
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert said == json.loads((tmp_path / "benchmark.json").read_text())
     assert (tmp_path / "benchmark.svg").stat().st_size > 1000
-    assert list(said["measured"]) == ["sa-ah-grpo", "alpha 0", "grpo"]
+    assert list(said["measured"]) == ["sa-ah-grpo", "alpha 0", "grpo", "reft"]
     for [each] in said["measured"].values():
         assert each["tokens"] == 4 * 8
         phases = each["rollout"] + each["learn"] + each["publish"]
