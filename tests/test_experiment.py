@@ -15,7 +15,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from launch import cluster, experiment, grid
+from launch import cluster, experiment, fit, grid
 from launch.display import Board, Progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,9 @@ assert resume or not folder.exists(), "not emptied"
 done = len(list(folder.glob("checkpoints/step-*")))
 if not resume:
     folder.mkdir()
-    (folder / "config.toml").write_text(dump(config))
+    planned = {"recompute": "none", "micro_batch_tokens": 4096}  # the memory plan has set them
+    learner = config.learner.model_copy(update=planned)
+    (folder / "config.toml").write_text(dump(config.model_copy(update={"learner": learner})))
 if name == "ah-grpo" and "MEND" not in os.environ:
     sys.exit("run failed: it is bad")
 for step in range(done + 1, config.run.steps + 1):
@@ -204,11 +206,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+PLANNED = {"learner.recompute": "none", "learner.micro_batch_tokens": 4096}  # what the memory plan sets
+
+
 def written(cell: grid.Cell, *checkpoints: int) -> Path:
     """The folder of a run that began, with checkpoints after these steps."""
     folder = cell.config.run.dir
     folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(experiment.dump(cell.config))
+    (folder / "config.toml").write_text(experiment.dump(fit.with_values(cell.config, PLANNED)))
     for step in checkpoints:
         (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
     return folder

@@ -75,6 +75,7 @@ def test_ratio_is_the_difference_of_logarithms():
     assert found.value == pytest.approx(4.0)  # geometric mean 2 over 0.5
     assert (found.low, found.high) == pytest.approx((math.exp(logs.low), math.exp(logs.high)))
     assert math.isnan(ratio([], [1.0]).value)
+    assert math.isnan(ratio([1.0, 4.0, 0.0], [0.5, 0.6]).value)  # not the ratio of the two other seeds
 
 
 def test_binomial_is_the_papers():

@@ -15,9 +15,14 @@ from common.config import Config
 from common.methods import FACTS, METHODS
 from common.types import UserError
 
-# Settings in which repetitions of one experiment may differ: they name, seed, save and look at a run.
+# Settings in which repetitions of one experiment may differ: they name, seed, save and look at a run, or say how much
+# of a GPU's memory it takes (what the memory plan sets, launch/fit.py).
 OF_ONE_RUN = frozenset(
-    f"run.{key}" for key in ("dir", "seed", "resume", "checkpoint_every", "evaluate_every", "sample_every")
+    (
+        *("run.dir", "run.seed", "run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"),
+        *("run.gpu_memory_gib", "learner.recompute", "learner.micro_batch_tokens"),
+        *("actor.gpu_memory_fraction", "actor.kv_cache_gib", "actor.num_sequences"),
+    )
 )
 
 

@@ -85,9 +85,14 @@ def difference(left: Sequence[float] | np.ndarray, right: Sequence[float] | np.n
 
 
 def ratio(left: Sequence[float] | np.ndarray, right: Sequence[float] | np.ndarray) -> Estimate:
-    """Ratio of the geometric means of positive numbers over independent seeds; Welch's interval of the logarithms."""
+    """Ratio of the geometric means of positive numbers over independent seeds; Welch's interval of the logarithms.
+
+    NaN where a number is not positive: a geometric mean without it would be that of other seeds.
+    """
     a, b = finite(left), finite(right)
-    logs = difference(np.log(a[a > 0]), np.log(b[b > 0]))
+    if (a <= 0).any() or (b <= 0).any():
+        return Estimate(value=math.nan, num=min(len(a), len(b)))
+    logs = difference(np.log(a), np.log(b))
     return Estimate(value=math.exp(logs.value), low=math.exp(logs.low), high=math.exp(logs.high), num=logs.num)
 
 
