@@ -269,4 +269,7 @@ def test_the_papers_numbers_agree_with_one_another():
     assert [r.final for r in paper.RESULTS["Qwen2.5-3B"][1:]] == [0.846, 0.848, 0.846]
     for model, rows in paper.DIAGNOSTICS.items():
         assert tuple(row[1] for row in rows[1:]) == paper.RESULTS[model][3].pass_at_1
+    assert paper.ABLATION_SELECTIVE.pass_at_1[:5] == (0.648, 0.644, 0.664, 0.682, 0.670)
+    last = [cell.text.split(" ")[0] for cell in tables.ablation([]).rows[-1].cells]
+    assert last[1:] == ["SA-AH-GRPO", "0.5", "0.648", "0.644", "0.664", "0.682", "0.670", "0.686", "0.686"]
     assert paper.ABLATION[0.0] == paper.RESULTS["Qwen2.5-1.5B"][1].pass_at_1

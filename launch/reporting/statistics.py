@@ -45,8 +45,8 @@ def bootstrap(values: Sequence[float] | np.ndarray) -> Estimate:
     """Mean over seeds with its bootstrap interval: percentiles of the means of resampled seeds.
 
     The percentiles are those of Hesterberg (2015), Phi(-sqrt(n / (n - 1)) t): a plain 2.5 % is far too narrow for
-    few seeds. Nothing widens it beyond the least and the largest seed: of 2, 3 or 4 seeds it is that range, which covers
-    about 50, 75 or 87 %. There is none of fewer than two seeds, nor of seeds that do not differ.
+    few seeds. Nothing widens it beyond the least and the largest seed: of 2, 3 or 4 seeds it is that range, which
+    covers about 50, 75 or 87 %. There is none of fewer than two seeds, nor of seeds that do not differ.
     """
     seeds = finite(values)
     if len(seeds) < 2 or np.ptp(seeds) == 0:

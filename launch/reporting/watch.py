@@ -86,10 +86,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.FORBIDDEN)
         elif self.path == "/":
             try:
-                self._answer("text/html; charset=utf-8", self.server.page())
+                page, status = self.server.page(), HTTPStatus.OK
             except (UserError, OSError) as error:
                 page = FAILED.format(escape(str(error))).encode("utf-8", errors="replace")
-                self._answer("text/html; charset=utf-8", page, HTTPStatus.INTERNAL_SERVER_ERROR)
+                status = HTTPStatus.INTERNAL_SERVER_ERROR
+            self._answer("text/html; charset=utf-8", page, status)
         elif self.path == "/version":
             self._answer("text/plain; charset=utf-8", self.server.version().encode())
         else:
