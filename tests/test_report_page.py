@@ -171,8 +171,7 @@ def test_a_group_that_is_too_large_does_not_end_the_choice(tmp_path):
 @pytest.mark.parametrize(("method", "expected"), [("sa-ah-grpo", True), ("arca", False), ("my_weights", True)])
 def test_only_a_discount_closes_the_horizon(tmp_path, monkeypatch, method, expected):
     """Residual weights below a half are no horizon; a method of the user's own may have one."""
-    own = "from common.methods import METHODS\nMETHOD = METHODS['ah-grpo']\n"
-    (tmp_path / "my_weights.py").write_text(own)
+    (tmp_path / "my_weights.py").write_text("from common.methods import METHODS\nMETHOD = METHODS['ah-grpo']\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     folder = run_folders.write(tmp_path / "run", method=method, alpha=None, rollouts_per_step=4)
     data = json.loads(html_of(folder).split('<script id="data" type="application/json">')[1].split("</script>")[0])
