@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -153,9 +154,9 @@ class Board:
         order = list(STATES)  # what matters first: a terminal may be lower than the table
         for cell in sorted(cells, key=lambda cell: order.index(cell.state)):
             state, *rest = _cell(cell)
-            table.add_row(cell.name, f"[{STATES[state]}]{state}[/]", *rest)
+            table.add_row(escape(cell.name), f"[{STATES[state]}]{state}[/]", *rest)
         count = ", ".join(f"{n} {state}" for state in order if (n := sum(c.state == state for c in cells)))
-        return Panel(table, title=f"{self.title}  {count}  left {_minutes(left_seconds)}", expand=False)
+        return Panel(table, title=f"{escape(self.title)}  {count}  left {_minutes(left_seconds)}", expand=False)
 
 
 def _cell(cell: Progress) -> list[str]:

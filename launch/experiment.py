@@ -200,7 +200,8 @@ def _reason_of(reference: Any) -> str | None:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
-        return f"Ray: {str(error).strip().splitlines()[0]}"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"Ray: {lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0]}"  # a traceback ends with why
 
 
 def _log(cell: Cell) -> Path:

@@ -32,7 +32,9 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
         description="Write the report of run folders as one self-contained HTML file.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a folder that launch/run.py wrote")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="a folder that launch/run.py wrote, or a grid's"
+    )
     parser.add_argument("--out", metavar="FILE.html", type=Path, help="default: report.html in the first run's folder")
     parser.add_argument(
         "--export", metavar="FOLDER", type=Path, help="also write tables as CSV, figures as SVG and PNG"

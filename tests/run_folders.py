@@ -19,12 +19,15 @@ def write(
     model: str = "smollm2-135m-instruct",
     metrics: dict[str, Sequence[float | None]] | None = None,
     rollouts_per_step: int = 0,
+    settings: dict[str, dict] | None = None,
 ) -> Path:
     """A run with one mean reward a step; it is finished unless it was to make more `steps`."""
     folder.mkdir(parents=True)
     fields = {"name": method} | ({} if alpha is None else {"alpha": alpha})
     planned = len(rewards) if steps is None else steps
     config = {"run": {"dir": str(folder), "seed": seed, "steps": planned}, "model": {"path": model}, "method": fields}
+    for section, table in (settings or {}).items():
+        config[section] = config.get(section, {}) | table
     (folder / "config.toml").write_text(tomli_w.dumps(config))
     columns = {"reward/mean": rewards, **steady(len(rewards)), **(metrics or {})}
     lines(

@@ -24,6 +24,7 @@ pytestmark = [
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1300,1000"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--disable-dev-shm-usage",  # /dev/shm of a container is small
 )
 
 
@@ -87,12 +88,17 @@ def chosen(browser, element_id: str) -> str:
     return Select(browser.find_element(By.ID, element_id)).first_selected_option.text
 
 
+def load_end(browser) -> float:
+    """Milliseconds that the page took; 0 until it is loaded."""
+    return browser.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd")
+
+
 def test_it_opens_in_under_two_seconds(opened):
     loads = []
     for _ in range(3):  # the best of three: other work of the machine is no fault of the page
         opened.refresh()
-        loads.append(opened.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd"))
-    assert 0 < min(loads) < 2000
+        loads.append(WebDriverWait(opened, 30).until(load_end))
+    assert min(loads) < 2000
     assert opened.execute_script("return performance.getEntriesByType('resource').length") == 0  # nothing was fetched
     press(opened, "n", "n")
     assert "of 50,000 recorded" in text(opened, "sampled")

@@ -3,10 +3,11 @@
 import pytest
 import run_folders
 
+from launch import fit
 from launch.reporting import paper, tables
 from launch.reporting.claims import CLAIMS, FAILS, HOLDS, UNKNOWN, judge, verdicts
 from launch.reporting.groups import group, settings_of
-from launch.reporting.runs import read_all
+from launch.reporting.runs import OF_ONE_RUN, read_all
 
 QUIET, WILD = (1.0, 1.0, 2.0, 2.2), (1.0, 1.0, 2.0, 6.0)
 
@@ -125,6 +126,94 @@ def test_a_bound_from_above(tmp_path):
     assert verdict(read_all(folders), "KL stays below").verdict == HOLDS
 
 
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        (
+            {"ah-grpo": (0.0062, 0.0065, 0.0068), "sa-ah-grpo": (0.0065, 0.008, 0.0095)},
+            UNKNOWN,
+        ),
+        ({"ah-grpo": (0.0062, 0.0065, 0.0068), "sa-ah-grpo": (0.004, 0.0041, 0.0042)}, HOLDS),
+        ({"ah-grpo": (0.0062, 0.0065, 0.0068), "sa-ah-grpo": (0.012, 0.0121, 0.0122)}, FAILS),
+        ({"ah-grpo": (0.001, 0.001, 0.001), "sa-ah-grpo": (0.012, 0.0121, 0.0122)}, FAILS),
+        ({"ah-grpo": (0.001, 0.001, 0.001), "sa-ah-grpo": (0.004, 0.0041, 0.0042)}, UNKNOWN),  # the first has none
+    ],
+)
+def test_a_bound_on_every_method_is_that_of_the_least_certain(tmp_path, levels, expected):
+    folders = [
+        run_folders.write(tmp_path / f"{name}-{seed}", method=name, seed=seed, metrics={"kl/mean": [level] * 4})
+        for name, of_seeds in levels.items()
+        for seed, level in enumerate(of_seeds)
+    ]
+    assert verdict(read_all(folders), "KL stays below").verdict == expected
+
+
+def test_methods_that_differ_in_more_are_not_compared(tmp_path):
+    folders = [
+        run_folders.write(tmp_path / f"{beta}-{seed}", alpha=alpha, seed=seed, settings={"method": {"beta": beta}})
+        for alpha, beta in ((0.0, 0.01), (0.5, 0.04))
+        for seed in (1, 2, 3)
+    ]
+    found = verdict(read_all(folders), LESS)
+    assert (found.verdict, "differ in method.beta too" in found.reason) == (UNKNOWN, True)
+    folders += [run_folders.write(tmp_path / f"fair-{seed}", alpha=0.0, seed=seed) for seed in (1, 2, 3)]
+    assert verdict(read_all(folders), LESS).reason.startswith("training variance, ")
+
+
+def test_no_other_alpha_stands_for_the_papers(tmp_path):
+    folders = [
+        run_folders.write(tmp_path / f"{alpha}-{seed}", alpha=alpha, seed=seed) for alpha in (0, 0.1) for seed in (1, 2)
+    ]
+    assert verdict(read_all(folders), LESS).reason == "no finished run of SA-AH-GRPO at the paper's α 0.5"
+
+
+def test_a_seed_that_still_runs_does_not_void_the_others(tmp_path):
+    runs = grid(tmp_path / "done", lambda name: QUIET if name == "SA-AH-GRPO" else WILD)
+    cut = {"rewards": QUIET[:2], "settings": {"run": {"steps": 4}}}
+    late = read_all([run_folders.write(tmp_path / f"late-{a}", alpha=a, seed=9, **cut) for a in (0.0, 0.5)])
+    found = verdict(runs + late, LESS)
+    assert (found.verdict, found.reason) == (HOLDS, verdict(runs, LESS).reason)
+
+
+def test_a_seed_without_variance_is_not_left_out_silently(tmp_path):
+    def flat_in_one(name, seed):
+        return [1.0] * 4 if (name, seed) == (0.5, 3) else [x * (1 + seed / 100) for x in WILD]
+
+    folders = [
+        run_folders.write(tmp_path / f"{alpha}-{seed}", alpha=alpha, seed=seed, rewards=flat_in_one(alpha, seed))
+        for alpha in (0.0, 0.5)
+        for seed in (1, 2, 3)
+    ]
+    found = verdict(read_all(folders), LESS)
+    assert found.verdict == UNKNOWN
+    assert "a seed of sa-ah-grpo, α 0.5 has no training variance" in found.reason
+
+
+def test_the_final_accuracy_is_that_after_the_last_step(tmp_path):
+    """A run has recorded its last step, and its last evaluation is still under way."""
+    folders = [
+        run_folders.write(tmp_path / f"{alpha}-{seed}", alpha=alpha, seed=seed, passes={0: 0.2, 2: 0.4 + seed / 100})
+        for alpha in (0.0, 0.5)
+        for seed in (1, 2, 3)
+    ]
+    runs = read_all(folders)
+    assert "not recorded" in verdict(runs, "ends with a higher Pass@1 than GRPO").reason
+    columns = tables.summary(group(runs)).columns
+    assert tables.summary(group(runs)).rows[1].cells[columns.index("Pass@1 final ↑")].text == "-"
+
+
+def test_seeds_that_differ_in_the_memory_plan_are_one_experiment(tmp_path):
+    assert {*fit.OPEN, fit.GPU} <= OF_ONE_RUN
+    plans = [
+        {"learner": {"recompute": "none", "micro_batch_tokens": 16384}, "actor": {"num_sequences": 256}},
+        {"learner": {"recompute": "layer", "micro_batch_tokens": 8192}, "actor": {"kv_cache_gib": 2.5}},
+        {"run": {"gpu_memory_gib": 24.0}, "actor": {"gpu_memory_fraction": 0.31}},
+    ]
+    folders = [run_folders.write(tmp_path / str(i), seed=i, settings=plan) for i, plan in enumerate(plans)]
+    (found,) = group(read_all(folders))
+    assert found.seeds == (0, 1, 2)
+
+
 def test_groups_are_told_apart_by_what_differs(tmp_path):
     folders = [
         run_folders.write(tmp_path / f"{alpha}-{seed}", alpha=alpha, seed=seed)
@@ -180,4 +269,7 @@ def test_the_papers_numbers_agree_with_one_another():
     assert [r.final for r in paper.RESULTS["Qwen2.5-3B"][1:]] == [0.846, 0.848, 0.846]
     for model, rows in paper.DIAGNOSTICS.items():
         assert tuple(row[1] for row in rows[1:]) == paper.RESULTS[model][3].pass_at_1
+    assert paper.ABLATION_SELECTIVE.pass_at_1[:5] == (0.648, 0.644, 0.664, 0.682, 0.670)
+    last = [cell.text.split(" ")[0] for cell in tables.ablation([]).rows[-1].cells]
+    assert last[1:] == ["SA-AH-GRPO", "0.5", "0.648", "0.644", "0.664", "0.682", "0.670", "0.686", "0.686"]
     assert paper.ABLATION[0.0] == paper.RESULTS["Qwen2.5-1.5B"][1].pass_at_1

@@ -13,6 +13,7 @@ import pytest
 import run_folders
 
 from launch import report
+from launch.reporting.figure import empty, panels
 from launch.reporting.page import ASSETS, embedded
 from launch.reporting.runs import read_all
 from launch.reporting.samples import all_samples, choose
@@ -143,6 +144,62 @@ def test_torn_foreign_and_missing_values(tmp_path):
     assert "NaN" not in html.split('<script id="data"')[1].split("</script>")[0]
 
 
+def test_foreign_rollouts_are_left_out(tmp_path):
+    folder = run_folders.write(tmp_path / "run", rollouts_per_step=4)
+    good = run_folders.rollout(1, 0, 0)
+    changes = [{"parts": [1]}, {"entropies": 3}, {"correct": float("nan")}, {"step": float("inf")}, {"tokens": 1}]
+    changes += [{"step": "1"}, {"step": 10**30}, {"finish_reason": float("nan")}, {"step": True}, {"prompt_index": []}]
+    with (folder / "rollouts.jsonl").open("a") as file:
+        file.writelines(json.dumps(good | change) + "\n" for change in changes)
+        file.write('{"step": ' + "9" * 5000 + ', "prompt_index": 0, "x": 1}\n' + "[" * 100_000 + "}\n")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": ' + "9" * 400 + '}\n{"step": true}\n{"step": 4, "reward/mean": ' + "9" * 400 + "}\n")
+    html_of(folder)
+    (run,) = read_all([folder])
+    (samples,) = all_samples([run])
+    assert samples.num_shown == 16
+    assert run.steps.tolist() == [1, 2, 3, 4]
+
+
+def test_a_group_that_is_too_large_does_not_end_the_choice(tmp_path):
+    records = [run_folders.rollout(step, 0, 0) for step in (1, 2, 3, 4, 5)]
+    records[4]["text"] = "x" * 100_000
+    run_folders.lines(tmp_path / "rollouts.jsonl", records)
+    assert [group[0]["step"] for group in choose(tmp_path / "rollouts.jsonl", 50_000).groups] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("method", "expected"), [("sa-ah-grpo", True), ("arca", False), ("my_weights", True)])
+def test_only_a_discount_closes_the_horizon(tmp_path, monkeypatch, method, expected):
+    """Residual weights below a half are no horizon; a method of the user's own may have one."""
+    (tmp_path / "my_weights.py").write_text("from common.methods import METHODS\nMETHOD = METHODS['ah-grpo']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = run_folders.write(tmp_path / "run", method=method, alpha=None, rollouts_per_step=4)
+    data = json.loads(html_of(folder).split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    assert data["runs"][0]["horizon"] is expected
+
+
+def test_a_grids_folder_is_its_runs(capsys, tmp_path):
+    folders = [run_folders.write(tmp_path / "grid" / f"run-{seed}", seed=seed) for seed in (1, 2)]
+    (tmp_path / "grid" / "run-1.log").write_text("")
+    (tmp_path / "grid" / "notes").mkdir()
+    assert [run.folder for run in read_all([tmp_path / "grid", folders[0]])] == folders
+    assert report.main([str(tmp_path / "grid")]) == 0
+    assert (tmp_path / "grid" / "report.html").is_file()
+    assert "is no run folder" in refuse(capsys, tmp_path / "grid" / "notes")
+
+
+def test_an_empty_panel_leaves_the_ticks_of_the_others():
+    _, (one, other) = panels(2, sharex=True, sharey=True)
+    one.plot([0, 1], [0, 1])
+    empty(other, "nothing yet")
+    assert len(one.get_xticks()) > 1 and len(one.get_yticks()) > 1
+
+
+def test_labels_are_no_formulas(tmp_path):
+    folder = run_folders.write(tmp_path / "run", model="a$b$c", passes=PASSES)
+    assert re.search(r">a\$b\$c[^<]*</text>", html_of(folder))
+
+
 def test_a_step_written_twice_counts_once(tmp_path):
     folder = run_folders.write(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
@@ -183,6 +240,8 @@ def test_bad_options(capsys, tmp_path):
     assert "--wach" in refuse(capsys, folder, "--wach")
     assert "many" in refuse(capsys, folder, "--watch", "many")
     assert "cannot be written" in refuse(capsys, folder, "--out", folder)
+    (tmp_path / "file").write_text("")
+    assert "--export" in refuse(capsys, folder, "--export", tmp_path / "file")
     assert "--watch 99999" in refuse(capsys, folder, "--watch", "99999")
 
 

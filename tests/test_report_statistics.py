@@ -23,9 +23,12 @@ def test_training_variance_needs_two_numbers(rewards):
     assert math.isnan(training_variance(np.array(rewards)))
 
 
-def test_bootstrap_of_three_seeds_reaches_from_least_to_largest():
-    found = bootstrap([1.0, 2.0, 6.0])
-    assert (found.value, found.low, found.high, found.num) == (3.0, 1.0, 6.0, 3)
+@pytest.mark.parametrize("seeds", [[1.0, 6.0], [1.0, 2.0, 6.0], [1.0, 2.0, 3.0, 6.0]])
+def test_bootstrap_of_fewer_than_five_seeds_reaches_from_least_to_largest(seeds):
+    found = bootstrap(seeds)
+    assert (found.value, found.low, found.high, found.num) == (np.mean(seeds), 1.0, 6.0, len(seeds))
+    five = bootstrap([1.0, 2.0, 3.0, 4.0, 6.0])
+    assert (five.low > 1.0, five.high < 6.0) == (True, True)
 
 
 def test_bootstrap_agrees_with_every_resample_counted():
@@ -75,6 +78,7 @@ def test_ratio_is_the_difference_of_logarithms():
     assert found.value == pytest.approx(4.0)  # geometric mean 2 over 0.5
     assert (found.low, found.high) == pytest.approx((math.exp(logs.low), math.exp(logs.high)))
     assert math.isnan(ratio([], [1.0]).value)
+    assert math.isnan(ratio([1.0, 4.0, 0.0], [0.5, 0.6]).value)  # not the ratio of the two other seeds
 
 
 def test_binomial_is_the_papers():

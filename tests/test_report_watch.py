@@ -69,14 +69,70 @@ def test_it_serves_nothing_else_and_no_foreign_name(tmp_path):
         assert not rendered
 
 
-def test_a_run_that_is_deleted_is_said(tmp_path):
+def test_a_tunnel_may_have_another_port(tmp_path):
     folder = run_folders.write(tmp_path / "run")
     with serving(folder) as (address, _):
-        get(address + "/")
+        for host in ("localhost:9", "127.0.0.1"):
+            assert "1 run of 1 experiment" in get(address + "/", host)
+
+
+def test_the_last_good_page_stays_when_no_other_can_be_made(tmp_path, capsys):
+    folder = run_folders.write(tmp_path / "run")
+    with serving(folder) as (address, _):
+        good, version = get(address + "/"), get(address + "/version")
         (folder / "config.toml").unlink()
+        assert get(address + "/version") != version  # the page is told to load itself anew,
+        assert get(address + "/") == good
+        assert get(address + "/version") == version  # once
+        get(address + "/")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is no run folder" in line
+
+
+def test_without_a_page_the_error_asks_again(tmp_path):
+    folder = run_folders.write(tmp_path / "run")
+    written = (folder / "config.toml").read_text()
+    (folder / "config.toml").unlink()
+    with serving(folder) as (address, _):
         with pytest.raises(urllib.error.HTTPError) as failed:
             get(address + "/")
-        assert "is no run folder" in failed.value.read().decode()
+        page = failed.value.read().decode()
+        assert "is no run folder" in page and 'http-equiv="refresh"' in page
+        (folder / "config.toml").write_text(written)
+        assert "1 run of 1 experiment" in get(address + "/")
+
+
+def test_who_asks_during_a_rendering_gets_the_page_that_there_is(tmp_path):
+    folder = run_folders.write(tmp_path / "run", rewards=[1.0] * 3, steps=4)
+    begun, go_on = threading.Event(), threading.Event()
+    go_on.set()
+
+    def render(version: str) -> str:
+        begun.set()
+        assert go_on.wait(60)
+        return version
+
+    with Server([folder], render, 0) as server:
+        first = server.page()
+        begun.clear()
+        go_on.clear()
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 4}\n')
+        other = threading.Thread(target=server.page)
+        other.start()
+        assert begun.wait(60)
+        assert (server.page(), server.version()) == (first, first.decode())
+        go_on.set()
+        other.join()
+        assert server.page() == server.version().encode() != first
+
+
+def test_a_grids_new_runs_join(tmp_path):
+    run_folders.write(tmp_path / "grid" / "one")
+    with serving(tmp_path / "grid") as (address, _):
+        assert "1 run of" in get(address + "/")
+        run_folders.write(tmp_path / "grid" / "two", seed=2)
+        assert "2 runs of" in get(address + "/")
 
 
 def test_a_taken_port_is_one_line(tmp_path, capsys):

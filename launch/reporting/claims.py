@@ -1,20 +1,24 @@
 """The paper's claims, each decided by an interval over seeds: holds, does not hold, or cannot be told.
 
-Verdicts use Student's and Welch's intervals, which stay honest for few seeds; only finished runs count.
+Verdicts use Student's and Welch's intervals, which stay honest for few seeds; only finished runs count, and a final
+Pass@1 only after the last step.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
-from launch.reporting.groups import PAPER_ALPHA, Group
+from launch.reporting.groups import PAPER_ALPHA, Group, differences
 from launch.reporting.measures import at_end, base, change, final, lowest, mean_kl, peak, variance
 from launch.reporting.runs import Run
 from launch.reporting.statistics import Estimate, difference, mean, ratio
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told with these runs"
 MARGIN = 0.02  # of Pass@1; the paper's section 7 asks for caution below it
+KL_BOUND = 0.010
+IN_WHICH_METHODS_DIFFER = {"method.name", "method.alpha", "method.token_weight", "method.selective"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,24 +52,49 @@ class Claim:
 
 
 class Finished:
-    """The finished groups of one setting, by their name in the paper. Raises Untold for what is not there."""
+    """The finished runs of one setting, grouped, by their name in the paper. Raises Untold for what is not there."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = [group for group in groups if group.finished]
+        whole = [replace(group, runs=tuple(run for run in group.runs if run.finished)) for group in groups]
+        self.groups = [group for group in whole if group.runs]
 
     def sweep(self, role: str) -> list[Group]:
         return [group for group in self.groups if group.role == role]
 
-    def one(self, role: str) -> Group:
-        """The group that stands for a method: at the paper's alpha, GRPO with the reduction of the two others."""
+    def candidates(self, role: str) -> list[Group]:
+        """The groups that may stand for a method: at the paper's alpha; GRPO's best with the others' reduction."""
         found = self.sweep(role)
         if not found:
             raise Untold(f"no finished run of {role}")
-        best = [g for g in found if (g.method != "grpo" if role == "GRPO" else g.alpha == PAPER_ALPHA)]
-        return (best or found)[0]
+        if role == "GRPO":
+            return [g for g in found if g.method != "grpo"] or found
+        at_alpha = [g for g in found if g.alpha == PAPER_ALPHA]
+        if not at_alpha:
+            raise Untold(f"no finished run of {role} at the paper's α {PAPER_ALPHA:g}")
+        return at_alpha
+
+    def one(self, role: str) -> Group:
+        return self.candidates(role)[0]
 
     def pair(self, left: str, right: str) -> tuple[Group, Group]:
-        return self.one(left), self.one(right)
+        """Two methods that differ in nothing else."""
+        pairs = list(product(self.candidates(left), self.candidates(right)))
+        found = next((pair for pair in pairs if not other_differences(pair)), pairs[0])
+        refuse_unlike(found)
+        return found
+
+
+def other_differences(groups: Sequence[Group]) -> list[str]:
+    """The method.* settings that differ between groups though their methods do not ask for it."""
+    known = IN_WHICH_METHODS_DIFFER | ({"method.normaliser"} if any(g.method == "grpo" for g in groups) else set())
+    return [key for key in differences([g.runs[0] for g in groups]) if key.startswith("method.") and key not in known]
+
+
+def refuse_unlike(groups: Sequence[Group]) -> None:
+    """Raise Untold if something else differs between the groups too."""
+    if keys := other_differences(groups):
+        names = " and ".join(dict.fromkeys(g.label for g in groups))
+        raise Untold(f"{names} differ in {', '.join(keys)} too, so they do not compare")
 
 
 def variance_ratio(high: str, low: str) -> Callable[[Finished], Measured]:
@@ -73,6 +102,9 @@ def variance_ratio(high: str, low: str) -> Callable[[Finished], Measured]:
 
     def measure(runs: Finished) -> Measured:
         a, b = runs.pair(high, low)
+        for group in (a, b):
+            if (group.per_seed(variance) == 0).any():
+                raise Untold(f"a seed of {group.label} has no training variance at all, so that no ratio can be told")
         return f"training variance, {_name(a)} / {_name(b)}", ratio(a.per_seed(variance), b.per_seed(variance))
 
     return measure
@@ -105,8 +137,9 @@ def largest_kl(runs: Finished) -> Measured:
     measured = [(f"mean KL, {g.label}", mean(g.per_seed(mean_kl))) for g in runs.groups if g.role]
     if not measured:
         raise Untold("no finished run of the paper's methods")
+    above = [pair for pair in measured if pair[1].low > KL_BOUND]
     unsure = [pair for pair in measured if not pair[1].has_interval]
-    return unsure[0] if unsure else max(measured, key=lambda pair: pair[1].low)
+    return (above or unsure or [max(measured, key=lambda pair: pair[1].high)])[0]
 
 
 def positive_over_negative(runs: Finished) -> Measured:
@@ -115,6 +148,7 @@ def positive_over_negative(runs: Finished) -> Measured:
     sides = [[g for g in sweep if sign * g.alpha > 0] for sign in (1, -1)]
     if not all(sides):
         raise Untold("no finished sweep of AH-GRPO with alphas of both signs")
+    refuse_unlike([g for side in sides for g in side])
     pooled = [replace(side[0], runs=tuple(run for g in side for run in g.runs)) for side in sides]
     return "final Pass@1, AH-GRPO with α > 0 − α < 0", difference(*(side.per_seed(final) for side in pooled))
 
@@ -206,7 +240,7 @@ CLAIMS = (
         words="The mean KL stays below 0.010 with every method",
         paper="at most .00785 (3B), .00986 (1.5B)",
         measure=largest_kl,
-        threshold=0.010,
+        threshold=KL_BOUND,
         below=True,
         digits=5,
     ),

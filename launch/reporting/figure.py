@@ -36,8 +36,8 @@ def panels(
 def empty(axes: Axes, words: str) -> None:
     """Say in a panel why nothing is drawn in it."""
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, wrap=True)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)  # its ticks may be others' too
+    axes.grid(visible=False)
 
 
 def legend(figure: Figure, axes: Iterable[Axes]) -> None:

@@ -12,9 +12,8 @@ EDGE_STEPS = 5  # the first and the last steps that "at the start" and "at the e
 
 
 def final(run: Run) -> float:
-    """Pass@1 at the last checkpoint that was evaluated; NaN before one was."""
-    trained = {step: value for step, value in run.pass_at_1().items() if step > 0}
-    return trained[max(trained)] if trained else math.nan
+    """Pass@1 after the last step of the whole run; NaN before that was evaluated."""
+    return run.pass_at_1().get(int(run.settings["run.steps"]), math.nan)
 
 
 def peak(run: Run) -> float:

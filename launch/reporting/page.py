@@ -13,6 +13,7 @@ import jinja2
 import matplotlib as mpl
 from markupsafe import Markup
 
+from common.types import UserError
 from launch.reporting import claims, figures_accuracy, figures_training, paper, tables
 from launch.reporting.figure import Drawn
 from launch.reporting.groups import Group, differences, group, settings_of
@@ -32,7 +33,13 @@ class Report:
     figures: tuple[Drawn, ...]
 
     def export(self, folder: Path) -> None:
-        """Tables as CSV; figures as SVG and PNG."""
+        """Tables as CSV; figures as SVG and PNG. Raises UserError where they cannot be written."""
+        try:
+            self._export(folder)
+        except OSError as error:
+            raise UserError(f"--export {folder} cannot be written ({error.strerror}); name another folder") from None
+
+    def _export(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for table in self.tables:
             out = io.StringIO()
@@ -102,6 +109,7 @@ def page_data(runs: Sequence[Run], groups: Sequence[Group], samples: Sequence[Sa
                 "recorded": of_run.num_recorded,
                 "shown": of_run.num_shown,
                 "groups": of_run.groups,
+                "horizon": run.settings.get("method.token_weight") == "horizon",
                 "settings": {key: str(value) for key, value in sorted(run.settings.items())},
             }
             for run, of_run in zip(runs, samples, strict=True)

@@ -93,6 +93,7 @@ ABLATION: Mapping[float, tuple[float, ...]] = {
     0.25: (0.676, 0.654, 0.650, 0.648, 0.654),
     0.5: (0.654, 0.676, 0.674, 0.660, 0.650),
 }
+ABLATION_SELECTIVE = RESULTS["Qwen2.5-1.5B"][3]  # its last row: SA-AH-GRPO, whose peak and final are those at 180 steps
 ABLATION_NOTES: Mapping[float, str] = {0.0: "token-mean", 0.1: "peak-order", 0.25: "partial"}
 
 # Tables 6 and 7: step, Pass@1, reward mean, reward std, KL, entropy, weight, weight on negative, fraction, length.

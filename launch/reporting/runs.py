@@ -12,12 +12,17 @@ from typing import Any
 import numpy as np
 
 from common.config import Config
-from common.methods import FACTS, METHODS
+from common.methods import FACTS, Method, find
 from common.types import UserError
 
-# Settings in which repetitions of one experiment may differ: they name, seed, save and look at a run.
+# Settings in which repetitions of one experiment may differ: they name, seed, save and look at a run, or say how much
+# of a GPU's memory it takes (what the memory plan sets, launch/fit.py).
 OF_ONE_RUN = frozenset(
-    f"run.{key}" for key in ("dir", "seed", "resume", "checkpoint_every", "evaluate_every", "sample_every")
+    (
+        *("run.dir", "run.seed", "run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"),
+        *("run.gpu_memory_gib", "learner.recompute", "learner.micro_batch_tokens"),
+        *("actor.gpu_memory_fraction", "actor.kv_cache_gib", "actor.num_sequences"),
+    )
 )
 
 
@@ -69,8 +74,16 @@ class Run:
 
 def number(value: Any) -> float:
     """The value as a float, NaN for anything that is no finite number."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else math.nan
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    try:
+        return float(value) if good else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
+
+
+def is_step(value: Any) -> bool:
+    """Whether it can be the number of a step."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
@@ -81,9 +94,9 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            if isinstance(record, dict) and is_step(record.get("step")):
                 yield record
 
 
@@ -103,17 +116,28 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _row(name: str) -> Method | None:
+    """The method's row; None if it is not at hand: it may be an older one, or a module that is elsewhere."""
+    try:
+        return find(name)
+    except (ValueError, SyntaxError):
+        return None
+
+
 def read(folder: Path) -> Run:
     """The run in `folder`. Raises UserError, in one line, where there is none."""
     file = folder / "config.toml"
     if not file.is_file():
-        raise UserError(f"{folder} is no run folder (it has no config.toml); name a folder that launch/run.py wrote")
+        raise UserError(
+            f"{folder} is no run folder (it has no config.toml, nor folders with one); name a folder that "
+            "launch/run.py wrote, or a grid's"
+        )
     try:
         written = flat(tomllib.loads(file.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid TOML: {error}; name a folder that launch/run.py wrote") from None
     defaults = flat(Config().model_dump(mode="json", exclude_none=True))
-    row = METHODS.get(str(written.get("method.name", defaults["method.name"])))
+    row = _row(str(written.get("method.name", defaults["method.name"])))
     fields = row.model_dump(mode="json", exclude=set(FACTS)) if row else {}
     settings = defaults | {f"method.{key}": value for key, value in fields.items()} | written
     for key in ("run.seed", "run.steps", "method.alpha"):
@@ -128,9 +152,18 @@ def read(folder: Path) -> Run:
     )
 
 
+def expanded(folders: Sequence[Path]) -> list[Path]:
+    """The folders, with those of the runs in it for a grid's folder; any other stays, for `read` to say what is off."""
+    found: list[Path] = []
+    for folder in folders:
+        inside = [] if (folder / "config.toml").is_file() else sorted(folder.glob("*/config.toml"))
+        found += [file.parent for file in inside if file.is_file()] or [folder]
+    return found
+
+
 def read_all(folders: Sequence[Path]) -> list[Run]:
     """The runs of the folders, each once, under names that tell them apart."""
-    runs = [read(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+    runs = [read(folder) for folder in {folder.resolve(): folder for folder in expanded(folders)}.values()]
     for depth in range(2, 20):
         if len({run.name for run in runs}) == len(runs):
             break

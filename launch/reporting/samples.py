@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.reporting.runs import Run, number
+from launch.reporting.runs import Run, is_step, number
 
 MAX_BYTES = 3_000_000  # of the records shown in one report, all runs together: what a browser opens at once
-HEAD = re.compile(rb'\{"step": (\d+), "prompt_index": (\d+), ')  # how launch/record.py begins a line
+HEAD = re.compile(rb'\{"step": (\d{1,15}), "prompt_index": (\d{1,15}), ')  # how launch/record.py begins a line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,16 +27,17 @@ class Samples:
 
 
 def _head(line: bytes) -> tuple[int, int] | None:
-    """Step and prompt of a line, without reading the rest of it where that can be avoided; None of a torn line."""
+    """Step and prompt of a line, without reading the rest of it where that can be avoided; None of a foreign line."""
     if not line.endswith(b"}\n"):
         return None
     if found := HEAD.match(line):
         return int(found[1]), int(found[2])
     try:
         record = json.loads(line)
-        return int(record["step"]), int(record.get("prompt_index", 0))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        step, prompt = record["step"], record.get("prompt_index", 0)
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return None
+    return (step, prompt) if is_step(step) and is_step(prompt) else None
 
 
 def _places(path: Path) -> dict[tuple[int, int], list[tuple[int, int]]]:
@@ -76,16 +77,17 @@ def choose(path: Path, max_bytes: int) -> Samples:
     rounds = range(max(map(len, by_step.values()), default=0))
     steps = _spread(sorted(by_step))
     for key in (by_step[step][turn] for turn in rounds for step in steps if turn < len(by_step[step])):
-        max_bytes -= sum(length for _, length in places[key])
-        if max_bytes < 0 and chosen:
-            break
+        size = sum(length for _, length in places[key])
+        if size > max_bytes and chosen:
+            continue  # a smaller one may still fit
+        max_bytes -= size
         chosen.append(key)
     groups = _read(path, [places[key] for key in sorted(chosen)])
     return Samples(groups=groups, num_recorded=sum(map(len, places.values())))
 
 
 def _read(path: Path, groups: Sequence[Sequence[tuple[int, int]]]) -> tuple[tuple[dict[str, Any], ...], ...]:
-    """The records at the given places; one that is no JSON object is left out."""
+    """The records at the given places; one that no run has written is left out."""
     made = []
     for places in groups:
         records = []
@@ -94,11 +96,25 @@ def _read(path: Path, groups: Sequence[Sequence[tuple[int, int]]]) -> tuple[tupl
                 file.seek(offset)
                 try:
                     record = json.loads(file.read(length).decode("utf-8", errors="replace"))
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     continue
-                records.append(_tidy(record))
+                if _is_rollout(record):
+                    records.append(_tidy(record))
         made.append(tuple(records))
     return tuple(filter(None, made))
+
+
+def _is_rollout(record: Any) -> bool:
+    """Whether what is there has the types of a rollout's record."""
+    lists = ("tokens", "entropies", "weights")
+    return (
+        isinstance(record, dict)
+        and is_step(record.get("step"))
+        and all(isinstance(record.get(key), list | None) for key in lists)
+        and isinstance(record.get("parts"), dict | None)
+        and isinstance(record.get("correct"), bool | None)
+        and all(isinstance(record.get(key), str | None) for key in ("finish_reason", "reward_error"))
+    )
 
 
 def _tidy(record: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ MARKERS = "osD^vPX"
 
 RC: Any = {  # Any: matplotlib types its keys one by one
     "svg.fonttype": "none",  # text stays text: it can be searched, read aloud, and takes the theme's colour
+    "text.parse_math": False,  # a label is a run's own words, and $ is one of them
     "font.size": 9,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,

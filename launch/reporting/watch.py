@@ -1,21 +1,35 @@
 """The report of running jobs on loopback: made anew when their files change, and loaded anew by the page."""
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
+from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from common.types import UserError
+from launch.reporting.runs import expanded
 
+NAMES = ("127.0.0.1", "localhost")
+FAILED = (
+    '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="2"><title>Horizon report</title><p>{}'
+)
 FILES = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
 
 
 def fingerprint(folders: Sequence[Path]) -> str:
     """Changes when a file that the report is made of has changed: sizes and times of all of them."""
-    found = [folder / name for folder in folders for name in FILES]
-    marks = [(path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None for path in found]
+    marks = [(str(path), *_mark(path)) for folder in expanded(folders) for name in FILES for path in [folder / name]]
     return f"{hash(tuple(marks)) & (2**64 - 1):016x}"
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 class Server(ThreadingHTTPServer):
@@ -26,35 +40,59 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folders: Sequence[Path], render: Callable[[str], str], port: int) -> None:
         self.folders = folders
         self.render = render
-        self.made_of = ""
-        self.html = b""
+        self.made = "", b""  # the newest page's version, and the page
+        self.failed_of = ""  # of the version that last could not be made
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", port), Handler)
 
     def page(self) -> bytes:
-        """The report of the files as they are now."""
-        with self.lock:  # two open pages are one rendering
+        """The report of the files as they are now; the newest one there is while another is made, or if none can be.
+
+        Raises UserError or OSError if there is none yet and none can be made.
+        """
+        if not self.lock.acquire(blocking=not self.made[1]):  # two open pages are one rendering
+            return self.made[1]
+        try:
             current = fingerprint(self.folders)
-            if current != self.made_of:
-                self.html = self.render(current).encode("utf-8", errors="replace")
-                self.made_of = current
-            return self.html
+            if current != self.made[0]:
+                self._make(current)
+            return self.made[1]
+        finally:
+            self.lock.release()
+
+    def _make(self, version: str) -> None:
+        try:
+            self.made = version, self.render(version).encode("utf-8", errors="replace")
+        except (UserError, OSError) as error:
+            if version != self.failed_of:
+                print(f"the report stays as it was: {error}", file=sys.stderr, flush=True)
+            self.failed_of = version
+            if not self.made[1]:
+                raise
+
+    def version(self) -> str:
+        """Of the page that there is to load: the newest one's while another is made, or when that has failed."""
+        current = fingerprint(self.folders)
+        stays = self.made[1] and (self.lock.locked() or current == self.failed_of)
+        return self.made[0] if stays else current
 
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        allowed = {f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")}
-        if self.headers.get("Host") not in allowed:  # a foreign name that resolves to this machine
+        # A foreign name may resolve to this machine. The port may be another: that of a tunnel's other end.
+        if (self.headers.get("Host") or "").partition(":")[0].lower() not in NAMES:
             self.send_error(HTTPStatus.FORBIDDEN)
         elif self.path == "/":
             try:
-                self._answer("text/html; charset=utf-8", self.server.page())
-            except UserError as error:
-                self._answer("text/plain; charset=utf-8", str(error).encode(), HTTPStatus.INTERNAL_SERVER_ERROR)
+                page, status = self.server.page(), HTTPStatus.OK
+            except (UserError, OSError) as error:
+                page = FAILED.format(escape(str(error))).encode("utf-8", errors="replace")
+                status = HTTPStatus.INTERNAL_SERVER_ERROR
+            self._answer("text/html; charset=utf-8", page, status)
         elif self.path == "/version":
-            self._answer("text/plain; charset=utf-8", fingerprint(self.server.folders).encode())
+            self._answer("text/plain; charset=utf-8", self.server.version().encode())
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 

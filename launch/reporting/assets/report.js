@@ -89,13 +89,16 @@ function tokenSpans(rollout, group) {
   });
 }
 
+// Whether the run's method lets the horizon of a rollout close.
+const hasHorizon = (rollout) => runs[state.run].horizon && rollout.advantage < 0;
+
 // The first token of a negative rollout that counts less than half; -1 if there is none.
 function closing(rollout) {
-  return rollout.advantage < 0 ? rollout.weights.findIndex((weight) => weight != null && weight < 0.5) : -1;
+  return hasHorizon(rollout) ? rollout.weights.findIndex((weight) => weight != null && weight < 0.5) : -1;
 }
 
 function horizonWords(rollout) {
-  if (!(rollout.advantage < 0) || !rollout.weights.length) return "";
+  if (!hasHorizon(rollout) || !rollout.weights.length) return "";
   const closes = closing(rollout), count = rollout.weights.length;
   const last = `the last token weighs ${shown(rollout.weights.at(-1))}`;
   return closes < 0 ? `The horizon stays open: ${last}.` : `The horizon closes at token ${closes + 1} of ${count}; ${last}.`;
@@ -244,7 +247,10 @@ async function watch() {
     await new Promise((wake) => setTimeout(wake, 2000));
     try {
       const answer = await fetch("version");
-      if (answer.ok && (await answer.text()) !== document.body.dataset.version) location.reload();
+      if (answer.ok && (await answer.text()) !== document.body.dataset.version) {
+        location.reload();
+        return; // the page stands until the new one comes: it must not ask for a third
+      }
       byId("watch").textContent = "watching";
     } catch {
       byId("watch").textContent = "the server has ended";
