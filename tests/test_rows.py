@@ -24,7 +24,7 @@ from launch.run import DEFAULT_CONFIG
 from learner.learner import Learner
 from learner.selection import drop_reason
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 STEPS = 5
 OPTIONS = [
@@ -47,8 +47,10 @@ SIGNALS = {  # what tells the row from plain GRPO, over its steps
     "ah-grpo": lambda m: max(m["weight/mean"]) < 1,
     "sa-ah-grpo": lambda m: min(m["weight/mean"]) < 1 and max(m["weight/negative_mean"]) < 1,
     "asym-grpo": lambda m: not math.isclose(-sum(m["advantage/negative_mean"]), sum(m["advantage/positive_mean"])),
-    "erpo": lambda m: m["advantage/spread_within_rollouts"][0] == 0 < m["advantage/spread_within_rollouts"][-1],
-    "arca": lambda m: m["weight/gini"][0] == pytest.approx(0, abs=1e-6) and m["weight/gini"][-1] > 0.1,
+    "erpo": lambda m: (
+        m["advantage/spread_within_rollouts"][0] < 1e-4 < 1e-2 < m["advantage/spread_within_rollouts"][-1]
+    ),
+    "arca": lambda m: m["weight/gini"][0] < 1e-4 and m["weight/gini"][-1] > 0.1,
     "reft": lambda m: all(x == 4 for x in m["completion/distinct_openers"]),
     "holder": lambda m: m["ratio/power"] == [2, 1, 0, -1, -2],
     "dr-grpo": lambda m: "kl/mean" not in m and max(m["advantage/positive_mean"]) > 1.8,  # sqrt(3) with the std
