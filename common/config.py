@@ -232,16 +232,6 @@ class Config(pydantic_settings.BaseSettings):
                 f"method.entropy={method.entropy} is not made by learner.head_backend={self.learner.head_backend}; "
                 "use auto"
             )
-        if self.actor.publish == "auto" and self.actor.num_actors > 1:
-            raise ValueError(
-                f"actor.publish=auto lets each of actor.num_actors={self.actor.num_actors} decide for itself; "
-                "set merged or hotswap"
-            )
-        if method.refill_rounds and self.run.max_staleness:
-            raise ValueError(
-                f"method.refill_rounds={method.refill_rounds} waits behind the rollouts that are sampled ahead with "
-                f"run.max_staleness={self.run.max_staleness}; set one of the two to 0"
-            )
         if method.weight_gradient and self.learner.inner_updates > 1:
             raise ValueError(
                 f"method.weight_gradient=true is defined for one inner update, not for "
@@ -251,6 +241,21 @@ class Config(pydantic_settings.BaseSettings):
             raise ValueError(
                 f"evaluation.num_problems={self.evaluation.num_problems} exceeds "
                 f"task.num_eval={self.task.num_eval}; lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_actors(self) -> "Config":
+        if self.actor.publish == "auto" and self.actor.num_actors > 1:
+            raise ValueError(
+                f"actor.publish=auto lets each of actor.num_actors={self.actor.num_actors} decide for itself; "
+                "set merged or hotswap"
+            )
+        refill_rounds = self.method.resolve().refill_rounds
+        if refill_rounds and self.run.max_staleness:
+            raise ValueError(
+                f"method.refill_rounds={refill_rounds} waits behind the rollouts that are sampled ahead with "
+                f"run.max_staleness={self.run.max_staleness}; set one of the two to 0"
             )
         return self
 

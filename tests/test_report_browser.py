@@ -39,7 +39,7 @@ def page(tmp_path_factory) -> Path:
             file.write("".join(json.dumps(record) + "\n" for record in records))
     small = [
         run_folders.write(folder / name, method=name, alpha=None, passes={0: 0.2, 4: 0.5}, rollouts_per_step=8)
-        for name in ("grpo", "ah-grpo")
+        for name in ("sa-ah-grpo", "ah-grpo")
     ]
     out = folder / "out.html"
     report.write([*small, large], out)
