@@ -146,7 +146,7 @@ def test_tokens_are_coloured_by_what_is_chosen(opened):
 
 
 def test_keys(opened):
-    assert (chosen(opened, "run"), chosen(opened, "step"), text(opened, "group")) == ("grpo", "1", "group 1 of 2")
+    assert (chosen(opened, "run"), chosen(opened, "step"), text(opened, "group")) == ("sa-ah-grpo", "1", "group 1 of 2")
     press(opened, "j")
     assert text(opened, "group") == "group 2 of 2"
     press(opened, "j", "k", "k")
@@ -156,7 +156,7 @@ def test_keys(opened):
     press(opened, "n")
     assert (chosen(opened, "run"), text(opened, "settings-of")) == ("ah-grpo", "ah-grpo")
     press(opened, "p", "p")
-    assert chosen(opened, "run") == "grpo"
+    assert chosen(opened, "run") == "sa-ah-grpo"
     for place, section in enumerate(("claims", "tables", "figures", "look", "timeline"), start=1):
         press(opened, str(place))
         top = opened.execute_script("return document.getElementById(arguments[0]).getBoundingClientRect().top", section)
@@ -188,7 +188,7 @@ def test_controls(opened):
 
 
 def test_timeline(opened):
-    assert "grpo, step 1: 7.50 s in all, of which 2.50 s waiting" in text(opened, "timeline-of")
+    assert "sa-ah-grpo, step 1: 7.50 s in all, of which 2.50 s waiting" in text(opened, "timeline-of")
     bars = opened.execute_script(
         "return [...document.querySelectorAll('.gantt .track i')]"
         ".map((i) => [i.style.left, i.style.width].map(parseFloat))"
@@ -202,7 +202,7 @@ def test_settings_that_differ_are_marked(opened):
         "return Object.fromEntries([...document.querySelectorAll('#all-settings .differs')]"
         ".map((row) => [row.cells[0].textContent, row.cells[2].textContent]))"
     )
-    assert rows["method.name"] == "ah-grpo | sa-ah-grpo"
+    assert rows["method.name"] == "ah-grpo"
     assert "model.path" not in rows
 
 
