@@ -113,3 +113,11 @@ def test_a_head_that_cannot_run_here(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = refuse(capsys, "--run.dir", str(tmp_path / "run"), "--learner.head_backend", "triton")
     assert line == "learner.head_backend=triton needs an NVIDIA GPU; use auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpus_plan_does_not_run_on_a_cpu(capsys, tmp_path):
+    """It would give a CPU run a GPU's KV cache and micro-batches."""
+    line = refuse(capsys, "--run.dir", str(tmp_path / "run"), "--run.gpu_memory_gib", "40")
+    assert "run.gpu_memory_gib=40.0 plans for a GPU, and there is none" in line
+    assert not (tmp_path / "run").exists()
