@@ -270,7 +270,9 @@ def _device_options(actor: ActorConfig) -> dict[str, Any]:
         return options | gpu_share.options(actor)
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(actor.kv_cache_gib or 1))  # it reads whole GiB
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray sets OMP_NUM_THREADS to 1
-    return options | {"enforce_eager": True}  # compilation gains nothing here, and would keep old packed weights
+    # Compiling gains nothing here, and would keep old packed weights. Prompts are whole: vLLM cannot take back the draw
+    # that follows a part of one, since a CPU's random generator has no offset.
+    return options | {"enforce_eager": True, "enable_chunked_prefill": False}
 
 
 def _lora_options(model: ModelConfig) -> dict[str, Any]:

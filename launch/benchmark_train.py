@@ -4,11 +4,12 @@
                                      [--model-shape qwen2.5-3b] [--out FOLDER] [--config FILE.toml]
                                      [OPTIONS of launch/run.py]
 
-Each round runs one whole step of every contender (sampling, reward, learning, publishing) while the others are idle,
-in an order that turns around from round to round; the first round warms up and is not counted. --batches then runs
-two steps of each multiple of the prompts, counts the second, and fits how the cost grows with the tokens. Prints a
-table, and one JSON object as the last line; --out keeps that and a chart. --rows adds rows of the table of methods,
-without their group filter, refill and further inner updates, so that all of them learn the same; --model-shape takes random weights of a published shape.
+Each round runs one whole step of every contender (sampling, reward, learning, publishing) while the others are idle, in
+an order that turns around from round to round; the first round warms up and is not counted. --batches then runs two
+steps of each multiple of the prompts, counts the second, and fits how the cost grows with the tokens. Prints a table,
+and one JSON object as the last line; --out keeps that and a chart. --rows adds rows of the table of methods, without
+their group filter, refill and further inner updates, so that all of them learn the same; --model-shape takes random
+weights of a published shape.
 """
 
 import argparse
@@ -189,7 +190,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rows", nargs="*", default=[], choices=METHODS, help="rows of the table that run beside ours")
     parser.add_argument("--out", type=Path)
     arguments, options = parser.parse_known_args(list(argv))
-    rows = {name: MethodConfig(name=name, group_filter="none") for name in arguments.rows if name not in CONTENDERS}
+    rows = {
+        name: MethodConfig.model_validate({"name": name, "group_filter": "none"})
+        for name in arguments.rows
+        if name not in CONTENDERS
+    }
     try:
         for flag, values in (("steps", [arguments.steps]), ("batches", arguments.batches)):
             if min(values, default=1) < 1:

@@ -21,6 +21,11 @@ from learner.model import unsupported
 CANARY_TOKENS = 128  # at most; enough to average the noise of bfloat16 out
 MAY_DIFFER = {"run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"}  # on resuming
 
+NO_OVERLAP = (
+    "overlap (run.max_staleness=1) does not pay on one GPU: the kernels of its two processes take turns there, so that "
+    "it hides only what either side does on the CPU"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -47,7 +52,7 @@ class Plan:
             f"{step * self.config.actor.max_tokens} completion tokens\n"
             f"# adapter: {self.num_adapter_parameters / 1e6:.2f} M parameters, "
             f"{self.num_adapter_parameters * 4 / 1e6:.1f} MB in float32 a version"
-            + ("" if self.memory is None else "\n# " + self.memory.table().replace("\n", "\n# "))
+            + ("" if self.memory is None else "\n# " + self.memory.table().replace("\n", "\n# ") + f"\n# {NO_OVERLAP}")
             + "".join(f"\n# warning: {warning}" for warning in warnings(self.config))
         )
 

@@ -12,18 +12,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from engine_oracle import make_adapter, peft_score, score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actor.engine import Sample
 from actor.opening import Opening, sample_with_openers
-from common.adapter import Adapter, Canary, checksum
 from common.config import ActorConfig, ModelConfig
 from launch import models
 
 pytestmark = pytest.mark.slow
 
-ALL_TARGETS = ModelConfig().lora_targets
 MEAN_NOISE_NATS = {"bfloat16": 0.07, "float32": 0.0005}  # against float32; the adapters below move the mean by 0.25
 TEXT = "Question: Tom has 12 apples and buys 3 bags of 7 apples each. How many apples does he have?\nAnswer: 12 + 3 * 7"
 
@@ -91,49 +89,6 @@ def tokenizer(folder: str) -> Any:
 @pytest.fixture(scope="module")
 def reference(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def make_adapter(
-    model: torch.nn.Module, version: int, *, scale: float, targets: tuple[str, ...] = ALL_TARGETS
-) -> Adapter:
-    """Random A, and random B times `scale`; an odd alpha / rank, so that a wrong factor shows."""
-    rng = np.random.default_rng(version)
-    rank, tensors = 8, {}
-    for name, module in model.named_modules():
-        if name.endswith(targets):
-            rows, columns = module.weight.shape
-            prefix = f"base_model.model.{name}"
-            lora_a = rng.standard_normal((rank, columns)) / np.sqrt(columns)
-            tensors[f"{prefix}.lora_A.weight"] = lora_a.astype(np.float32)
-            tensors[f"{prefix}.lora_B.weight"] = (rng.standard_normal((rows, rank)) * scale).astype(np.float32)
-    canary = Canary(token_ids=np.zeros(1, np.int32), logprobs=np.zeros(0), base_logprobs=np.zeros(0))
-    return Adapter(
-        version=version,
-        tensors=tensors,
-        rank=rank,
-        alpha=24.0,
-        target_modules=targets,
-        canary=canary,
-        checksum=checksum(tensors),
-    )
-
-
-@torch.inference_mode()
-def score(model: Any, token_ids: Any, *temperatures: float) -> list[np.ndarray]:
-    """log_softmax(logits / temperature) of tokens 1..T-1, for each temperature."""
-    ids = torch.tensor(np.asarray(token_ids), dtype=torch.long)
-    logits = model(ids[None]).logits[0, :-1].float()
-    return [(logits / t).log_softmax(-1).gather(1, ids[1:, None])[:, 0].numpy() for t in temperatures]
-
-
-def peft_score(reference: Any, adapter: Adapter, token_ids: np.ndarray) -> np.ndarray:
-    lora = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.target_modules))
-    model = get_peft_model(reference, lora).eval()
-    tensors = {n.replace(".weight", ".default.weight"): torch.tensor(t) for n, t in adapter.tensors.items()}
-    assert not model.load_state_dict(tensors, strict=False).unexpected_keys
-    [scored] = score(model, token_ids, 1.0)
-    model.unload()
-    return scored
 
 
 def distance(a: Any, b: Any) -> float:
@@ -224,6 +179,16 @@ def test_a_new_version_reads_no_prefix_of_the_old_one(engine: Remote, reference:
         engine.load(adapter)
         logprobs.extend(engine.logprobs([*prompt, *map(int, sample.token_ids)])[len(prompt) - 1 :])  # reads no cache
     assert distance(sample.logprobs, scored) < engine.noise < distance(sample.logprobs, stale) / 3
+
+
+def test_more_prompts_than_vllm_takes_at_once(engine: Remote) -> None:
+    """60 prompts of 90 tokens: vLLM computes 4,096 tokens at once on a CPU, and must not cut the 46th in two."""
+    if engine.publish != "merged":
+        pytest.skip("one engine is enough")
+    prompts = [[place + i for i in range(90)] for place in range(1000, 1060)]
+    options = {"num_samples": 1, "temperature": 1.0, "max_tokens": 2, "stop": (), "seeds": list(range(60))}
+    samples = engine.sample(prompts, **options)
+    assert [len(group) for group in samples] == [1] * 60
 
 
 def test_a_completion_ends_at_a_stop_string_or_its_length(engine: Remote, tokenizer: Any) -> None:

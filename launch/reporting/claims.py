@@ -1,100 +1,16 @@
-"""The paper's claims, each decided by an interval over seeds: holds, does not hold, or cannot be told.
-
-Verdicts use Student's and Welch's intervals, which stay honest for few seeds; only finished runs count, and a final
-Pass@1 only after the last step.
-"""
+"""The claims of the paper, and what is measured for each: their numbers there, and of the runs given."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import replace
 
-import numpy as np
-
-from launch.reporting.groups import PAPER_ALPHA, Group, differences
-from launch.reporting.measures import at_end, base, change, final, lowest, mean_kl, peak, variance
+from launch.reporting.groups import Group
+from launch.reporting.measures import at_end, base, change, final, highest, lowest, mean_kl, peak, variance
 from launch.reporting.runs import Run
-from launch.reporting.statistics import Estimate, difference, mean, ratio
+from launch.reporting.statistics import difference, mean, ratio
+from launch.reporting.verdicts import Claim, Finished, Measured, Untold, Verdict, judge, refuse_unlike
 
-HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told with these runs"
 MARGIN = 0.02  # of Pass@1; the paper's section 7 asks for caution below it
 KL_BOUND = 0.010
-IN_WHICH_METHODS_DIFFER = {"method.name", "method.alpha", "method.token_weight", "method.selective"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What these runs say about one claim, in words and with the numbers behind them."""
-
-    claim: str
-    paper: str  # the paper's own numbers
-    setting: str
-    verdict: str  # one of HOLDS, FAILS, UNKNOWN
-    reason: str
-
-
-class Untold(Exception):
-    """A claim for which the runs hold no numbers; the message says what is missing."""
-
-
-Measured = tuple[str, Estimate]  # what was measured, in words, and how it came out
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """A quantity that the paper says is above a threshold (or, `below`, under it)."""
-
-    words: str
-    paper: str
-    measure: Callable[["Finished"], Measured]
-    threshold: float = 0.0
-    below: bool = False
-    digits: int = 3
-
-
-class Finished:
-    """The finished runs of one setting, grouped, by their name in the paper. Raises Untold for what is not there."""
-
-    def __init__(self, groups: Sequence[Group]) -> None:
-        whole = [replace(group, runs=tuple(run for run in group.runs if run.finished)) for group in groups]
-        self.groups = [group for group in whole if group.runs]
-
-    def sweep(self, role: str) -> list[Group]:
-        return [group for group in self.groups if group.role == role]
-
-    def candidates(self, role: str) -> list[Group]:
-        """The groups that may stand for a method: at the paper's alpha; GRPO's best with the others' reduction."""
-        found = self.sweep(role)
-        if not found:
-            raise Untold(f"no finished run of {role}")
-        if role == "GRPO":
-            return [g for g in found if g.method != "grpo"] or found
-        at_alpha = [g for g in found if g.alpha == PAPER_ALPHA]
-        if not at_alpha:
-            raise Untold(f"no finished run of {role} at the paper's α {PAPER_ALPHA:g}")
-        return at_alpha
-
-    def one(self, role: str) -> Group:
-        return self.candidates(role)[0]
-
-    def pair(self, left: str, right: str) -> tuple[Group, Group]:
-        """Two methods that differ in nothing else."""
-        pairs = list(product(self.candidates(left), self.candidates(right)))
-        found = next((pair for pair in pairs if not other_differences(pair)), pairs[0])
-        refuse_unlike(found)
-        return found
-
-
-def other_differences(groups: Sequence[Group]) -> list[str]:
-    """The method.* settings that differ between groups though their methods do not ask for it."""
-    known = IN_WHICH_METHODS_DIFFER | ({"method.normaliser"} if any(g.method == "grpo" for g in groups) else set())
-    return [key for key in differences([g.runs[0] for g in groups]) if key.startswith("method.") and key not in known]
-
-
-def refuse_unlike(groups: Sequence[Group]) -> None:
-    """Raise Untold if something else differs between the groups too."""
-    if keys := other_differences(groups):
-        names = " and ".join(dict.fromkeys(g.label for g in groups))
-        raise Untold(f"{names} differ in {', '.join(keys)} too, so they do not compare")
 
 
 def variance_ratio(high: str, low: str) -> Callable[[Finished], Measured]:
@@ -142,15 +58,33 @@ def largest_kl(runs: Finished) -> Measured:
     return (above or unsure or [max(measured, key=lambda pair: pair[1].high)])[0]
 
 
+def _pooled(groups: Sequence[Group]) -> Group:
+    """Groups that differ in alpha as one; a seed's value is then its mean over the alphas."""
+    refuse_unlike(groups)
+    return replace(groups[0], runs=tuple(run for each in groups for run in each.runs))
+
+
 def positive_over_negative(runs: Finished) -> Measured:
     """Final Pass@1 of AH-GRPO, a seed's mean over positive alphas against its mean over negative ones."""
     sweep = runs.sweep("AH-GRPO")
-    sides = [[g for g in sweep if sign * g.alpha > 0] for sign in (1, -1)]
-    if not all(sides):
+    above, below = ([g for g in sweep if sign * g.alpha > 0] for sign in (1, -1))
+    if not above or not below:
         raise Untold("no finished sweep of AH-GRPO with alphas of both signs")
-    refuse_unlike([g for side in sides for g in side])
-    pooled = [replace(side[0], runs=tuple(run for g in side for run in g.runs)) for side in sides]
-    return "final Pass@1, AH-GRPO with α > 0 − α < 0", difference(*(side.per_seed(final) for side in pooled))
+    refuse_unlike([*above, *below])
+    estimate = difference(_pooled(above).per_seed(final), _pooled(below).per_seed(final))
+    return "final Pass@1, AH-GRPO with α > 0 − α < 0", estimate
+
+
+def negative_over_base(runs: Finished) -> Measured:
+    """Final Pass@1 of AH-GRPO with negative alphas against the model before training."""
+    if not (negative := [g for g in runs.sweep("AH-GRPO") if g.alpha < 0]):
+        raise Untold("no finished run of AH-GRPO with a negative α")
+    return "final − base Pass@1, AH-GRPO with α < 0", mean(_pooled(negative).per_seed(_gain_over_base))
+
+
+def _name(group: Group) -> str:
+    """A group's label; of a baseline with another reduction than the paper's own, with a warning."""
+    return f"{group.label} (Eq. 2, another reduction)" if group.method == "grpo" else group.label
 
 
 def _gain_over_base(run: Run) -> float:
@@ -201,9 +135,32 @@ CLAIMS = (
         measure=own(_gain_over_base, "final − base Pass@1"),
     ),
     Claim(
+        words="AH-GRPO improves on the base model",
+        paper="3B: .848 against .831 (measured: .846); 1.5B: .650 against .637 (measured: .652)",
+        measure=own(_gain_over_base, "final − base Pass@1", "AH-GRPO"),
+    ),
+    Claim(
+        words="GRPO improves on the base model",
+        paper="3B: .846 against .831 (measured: .846); 1.5B: .660 against .637 (measured: .652)",
+        measure=own(_gain_over_base, "final − base Pass@1", "GRPO"),
+    ),
+    Claim(
         words="AH-GRPO with positive α ends above AH-GRPO with negative α",
         paper="1.5B: .640 to .654 against .634",
         measure=positive_over_negative,
+    ),
+    Claim(
+        words="AH-GRPO with negative α ends below the base model",
+        paper="1.5B: .634 against .637 (measured: .652)",
+        measure=negative_over_base,
+        below=True,
+    ),
+    Claim(
+        words="The rewards of a step spread by less than 0.25 in later training",
+        paper="3B: .115 to .240 in its table, but .488 at step 120; 1.5B: .255 to 1.57",
+        measure=own(lambda run: highest(run, "reward/std", later_half=True), "largest spread, second half"),
+        threshold=0.25,
+        below=True,
     ),
     Claim(
         words="SA-AH-GRPO keeps more entropy than GRPO at the end (no entropy collapse)",
@@ -244,37 +201,15 @@ CLAIMS = (
         below=True,
         digits=5,
     ),
+    Claim(
+        words="SA-AH-GRPO moves further from the reference than AH-GRPO",
+        paper="mean KL, 3B: .00785 against .00512; 1.5B: .00986 against .00512",
+        measure=gain(mean_kl, "mean KL", "SA-AH-GRPO", "AH-GRPO"),
+        digits=5,
+    ),
 )
-
-
-def judge(claim: Claim, setting: str, groups: Sequence[Group]) -> Verdict:
-    """Holds or fails if the whole interval is on one side of the threshold; otherwise it cannot be told."""
-    try:
-        words, estimate = claim.measure(Finished(groups))
-        if not np.isfinite(estimate.value):
-            raise Untold(f"{words}: not recorded in these runs")
-        found = f"{words}: {estimate.value:.{claim.digits}f}"
-        if not estimate.has_interval:
-            raise Untold(f"{found}, without an interval: {_seeds(estimate.num)}, and a spread needs two that differ")
-    except Untold as missing:
-        return Verdict(claim=claim.words, paper=claim.paper, setting=setting, verdict=UNKNOWN, reason=str(missing))
-    above, under = estimate.low > claim.threshold, estimate.high < claim.threshold
-    verdict = UNKNOWN if not (above or under) else HOLDS if above != claim.below else FAILS
-    interval = f"[{estimate.low:.{claim.digits}f}, {estimate.high:.{claim.digits}f}]"
-    relation = "lies above" if above else "lies below" if under else "contains"
-    reason = f"{found}, 95 % {interval} {relation} {claim.threshold:g} ({_seeds(estimate.num)})"
-    return Verdict(claim=claim.words, paper=claim.paper, setting=setting, verdict=verdict, reason=reason)
 
 
 def verdicts(settings: dict[str, list[Group]]) -> list[Verdict]:
     """Every claim in every setting."""
     return [judge(claim, setting, groups) for setting, groups in settings.items() for claim in CLAIMS]
-
-
-def _name(group: Group) -> str:
-    """A group's label; of a baseline with another reduction than the paper's own, with a warning."""
-    return f"{group.label} (Eq. 2, another reduction)" if group.method == "grpo" else group.label
-
-
-def _seeds(num: int) -> str:
-    return "one seed" if num == 1 else f"{num} seeds"

@@ -58,6 +58,13 @@ def lowest(run: Run, metric: str) -> float:
     return float(values.min()) if len(values) else math.nan
 
 
+def highest(run: Run, metric: str, *, later_half: bool) -> float:
+    """The largest value of a metric over all steps, or over the second half of them."""
+    values = run.series(metric)
+    numbers = finite(values[len(values) // 2 :] if later_half else values)
+    return float(numbers.max()) if len(numbers) else math.nan
+
+
 def _mean(values: np.ndarray) -> float:
     numbers = finite(values)
     return float(numbers.mean()) if len(numbers) else math.nan

@@ -21,6 +21,7 @@ from launch.reporting.runs import Run
 from launch.reporting.samples import Samples, all_samples
 from launch.reporting.style import COLOURS, RC, inline, method_of, png, svg
 from launch.reporting.table import ABSENT, Table
+from launch.reporting.verdicts import Verdict
 
 ASSETS = Path(__file__).parent / "assets"
 PHASES = ("rollout", "reward", "learn", "publish", "wait", "step")  # time/*_seconds
@@ -54,6 +55,8 @@ def make(runs: Sequence[Run], *, version: str | None = None) -> Report:
     """The report of the runs; with a `version` its page asks the server that it came from for a newer one."""
     groups = group(runs)
     made = tables.all_tables(groups)
+    verdicts = claims.verdicts(settings_of(groups))
+    settings = _settings_table(runs)
     drawn = draw(groups)
     samples = all_samples(runs)
     environment = jinja2.Environment(
@@ -64,7 +67,7 @@ def make(runs: Sequence[Run], *, version: str | None = None) -> Report:
         js=Markup(_asset("report.js")),
         colours=COLOURS,
         data=Markup(embedded(page_data(runs, groups, samples))),
-        differences=_settings_table(runs),
+        differences=settings,
         figures=[(each, Markup(inline(svg(each.figure, each.key), each.key, escape(each.title)))) for each in drawn],
         footnotes=list(paper.FOOTNOTES.items()),
         groups=[(each, method_of(each)) for each in groups],
@@ -73,10 +76,10 @@ def make(runs: Sequence[Run], *, version: str | None = None) -> Report:
         num_recorded=sum(each.num_recorded for each in samples),
         num_shown=sum(each.num_shown for each in samples),
         tables=made,
-        verdicts=claims.verdicts(settings_of(groups)),
+        verdicts=verdicts,
         version=version,
     )
-    return Report(html=html, tables=tuple(made), figures=tuple(drawn))
+    return Report(html=html, tables=(*made, _claims_table(verdicts), settings), figures=tuple(drawn))
 
 
 def draw(groups: Sequence[Group]) -> list[Drawn]:
@@ -142,6 +145,13 @@ def _settings_table(runs: Sequence[Run]) -> Table:
         columns=("run", "steps", *keys),
         rows=tuple(rows),
     )
+
+
+def _claims_table(verdicts: Sequence[Verdict]) -> Table:
+    """The claims for a CSV file; the page has them as a list."""
+    words = ("claim", "setting", "verdict", "reason", "paper")
+    rows = tuple(tables.words_row([getattr(each, word) for word in words]) for each in verdicts)
+    return Table(key="claims", title="The paper's claims", caption="", columns=words, rows=rows)
 
 
 def _asset(name: str) -> str:
