@@ -70,7 +70,7 @@ class Group:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     rollout_seconds: float = 0.0  # sampling of the whole request, shared by its groups
-    reward_seconds: float = 0.0  # scoring of the whole request
+    reward_seconds: float = 0.0  # what of the request's scoring was left to wait for after it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

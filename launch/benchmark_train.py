@@ -125,6 +125,9 @@ class Peer:
             "lora_targets": config.model.lora_targets,
             "seed": config.run.seed,
         }
+        if checked.memory is not None:  # TRL's vLLM gets what ours does
+            gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+            job["gpu_memory_fraction"] = round(checked.memory.total("actor") / gpu_bytes, 4)
         (folder / "job.json").write_text(json.dumps(job))
         self.process = stack.enter_context(
             subprocess.Popen(

@@ -46,6 +46,7 @@ def test_a_dry_run_prints_the_plan_of_a_gpu_that_is_not_there(folder, tmp_path, 
     assert 'recompute = "auto"' not in printed
     assert "kv_cache_gib = " in printed
     assert "gpu_memory_fraction = 0." in printed
+    assert "# overlap (run.max_staleness=1) does not pay on one GPU" in printed
 
 
 def test_what_does_not_fit_ends_with_status_2_and_one_line(folder, tmp_path, capsys) -> None:
