@@ -60,7 +60,7 @@ def test_table_and_chart_show_every_contender_and_its_floors():
     assert floors == pytest.approx([1, 4 + 2, 1, 4 + 2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_real_steps_by_turns(tmp_path, capsys):
     options = ["--actor.max_tokens", "8", "--run.prompts_per_step", "1", "--task.num_train", "8"]
