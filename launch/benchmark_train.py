@@ -211,6 +211,7 @@ def main(argv: Sequence[str]) -> int:
             if config.actor.publish == "auto" or config.run.max_staleness:
                 raise UserError("actor.publish=auto and run.max_staleness change from step to step; set one way, and 0")
             checked = _planned(config, max([1, *arguments.batches]))
+            checked.refuse_absent_gpu()
             stack.enter_context(cluster.connect())
             horizon = Horizon(checked, stack)
             contenders: dict[str, Callable[[], Measured]] = {

@@ -42,6 +42,14 @@ class Plan:
     num_adapter_parameters: int
     memory: Memory | None  # None: no GPU to plan
 
+    def refuse_absent_gpu(self) -> None:
+        """Raise UserError where a GPU is planned for and there is none: its choices are not a CPU's."""
+        if self.memory is not None and not torch.cuda.is_available():
+            raise UserError(
+                f"run.gpu_memory_gib={self.config.run.gpu_memory_gib} plans for a GPU, and there is none; leave it "
+                "out, or only look at the plan with launch/run.py --dry-run"
+            )
+
     def describe(self) -> str:
         """What --dry-run prints: the resolved configuration and the sizes that follow from it."""
         step = self.config.run.prompts_per_step * self.config.actor.group_size

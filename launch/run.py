@@ -19,7 +19,6 @@ if not __package__:  # run as a script: import from the checkout, not from launc
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import ray
-import torch
 
 from actor.rollout import Sampling
 from common import methods
@@ -44,11 +43,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.toml"
 def run(checked: Plan) -> None:
     """Train as planned, into the run folder."""
     config = checked.config
-    if checked.memory is not None and not torch.cuda.is_available():
-        raise UserError(
-            f"run.gpu_memory_gib={config.run.gpu_memory_gib} plans for a GPU, and there is none; leave it out, or only "
-            "look at the plan with --dry-run"
-        )
+    checked.refuse_absent_gpu()
     method = config.method.resolve()
     folder = config.run.dir
     folder.mkdir(parents=True, exist_ok=True)

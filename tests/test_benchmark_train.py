@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from common.config import Config
@@ -58,6 +59,13 @@ def test_table_and_chart_show_every_contender_and_its_floors():
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(MEASURED)
     floors = [line.get_xdata()[0] for line in figure.axes[0].lines]
     assert floors == pytest.approx([1, 4 + 2, 1, 4 + 2])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpus_plan_is_not_measured_on_a_cpu(capsys):
+    assert benchmark.main(["train", "--steps", "1", "--peer", "trl", "--run.gpu_memory_gib", "40"]) == 2
+    line = capsys.readouterr().err
+    assert (line.count("\n"), "run.gpu_memory_gib=40.0 plans for a GPU" in line) == (1, True)
 
 
 @pytest.mark.long

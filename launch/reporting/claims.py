@@ -60,7 +60,6 @@ def largest_kl(runs: Finished) -> Measured:
 
 def _pooled(groups: Sequence[Group]) -> Group:
     """Groups that differ in alpha as one; a seed's value is then its mean over the alphas."""
-    refuse_unlike(groups)
     return replace(groups[0], runs=tuple(run for each in groups for run in each.runs))
 
 
@@ -79,6 +78,7 @@ def negative_over_base(runs: Finished) -> Measured:
     """Final Pass@1 of AH-GRPO with negative alphas against the model before training."""
     if not (negative := [g for g in runs.sweep("AH-GRPO") if g.alpha < 0]):
         raise Untold("no finished run of AH-GRPO with a negative α")
+    refuse_unlike(negative)
     return "final − base Pass@1, AH-GRPO with α < 0", mean(_pooled(negative).per_seed(_gain_over_base))
 
 
