@@ -1,15 +1,11 @@
 """The experiment: a grid of runs as Ray tasks, on whatever the cluster has.
 
-python launch/experiment.py --config launch/configs/main_comparison.toml [--scale cpu] [--dir runs/NAME] [OPTIONS]
+python launch/experiment.py --config launch/configs/main_comparison.toml --scale cpu --cores 1 [OPTIONS]
 
 OPTIONS are those of launch/run.py and hold for every cell; --dry-run checks all cells and starts none. The same command
 again continues: finished cells stay as they are, one that died goes on from its last checkpoint, one without a
-checkpoint starts again in an emptied folder. The format of a grid: launch/grid.py.
-
-A cell takes a GPU, or where there is none a whole machine. It is launch/run.py in a process of its own, with a Ray of
-its own on that share: its learner and its actor ask Ray for the very GPU that the cell's task holds, and what ends one
-cell ends no other. It prints into DIR/CELL.log, beside its run folder DIR/CELL/, so all machines of a cluster must see
-the same files.
+checkpoint starts again in an emptied folder. Grids in the same --dir share the cells that they have in common. The
+format of a grid: launch/grid.py; what a cell takes and where it runs: launch/cell_process.py.
 """
 
 import argparse
@@ -18,9 +14,7 @@ import fcntl
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,23 +29,13 @@ import ray
 from common.config import dump
 from common.metrics import mean, read_lines
 from common.types import UserError
-from launch import cluster, grid, plan
+from launch import cell_process, cluster, grid, plan
 from launch.display import Board, Progress
 from launch.grid import Cell
 from learner import checkpoint
 
-RUN = Path(__file__).resolve().parent / "run.py"
 RECENT = 5  # steps whose mean reward is shown
 LOOK_SECONDS = 2.0  # between two looks at the cells
-CELL_STOP_SECONDS = 45  # what a stopped launch/run.py has to close its actors and its Ray in
-
-# Becomes the program of its arguments, to which the kernel sends SIGTERM (15) when the worker of the Ray task dies
-# (PR_SET_PDEATHSIG, 1). Not a preexec_fn: Ray's worker has threads, and Python code between fork and exec may hang.
-CHILD = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
-os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 def unfinished(cells: Sequence[Cell]) -> list[Cell]:
@@ -80,8 +64,8 @@ def _died_early(folder: Path) -> bool:
     return (folder / "config.toml").is_file() and checkpoint.latest(folder / "checkpoints") is None
 
 
-def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board) -> dict[str, str]:
-    """Run the cells of `todo` on the cluster; returns the reason of each that failed, by name."""
+def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board, cores: int | None) -> dict[str, str]:
+    """Run the cells of `todo` on the cluster, `cores` each; returns the reason of each that failed, by name."""
     for cell in todo:
         if _died_early(cell.config.run.dir):
             shutil.rmtree(cell.config.run.dir)
@@ -92,10 +76,10 @@ def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board) -> dict[str, 
     first, started = sum(p.step for p in shown.values()), time.monotonic()
     environment = {k: v for k, v in os.environ.items() if k != "RAY_JOB_CONFIG_JSON_ENV_VAR"}
     with cluster.connect():
-        task = ray.remote(run_cell).options(max_retries=0, **share(ray.nodes()))
+        task = ray.remote(cell_process.run).options(max_retries=0, **cell_process.share(ray.nodes(), cores))
         tasks = {}
         for cell in todo:
-            tasks[task.remote(dump(cell.config), _log(cell).resolve(), Path.cwd(), environment)] = cell
+            tasks[task.remote(dump(cell.config), _log(cell).resolve(), Path.cwd(), environment, cores)] = cell
         with _cancelled_in_the_end(tasks):
             while tasks:
                 ended, _ = ray.wait(list(tasks), timeout=LOOK_SECONDS)
@@ -132,56 +116,6 @@ def progress(cell: Cell, state: str) -> Progress:
     )
 
 
-def share(nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Ray's options for a cell: a GPU where the cluster has any, else all cores of its largest machine."""
-    resources = [node["Resources"] for node in nodes if node["Alive"]]
-    if any(has.get("GPU", 0) >= 1 for has in resources):
-        return {"num_gpus": 1, "num_cpus": 0}
-    return {"num_cpus": max(has.get("CPU", 0) for has in resources)}
-
-
-def run_cell(config: str, log: Path, folder: Path, environment: Mapping[str, str]) -> str | None:
-    """A Ray task: launch/run.py with a TOML text, from `folder`; returns why it failed, or None.
-
-    The environment is the driver's, but for the GPU, which is the task's, and for Ray: the run has its own.
-    """
-    own = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "RAY_TMPDIR") if name in os.environ}
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file, log.open("a") as out:
-        file.write(config)
-        file.flush()
-        command = [sys.executable, str(RUN), "--config", file.name]
-        print(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} launch/run.py", file=out, flush=True)
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(os.getpid()), *command],
-            cwd=folder,
-            env={**environment, **own, "RAY_ADDRESS": "local"},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-        )
-        try:
-            while child.poll() is None:
-                time.sleep(0.2)  # not wait(): Ray's cancelling raises KeyboardInterrupt between two lines of Python
-        finally:
-            _stop(child)
-    if child.returncode == 0:
-        return None
-    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip() and line[0] != "("]
-    status = f"status {child.returncode}" if child.returncode > 0 else signal.Signals(-child.returncode).name
-    return f"{status}, {said[-1]}"  # a line that begins with a bracket is one of Ray's workers, not the driver's last
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Let the run close its actors; kill it if that takes too long."""
-    if child.poll() is None:
-        child.terminate()  # not SIGINT, which the processes of a Ray ignore, and what they start
-        try:
-            child.wait(CELL_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
 @contextlib.contextmanager
 def _cancelled_in_the_end(tasks: Mapping[Any, Cell]) -> Iterator[None]:
     """End the tasks that are left when the block ends, however it does."""
@@ -193,7 +127,7 @@ def _cancelled_in_the_end(tasks: Mapping[Any, Cell]) -> Iterator[None]:
                 signal.signal(name, signal.SIG_IGN)  # what follows is bounded in time: no second Ctrl-C is needed
             for reference in reversed(list(tasks)):  # those that wait first, lest one begins as another ends
                 ray.cancel(reference)
-            ray.wait(list(tasks), num_returns=len(tasks), timeout=CELL_STOP_SECONDS + 5)
+            ray.wait(list(tasks), num_returns=len(tasks), timeout=cell_process.STOP_SECONDS + 5)
 
 
 def _reason_of(reference: Any) -> str | None:
@@ -237,7 +171,8 @@ def describe(cells: Sequence[Cell], todo: Sequence[Cell]) -> str:
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and those of launch/run.py."""
     parser = argparse.ArgumentParser(
-        usage="launch/experiment.py --config GRID.toml [--scale NAME] [--dir runs/NAME] [--dry-run] [OPTIONS]",
+        usage="%(prog)s --config GRID.toml [--scale NAME] [--dir runs/NAME] [--cores N] [--dry-run] [OPTIONS]",
+        prog="launch/experiment.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -246,6 +181,7 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", type=Path, help="the grid, such as launch/configs/main_comparison.toml")
     parser.add_argument("--scale", help="a table [scale.NAME] of the grid, such as cpu")
     parser.add_argument("--dir", type=Path, help="folder of the cells (runs/GRID or runs/GRID-SCALE)")
+    parser.add_argument("--cores", type=int, help="processors of a cell where there is no GPU (all of a machine)")
     parser.add_argument("--dry-run", action="store_true", help="check all cells, start none")
     try:
         arguments, options = parser.parse_known_args(list(argv))
@@ -272,7 +208,7 @@ def main(argv: Sequence[str]) -> int:
             todo = unfinished(cells)
             board = Board(f"{arguments.config.stem} in {folder}")
             try:
-                failed = run(cells, todo, board) if todo else {}
+                failed = run(cells, todo, board, arguments.cores) if todo else {}
             finally:
                 board.close()
     except UserError as error:

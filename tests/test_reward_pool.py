@@ -1,5 +1,6 @@
 """The reward pool: whatever one reward does, the others are scored, in order, and nothing outlives its owner."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -122,7 +123,8 @@ def test_every_worker_dies_and_the_rest_is_scored(pool: RewardPool) -> None:
 def test_workers_killed_while_idle_are_replaced(pool: RewardPool, pause_seconds: float) -> None:
     scores = pool.score_all([("ok", PROMPT)] * 20)
     for process in {int(s.parts["process"]) for s in scores if isinstance(s, Score)}:
-        os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # after the first death pebble may end the others before us
+            os.kill(process, signal.SIGKILL)
     time.sleep(pause_seconds)
     assert words(pool, "ok", "ok", "leave", "ok") == ["ok", "ok", "SystemExit: 5", "ok"]
 
