@@ -21,6 +21,7 @@ from typing import Any
 from common.types import UserError
 
 RUN = Path(__file__).resolve().parent / "run.py"
+HELD = "\0horizon-processor-"  # and its number: the name of a processor that is held, in the kernel's abstract sockets
 STOP_SECONDS = 45  # what a stopped launch/run.py has to close its actors and its Ray in
 
 # Becomes the program of its arguments, on the processors of the second, and the kernel sends it SIGTERM (15) when the
@@ -89,7 +90,7 @@ def run(config: str, log: Path, folder: Path, environment: Mapping[str, str], co
 def processors(number: int | None) -> Iterator[list[int]]:
     """`number` processors of this machine that no other cell holds, or all of them (None); waits until they are free.
 
-    A name in the kernel's abstract socket space marks each as held, and is gone with the process that bound it.
+    A name marks each as held, and is gone with the process that bound it.
     """
     mine = sorted(os.sched_getaffinity(0))
     if number is None:
@@ -101,7 +102,7 @@ def processors(number: int | None) -> Iterator[list[int]]:
             for processor in mine:
                 name = names.enter_context(socket.socket(socket.AF_UNIX))
                 with contextlib.suppress(OSError):  # another cell's
-                    name.bind(f"\0horizon-processor-{processor}")
+                    name.bind(f"{HELD}{processor}")
                     held.append(processor)
                 if len(held) == number:
                     yield held
