@@ -90,12 +90,14 @@ def run(config: str, log: Path, folder: Path, environment: Mapping[str, str], co
 def processors(number: int | None) -> Iterator[list[int]]:
     """`number` processors of this machine that no other cell holds, or all of them (None); waits until they are free.
 
-    A name marks each as held, and is gone with the process that bound it.
+    A name marks each as held, and is gone with the process that bound it. Raises UserError for more than there are.
     """
     mine = sorted(os.sched_getaffinity(0))
     if number is None:
         yield mine
         return
+    if number > len(mine):  # Ray counts what the machine has, not what we may use of it
+        raise UserError(f"--cores {number} is more than the {len(mine)} processors that a cell may use on its machine")
     while True:
         with contextlib.ExitStack() as names:
             held: list[int] = []

@@ -66,17 +66,19 @@ def _died_early(folder: Path) -> bool:
 
 def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board, cores: int | None) -> dict[str, str]:
     """Run the cells of `todo` on the cluster, `cores` each; returns the reason of each that failed, by name."""
-    for cell in todo:
-        if _died_early(cell.config.run.dir):
-            shutil.rmtree(cell.config.run.dir)
     states = {cell.name: "finished" for cell in cells} | {cell.name: "waiting" for cell in todo}
     shown = {cell.name: progress(cell, states[cell.name]) for cell in cells}
     log_sizes = {cell.name: _size(_log(cell)) for cell in todo}
     failed: dict[str, str] = {}
-    first, started = sum(p.step for p in shown.values()), time.monotonic()
+    first = sum(p.step for p in shown.values() if p.state == "finished") + sum(map(_saved_step, todo))
+    started = time.monotonic()
     environment = {k: v for k, v in os.environ.items() if k != "RAY_JOB_CONFIG_JSON_ENV_VAR"}
     with cluster.connect():
-        task = ray.remote(cell_process.run).options(max_retries=0, **cell_process.share(ray.nodes(), cores))
+        share = cell_process.share(ray.nodes(), cores)
+        for cell in todo:
+            if _died_early(cell.config.run.dir):
+                shutil.rmtree(cell.config.run.dir)
+        task = ray.remote(cell_process.run).options(max_retries=0, **share)
         tasks = {}
         for cell in todo:
             tasks[task.remote(dump(cell.config), _log(cell).resolve(), Path.cwd(), environment, cores)] = cell
@@ -98,6 +100,12 @@ def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board, cores: int | 
                 left = sum(p.steps - p.step for p in shown.values() if p.state in ("running", "waiting"))
                 board.show(list(shown.values()), (time.monotonic() - started) / done * left if done > 0 else None)
     return failed
+
+
+def _saved_step(cell: Cell) -> int:
+    """The step that a cell goes on from."""
+    reached = checkpoint.latest(cell.config.run.dir / "checkpoints")
+    return checkpoint.step_of(reached) if reached else 0
 
 
 def progress(cell: Cell, state: str) -> Progress:
@@ -187,6 +195,8 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         arguments, options = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; see --help") from None
+    if arguments.cores is not None and arguments.cores < 1:
+        raise UserError(f"--cores {arguments.cores} is no number of processors; give 1 or more")
     if arguments.config is None:
         raise UserError("--config is missing; name a grid, such as launch/configs/main_comparison.toml")
     arguments.dir = arguments.dir or Path("runs", "-".join(filter(None, [arguments.config.stem, arguments.scale])))
@@ -219,7 +229,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
     for name, reason in failed.items():
         print(f"{name} failed: {reason}", file=sys.stderr)
-    print(f"{len(cells) - len(failed)} of {len(cells)} cells are finished; python launch/report.py {folder}/*/")
+    print(f"{len(cells) - len(failed)} of {len(cells)} cells are finished; python launch/report.py {folder}")
     return 1 if failed else 0
 
 

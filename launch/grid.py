@@ -14,7 +14,7 @@ The file has the tables of a run's configuration, which all cells share, and
     steps = 30
 
 A variant's tables win over the shared ones, options of the command line over all. A cell is one variant with one model
-and one seed, in the folder VARIANT[_MODEL]_seed-N. All cells have equal steps.
+and one seed, in the folder VARIANT[_MODEL]_seed-N (MODEL of grid.models). All cells have equal steps.
 """
 
 import tempfile
@@ -81,7 +81,7 @@ def cells(path: Path, folder: Path, *, scale: str | None = None, options: Sequen
     kinds: list[tuple[str, Config]] = []
     for model in grid.models or (None,):
         for variant in grid.variants:
-            name = f"{variant.name}_{Path(model).name}" if model and len(grid.models) > 1 else variant.name
+            name = f"{variant.name}_{Path(model).name}" if model else variant.name
             try:
                 own = merged(variant.model_extra or {})
                 _refuse_owned(own, (), grid)
@@ -160,7 +160,7 @@ def _check_distinct(kinds: Sequence[tuple[str, Config]], seeds: Sequence[int]) -
     for number, (name, config) in enumerate(kinds):
         for other, config_before in kinds[:number]:
             if name == other:
-                raise UserError(f"two variants are called {name}; give each a name of its own")
+                raise UserError(f"two cells are called {name}; give each variant and each model's folder its own name")
             if config == config_before:
                 raise UserError(f"{other} and {name} are the same run; leave one out, or the option that makes them so")
     if len(set(seeds)) < len(seeds):

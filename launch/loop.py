@@ -47,7 +47,8 @@ def train(
         ended = time.perf_counter()
         buffer.release(len(groups))
         times = StepTimes(
-            wait_seconds=taken - started + idle - learned,
+            wait_seconds=taken - started,
+            ahead_seconds=idle - learned,
             learn_seconds=learned - taken,
             publish_seconds=ended - idle,
             step_seconds=ended - started,

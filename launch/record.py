@@ -20,6 +20,7 @@ class StepTimes:
 
     wait_seconds: float  # for groups
     learn_seconds: float
+    ahead_seconds: float  # for the rollouts of the next step, before publishing (run.max_staleness)
     publish_seconds: float  # adapter out of the learner, into every actor, proved
     step_seconds: float
 
@@ -60,6 +61,7 @@ class Recorder:
             "adapter/canary_signal": published.canary_signal,
             "time/wait_seconds": times.wait_seconds,
             "time/learn_seconds": times.learn_seconds,
+            "time/ahead_seconds": times.ahead_seconds,
             "time/publish_seconds": times.publish_seconds,
             "time/load_seconds": published.load_seconds,
             "time/step_seconds": times.step_seconds,

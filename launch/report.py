@@ -40,7 +40,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
         "--export", metavar="FOLDER", type=Path, help="also write tables as CSV, figures as SVG and PNG"
     )
     parser.add_argument(
-        *("--watch",),
+        "--watch",
         metavar="PORT",
         type=int,
         nargs="?",
@@ -50,9 +50,9 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(list(argv))
 
 
-def write(folders: Sequence[Path], out: Path, *, version: str | None = None) -> Report:
+def write(folders: Sequence[Path], out: Path) -> Report:
     """Read the runs and write the report of them to `out`."""
-    report = make(read_all(folders), version=version)
+    report = make(read_all(folders))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(report.html, encoding="utf-8", errors="replace")
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
             report.export(chosen.export)
             print(f"wrote tables and figures to {chosen.export}")
         if chosen.watch is not None:
-            serve(chosen.runs, lambda version: write(chosen.runs, out, version=version).html, chosen.watch)
+            serve(chosen.runs, lambda: write(chosen.runs, out).html, chosen.watch)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

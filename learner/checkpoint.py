@@ -33,7 +33,12 @@ def written_whole(folder: Path) -> Iterator[Path]:
 def latest(folder: Path) -> Path | None:
     """The whole checkpoint of the highest step in `folder` (step-000030, ...), or None."""
     found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps behind a checkpoint, by its folder's name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def name(step: int) -> str:

@@ -54,6 +54,7 @@ def steady(steps: int) -> dict[str, list[float]]:
         "time/reward_seconds": 0.5,
         "time/wait_seconds": 2.5,
         "time/learn_seconds": 4.0,
+        "time/ahead_seconds": 0.0,
         "time/publish_seconds": 1.0,
         "time/step_seconds": 7.5,
     }

@@ -31,7 +31,7 @@ def test_or_as_many_cores_as_it_is_given() -> None:
     assert share([node(CPU=2.0)], 2) == {"num_cpus": 2}
 
 
-@pytest.mark.parametrize("cores", [0, -1, 3])
+@pytest.mark.parametrize("cores", [0, 3])
 def test_cores_that_no_machine_has_are_refused(cores: int) -> None:
     with pytest.raises(UserError, match=f"--cores {cores} is not from 1 to 2"):
         share([node(CPU=1.0), node(CPU=2.0)], cores)
@@ -72,6 +72,14 @@ def test_one_who_finds_none_free_waits() -> None:
         freed = time.monotonic()
     thread.join(10)
     assert got and got[0] >= freed
+
+
+def test_more_processors_than_there_are_is_no_long_wait() -> None:
+    with (
+        pytest.raises(UserError, match=f"--cores {len(ALL) + 1} is more than the {len(ALL)}"),
+        processors(len(ALL) + 1),
+    ):
+        pytest.fail("it cannot have them")
 
 
 def test_all_processors_are_nobodys_to_hold() -> None:

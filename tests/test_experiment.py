@@ -119,7 +119,7 @@ def test_only_what_is_not_finished_runs_again(checkout: Path, environment: dict[
     assert bad == "bad_seed-1 failed: status 1, run failed: it is bad"
     assert torn.startswith("torn_seed-1 failed: SIGKILL, # 2")  # it said nothing: the log's own line
     assert "good_seed-1: finished 3/3 1.50 -" in out
-    assert out.splitlines()[-1] == "1 of 3 cells are finished; python launch/report.py runs/grid/*/"
+    assert out.splitlines()[-1] == "1 of 3 cells are finished; python launch/report.py runs/grid"
     (checkout / "runs" / "grid" / "bad_seed-1" / "rollouts.jsonl").write_text("of the run that died\n")
     status, out, err, starts = finish(checkout, {**environment, "MEND": "1"})
     assert status == 0, err
@@ -128,7 +128,7 @@ def test_only_what_is_not_finished_runs_again(checkout: Path, environment: dict[
     assert len(list((checkout / "runs" / "grid" / "torn_seed-1" / "checkpoints").iterdir())) == 3
     status, out, err, starts = finish(checkout, environment)
     assert (status, starts) == (0, [])
-    assert out.splitlines()[-1] == "3 of 3 cells are finished; python launch/report.py runs/grid/*/"
+    assert out.splitlines()[-1] == "3 of 3 cells are finished; python launch/report.py runs/grid"
 
 
 @pytest.mark.slow
@@ -241,6 +241,7 @@ def test_a_dry_run_says_what_each_cell_will_do(here: Path, capsys: pytest.Captur
     [
         ([], "--config is missing; name a grid, such as launch/configs/main_comparison.toml"),
         (["--config"], "argument --config: expected one argument; see --help"),
+        (["--config", "grid.toml", "--cores", "0"], "--cores 0 is no number of processors; give 1 or more"),
         (["--config", "grid.toml", "--cores", "half"], "argument --cores: invalid int value: 'half'; see --help"),
         (["--config", "grid.toml", "--scale", "gpu"], "--scale gpu is not in grid.toml; leave it out"),
         (["--config", "grid.toml", "--run.stepps", "3"], "--run.stepps is no option; did you mean --run.steps?"),

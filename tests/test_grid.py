@@ -1,5 +1,6 @@
 """Grids: which cells a file makes, with what configuration, and the one line that says what is wrong with it."""
 
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_cells_share_their_data(file: Path) -> None:
         ("seeds = [3, 5]", "seeds = [3, 0.5]", "grid.seeds.1=0.5: Input should be a valid integer"),
         ("seeds = [3, 5]", "seeds = [3, -5]", "grid.seeds.1=-5: Input should be greater than or equal to 0"),
         ('name = "plain"', 'name = "a/b"', "grid.variants.0.name='a/b': "),
-        ('name = "plain"', 'name = "ah"', "two variants are called ah_model-a"),
+        ('name = "plain"', 'name = "ah"', "two cells are called ah_model-a"),
         ('name = "plain", ', "", "grid.variants.0.name is missing"),
         ('name = "grpo"', 'name = "grppo"', "variant plain: method.name=grppo is no method; did you mean grpo?"),
         ("inner_updates", "inner_updats", "variant ah: learner.inner_updats=2 is no option; did you mean"),
@@ -161,11 +162,26 @@ def _first(cells: list[grid.Cell]) -> tuple[int, str]:
 
 @pytest.mark.parametrize("scale", [None, "cpu"])
 def test_the_ready_made_grids_hold_the_papers_comparisons(scale: str | None) -> None:
-    main = [("sa-ah-grpo", 0.0), ("ah-grpo", 0.5), ("sa-ah-grpo", 0.5), ("grpo", METHODS["grpo"].alpha)]
-    assert rows("main_comparison.toml", scale) == main
-    assert rows("alpha_sweep_ah.toml", scale) == [("ah-grpo", a) for a in (-0.25, 0, 0.1, 0.25, 0.5)]
-    assert rows("alpha_sweep_sa_ah.toml", scale) == [("sa-ah-grpo", a) for a in (-0.25, 0, 0.1, 0.25, 0.5, 1)]
+    eq2, alpha_1 = ([("grpo", METHODS["grpo"].alpha)], [1]) if scale is None else ([], [])
+    baseline = ("sa-ah-grpo", 0.0)
+    assert rows("main_comparison.toml", scale) == [baseline, ("ah-grpo", 0.5), ("sa-ah-grpo", 0.5), *eq2]
+    for method, more in (("ah-grpo", []), ("sa-ah-grpo", alpha_1)):
+        sweep = [(method, -0.25), baseline, *((method, alpha) for alpha in (0.1, 0.25, 0.5, *more))]
+        assert rows(f"alpha_sweep_{method.replace('-grpo', '').replace('-', '_')}.toml", scale) == sweep
     assert [name for name, _ in rows("methods.toml", scale)] == list(METHODS)
+
+
+@pytest.mark.parametrize(("scale", "shared"), [(None, 5 * 3), ("cpu", 3 * 3)])
+def test_grids_in_one_folder_share_what_they_have_in_common(scale: str | None, shared: int) -> None:
+    """Every seed of the baseline, of AH 0.5 and of SA-AH 0.5 (on the 1.5B model): equal names are equal runs."""
+    names = ("main_comparison.toml", "alpha_sweep_ah.toml", "alpha_sweep_sa_ah.toml")
+    grids = [{cell.name: cell.config for cell in grid.cells(CONFIGS / name, Path("x"), scale=scale)} for name in names]
+    in_two = {name for one, other in combinations(grids, 2) for name in one.keys() & other.keys()}
+    assert len(in_two) == shared
+    for name in in_two:
+        one, *others = [each[name] for each in grids if name in each]
+        assert all(other == one for other in others), name
+    assert len(set(map(repr, {**grids[0], **grids[1], **grids[2]}.values()))) == len({*grids[0], *grids[1], *grids[2]})
 
 
 def test_the_ready_made_grids_are_the_papers_recipe_and_the_embedded_default() -> None:

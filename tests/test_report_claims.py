@@ -42,6 +42,33 @@ def verdict(runs, words):
 LESS = "less variance than GRPO"
 
 
+def test_a_mixture_is_none_of_the_papers_methods_and_says_what_it_mixes(tmp_path):
+    asymmetric = {"method": {"advantage": "asymmetric", "beta_pos": 0.9}}
+    for seed in (1, 2, 3):
+        run_folders.write(tmp_path / f"mixed-{seed}", seed=seed, passes={0: 0.1, 4: 0.9}, settings=asymmetric)
+    (alone,) = group(read_all([tmp_path]))
+    assert (alone.role, alone.label) == ("", "sa-ah-grpo, α 0.5, advantage=asymmetric")
+    run_folders.write(tmp_path / "plain", passes={0: 0.5, 4: 0.5})
+    runs = read_all([tmp_path])
+    assert {g.role for g in group(runs)} == {"", "SA-AH-GRPO"}
+    assert "one seed" in verdict(runs, "SA-AH-GRPO improves on the base").reason  # of the plain one alone
+
+
+def test_both_of_the_papers_reductions_are_grpo(tmp_path):
+    run_folders.write(tmp_path / "grpo", method="grpo", alpha=None, settings={"method": {"normaliser": "token-mean"}})
+    run_folders.write(tmp_path / "clip", method="ah-grpo", settings={"method": {"clip_high": 0.3, "beta": 0.0}})
+    assert [g.role for g in group(read_all([tmp_path]))] == ["GRPO", "AH-GRPO"]
+
+
+def test_claims_are_about_settings_that_have_a_method_of_the_paper(tmp_path):
+    run_folders.write(tmp_path / "ah", method="ah-grpo")
+    run_folders.write(tmp_path / "holder", method="holder", alpha=None, settings={"learner": {"inner_updates": 2}})
+    settings = settings_of(group(read_all([tmp_path])))
+    assert len(settings) == 2
+    assert len(verdicts(settings)) == len(CLAIMS)
+    assert len(verdicts({k: v for k, v in settings.items() if v[0].method == "holder"})) == len(CLAIMS)
+
+
 def test_a_claim_holds(tmp_path):
     found = verdict(grid(tmp_path, lambda name: QUIET if name == "SA-AH-GRPO" else WILD), LESS)
     assert found.verdict == HOLDS

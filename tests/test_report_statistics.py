@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from launch.reporting import statistics
-from launch.reporting.statistics import binomial, bootstrap, difference, mean, ratio, training_variance
+from launch.reporting.statistics import (
+    binomial,
+    bootstrap,
+    detrended_variance,
+    difference,
+    mean,
+    ratio,
+    training_variance,
+)
 
 
 def test_training_variance_by_hand():
@@ -21,6 +29,15 @@ def test_training_variance_by_hand():
 @pytest.mark.parametrize("rewards", [[], [1.0], [1.0, 2.0], [1.0, 2.0, 3.0, math.nan]])
 def test_training_variance_needs_two_numbers(rewards):
     assert math.isnan(training_variance(np.array(rewards)))
+
+
+def test_detrended_variance_by_hand():
+    # From the line 1.6 + 0.1 x (x 0 .. 3) the numbers 1, 3, 1, 2 are -.6, 1.3, -.8, .1 away: squares 2.7, over 4 - 2.
+    assert detrended_variance(np.array([9.0, 9.0, 9.0, 9.0, 1.0, 3.0, 1.0, 2.0])) == pytest.approx(2.7 / 2)
+    rising = np.array([0.0, 0.0, 0.0, 0.0, 1.0, math.nan, 3.0, 4.0])
+    assert detrended_variance(rising) == pytest.approx(0, abs=1e-20)
+    assert training_variance(rising) > 1.5
+    assert math.isnan(detrended_variance(np.array([1.0, 2.0, math.nan, 5.0, 6.0])))
 
 
 @pytest.mark.parametrize("seeds", [[1.0, 6.0], [1.0, 2.0, 6.0], [1.0, 2.0, 3.0, 6.0]])

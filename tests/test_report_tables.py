@@ -17,7 +17,7 @@ def test_table_2_has_the_numbers_of_the_runs_and_of_the_paper(tmp_path):
     assert base[:2] + base[4:5] == ["smollm2-135m-instruct", "base (zero-shot)", "0.875 ± 0.081"]
     assert run[1:] == [
         *("sa-ah-grpo, α 0.5", "4", "2", "0.562 [0.500, 0.625]", "0.750 ± 0.106"),
-        *("2.5000 [1.0000, 4.0000]", "0.01000"),
+        *("2.5000 [1.0000, 4.0000]", "-", "0.01000"),
     ]
     assert published[3] == [
         "Qwen2.5-3B",
@@ -27,8 +27,19 @@ def test_table_2_has_the_numbers_of_the_runs_and_of_the_paper(tmp_path):
         "0.846 ± 0.032",
         "0.858 ± 0.031",
         "0.0246",
+        "-",
         "0.00785",
     ]
+
+
+def test_an_unfinished_run_is_marked_and_eq_2_is_no_part_of_the_sweep(tmp_path):
+    """Table 5 is one loss at several alphas, its 0 first; the mean within each completion first is another loss."""
+    for method, alpha in (("ah-grpo", -0.25), ("sa-ah-grpo", 0.0), ("grpo", None)):
+        run_folders.write(tmp_path / f"{method}", method=method, alpha=alpha, steps=9)
+    groups = group(read_all([tmp_path]))
+    assert {row.cells[3].text for row in tables.summary(groups).rows[1:4]} == {"1 (not finished)"}
+    ours = [[cell.text for cell in row.cells[1:3]] for row in tables.ablation(groups).rows if not row.of_paper]
+    assert ours == [["sa-ah-grpo, α 0", "0"], ["ah-grpo, α -0.25", "-0.25"]]
 
 
 def test_every_footnote_stands_at_a_number(tmp_path):

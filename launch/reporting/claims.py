@@ -211,5 +211,6 @@ CLAIMS = (
 
 
 def verdicts(settings: dict[str, list[Group]]) -> list[Verdict]:
-    """Every claim in every setting."""
-    return [judge(claim, setting, groups) for setting, groups in settings.items() for claim in CLAIMS]
+    """Every claim in every setting that has a method of the paper; in all if none has."""
+    of_paper = {setting: groups for setting, groups in settings.items() if any(group.role for group in groups)}
+    return [judge(claim, setting, groups) for setting, groups in (of_paper or settings).items() for claim in CLAIMS]

@@ -14,6 +14,8 @@ from launch.reporting.measures import variance
 from launch.reporting.statistics import Estimate, bootstrap
 from launch.reporting.style import COLOURS, INK, Style, styles
 
+MAX_BANDS = 4  # that one can still tell apart on one panel
+
 
 def _over_seeds(curves: np.ndarray) -> np.ndarray:
     """float [steps], mean over seeds of [seeds, steps]; NaN where no seed has a number."""
@@ -24,23 +26,26 @@ def _over_seeds(curves: np.ndarray) -> np.ndarray:
 
 
 def rewards(groups: Sequence[Group]) -> Drawn:
-    """Reward mean +- standard deviation over steps, a panel a group on common axes."""
-    looks = styles(groups)
-    figure, axes = panels(max(len(groups), 1), width=3.1, height=2.3, sharex=True, sharey=True)
-    settings = settings_of(groups)
-    for each, group in zip(axes, groups, strict=False):
+    """Reward mean +- standard deviation over steps: all groups of a setting on one panel, then a panel each."""
+    looks, settings = styles(groups), settings_of(groups)
+    overlays = {setting: members for setting, members in settings.items() if len(members) > 1}
+    figure, axes = panels(max(len(overlays) + len(groups), 1), width=3.1, height=2.3, sharex=True, sharey=True)
+    for each, (setting, members) in zip(axes, overlays.items(), strict=False):
+        each.set_title("all" if len(settings) == 1 else f"all\n{setting}")
+        for group in members:
+            _reward(each, group, looks[group.label], band=0.08 if len(members) <= MAX_BANDS else 0.0)
+    for each, group in zip(axes[len(overlays) :], groups, strict=False):
         style = looks[group.label]
         each.set_title(group.label if len(settings) == 1 else f"{group.label}\n{group.setting}", color=style.colour)
         if not group.steps:
             empty(each, "no step yet")
             continue
         curves = group.curve("reward/mean")
-        centre, spread = _over_seeds(curves), _over_seeds(group.curve("reward/std"))
-        each.fill_between(group.steps, centre - spread, centre + spread, color=style.colour, alpha=0.18, linewidth=0)
         for seed in curves if len(curves) > 1 else ():
             each.plot(group.steps, seed, color=style.colour, linewidth=0.6, alpha=0.6)
-        each.plot(group.steps, centre, color=style.colour)
+        _reward(each, group, style, band=0.18)
         each.axvline(group.steps[len(group.steps) // 2], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+    for each in axes:
         each.set_ylabel("reward")
         each.label_outer()
     for lowest in axes[-3:]:  # of each column, whose last row may be short
@@ -49,10 +54,20 @@ def rewards(groups: Sequence[Group]) -> Drawn:
     return Drawn(
         key="figure-a3",
         title="Figure A3. Training reward over steps",
-        caption="Mean reward of a step's rollouts (thin: single seeds) ± their standard deviation. Right of the dotted "
-        "line: the second half of the steps, whose variance is the training variance.",
+        caption="Mean reward of a step's rollouts (thin: single seeds) ± their standard deviation. First, if there are "
+        "several, the methods of a setting together, in the colours of their own panels (many: without deviation). "
+        "Right of the dotted line: the second half of the steps, whose variance is the training variance.",
         figure=figure,
     )
+
+
+def _reward(axes: Axes, group: Group, style: Style, *, band: float) -> None:
+    """The mean over seeds, and a band of this opacity around it."""
+    if not group.steps:
+        return
+    centre, spread = _over_seeds(group.curve("reward/mean")), _over_seeds(group.curve("reward/std"))
+    axes.fill_between(group.steps, centre - spread, centre + spread, color=style.colour, alpha=band, linewidth=0)
+    axes.plot(group.steps, centre, color=style.colour, linestyle=style.line)
 
 
 def variances(groups: Sequence[Group]) -> Drawn:
@@ -78,18 +93,17 @@ def variances(groups: Sequence[Group]) -> Drawn:
         key="training-variance",
         title="Training variance",
         caption="Variance of the mean step reward over the second half of the steps (logarithmic). Circles: seeds; "
-        "diamond and bar: mean and bootstrap 95 % interval over seeds.",
+        "diamond and bar: mean and bootstrap 95 % interval over seeds. A variance of 0 has no place on this scale.",
         figure=figure,
     )
 
 
 def _dots(axes: Axes, title: str, rows: Sequence[tuple[str, np.ndarray, Style]]) -> None:
     axes.set_title(title)
-    shown = [(label, values[values > 0], style) for label, values, style in rows]
-    if not any(len(values) for _, values, _ in shown):
-        empty(axes, "no run of two steps or more yet")
+    if not any((values > 0).any() for _, values, _ in rows):
+        empty(axes, "no run has a variance yet")
         return
-    for place, (_, values, style) in enumerate(shown):
+    for place, (_, values, style) in enumerate(rows):
         estimate: Estimate = bootstrap(values)
         axes.plot([estimate.low, estimate.high], [place, place], color=style.colour, linewidth=2.2)
         axes.plot(values, [place] * len(values), "o", color=style.colour, markerfacecolor="none", markersize=4)
@@ -99,8 +113,8 @@ def _dots(axes: Axes, title: str, rows: Sequence[tuple[str, np.ndarray, Style]])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("training variance (reward²)")
-    axes.set_yticks(range(len(shown)), [label for label, _, _ in shown])
-    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
 NEGATIVE: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (1, 1)), "marker": ".", "markersize": 3.5}

@@ -10,6 +10,10 @@ from common.methods import METHODS
 from launch.reporting.runs import OF_ONE_RUN, Run
 
 PAPER_ALPHA = 0.5
+IDEAS = (  # the fields of a method that make it what it is; a row with another of them is a mixture
+    *("opening", "advantage", "token_advantage", "token_weight", "selective", "top_entropy_fraction"),
+    *("ratio", "normaliser"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,12 @@ class Group:
 
     @property
     def role(self) -> str:
-        """Its name in the paper: "GRPO", "AH-GRPO", "SA-AH-GRPO"; "" for a method that it does not have."""
+        """Its name in the paper: "GRPO", "AH-GRPO", "SA-AH-GRPO"; "" for a method that it does not have.
+
+        GRPO with another normaliser is still GRPO: the paper has two of them.
+        """
+        if set(_mixed_in(self.runs[0].settings)) - ({"normaliser"} if self.method == "grpo" else set()):
+            return ""
         if self.method == "grpo" or (self.method in ("ah-grpo", "sa-ah-grpo") and self.alpha == 0):
             return "GRPO"
         return {"ah-grpo": "AH-GRPO", "sa-ah-grpo": "SA-AH-GRPO"}.get(self.method, "")
@@ -80,7 +89,8 @@ def group(runs: Sequence[Run]) -> list[Group]:
     for found, identity, setting in zip(by_settings.values(), identities, around, strict=True):
         name = identity["method.name"]
         peers = [other for other in identities if other["method.name"] == name]
-        changed = [f"{k.removeprefix('method.')}={identity.get(k)}" for k in _varying(peers) if _is_extra(k)]
+        extra = {k.removeprefix("method.") for k in _varying(peers) if _is_extra(k)} | set(_mixed_in(identity))
+        changed = [f"{field}={identity.get(f'method.{field}')}" for field in sorted(extra)]
         elsewhere = [f"{k}={setting.get(k)}" for k in _varying(around) if k != "model.path"]
         alpha = [f"α {identity['method.alpha']:g}"] if identity.get("method.token_weight") == "horizon" else []
         made.append(
@@ -116,6 +126,12 @@ def _identity(run: Run) -> dict[str, Any]:
 def _key(identity: Mapping[str, Any]) -> str:
     """The same text for the same settings: in TOML somebody may have written 0 for 0.0."""
     return repr([(k, float(v) if isinstance(v, int) else v) for k, v in sorted(identity.items())])
+
+
+def _mixed_in(settings: Mapping[str, Any]) -> list[str]:
+    """The ideas of a run that are not its row's own; none for a method that is not in the table."""
+    row = METHODS.get(str(settings["method.name"]))
+    return [field for field in IDEAS if row and settings[f"method.{field}"] != getattr(row, field)]
 
 
 def _is_extra(key: str) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 
 from launch.reporting.groups import Group
 from launch.reporting.runs import Run
-from launch.reporting.statistics import Estimate, binomial, bootstrap, finite, training_variance
+from launch.reporting.statistics import Estimate, binomial, bootstrap, detrended_variance, finite, training_variance
 
 EDGE_STEPS = 5  # the first and the last steps that "at the start" and "at the end" are means of
 
@@ -29,6 +29,11 @@ def base(run: Run) -> float:
 def variance(run: Run) -> float:
     """The paper's training variance."""
     return training_variance(run.series("reward/mean"))
+
+
+def variance_around_trend(run: Run) -> float:
+    """The training variance without what the run still learns meanwhile."""
+    return detrended_variance(run.series("reward/mean"))
 
 
 def mean_kl(run: Run) -> float:

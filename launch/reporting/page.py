@@ -24,7 +24,7 @@ from launch.reporting.table import ABSENT, Table
 from launch.reporting.verdicts import Verdict
 
 ASSETS = Path(__file__).parent / "assets"
-PHASES = ("rollout", "reward", "learn", "publish", "wait", "step")  # time/*_seconds
+PHASES = ("rollout", "reward", "wait", "learn", "ahead", "publish", "step")  # time/*_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +51,8 @@ class Report:
             (folder / f"{drawn.key}.png").write_bytes(png(drawn.figure))
 
 
-def make(runs: Sequence[Run], *, version: str | None = None) -> Report:
-    """The report of the runs; with a `version` its page asks the server that it came from for a newer one."""
+def make(runs: Sequence[Run]) -> Report:
+    """The report of the runs."""
     groups = group(runs)
     made = tables.all_tables(groups)
     verdicts = claims.verdicts(settings_of(groups))
@@ -66,7 +66,7 @@ def make(runs: Sequence[Run], *, version: str | None = None) -> Report:
         css=Markup(_asset("report.css")),
         js=Markup(_asset("report.js")),
         colours=COLOURS,
-        data=Markup(embedded(page_data(runs, groups, samples))),
+        data=Markup(embedded(page_data(runs, samples))),
         differences=settings,
         figures=[(each, Markup(inline(svg(each.figure, each.key), each.key, escape(each.title)))) for each in drawn],
         footnotes=list(paper.FOOTNOTES.items()),
@@ -77,7 +77,6 @@ def make(runs: Sequence[Run], *, version: str | None = None) -> Report:
         num_shown=sum(each.num_shown for each in samples),
         tables=made,
         verdicts=verdicts,
-        version=version,
     )
     return Report(html=html, tables=(*made, _claims_table(verdicts), settings), figures=tuple(drawn))
 
@@ -98,15 +97,12 @@ def draw(groups: Sequence[Group]) -> list[Drawn]:
         ]
 
 
-def page_data(runs: Sequence[Run], groups: Sequence[Group], samples: Sequence[Samples]) -> dict[str, Any]:
+def page_data(runs: Sequence[Run], samples: Sequence[Samples]) -> dict[str, Any]:
     """What the page's script draws from: samples, times and settings of each run."""
-    labels = {id(run): each.label for each in groups for run in each.runs}
     return {
         "runs": [
             {
                 "name": run.name,
-                "label": labels[id(run)],
-                "seed": run.seed,
                 "steps": run.steps.tolist(),
                 "times": {phase: _plain(run.series(f"time/{phase}_seconds")) for phase in PHASES},
                 "recorded": of_run.num_recorded,

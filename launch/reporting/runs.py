@@ -1,4 +1,4 @@
-"""Run folders as the report sees them: read whatever is there, group repetitions, find what can be compared."""
+"""Run folders as the report sees them: whatever is there is read, and told apart by name."""
 
 import json
 import math

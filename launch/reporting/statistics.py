@@ -109,3 +109,17 @@ def training_variance(rewards: np.ndarray) -> float:
     """
     second_half = finite(rewards[len(rewards) // 2 :])
     return float(second_half.var()) if len(second_half) >= 2 else math.nan
+
+
+def detrended_variance(rewards: np.ndarray) -> float:
+    """Variance of the same numbers around their least-squares line, with n - 2 degrees of freedom.
+
+    The training variance also counts what a run still learns in its second half; this does not. NaN for fewer than
+    three numbers.
+    """
+    second_half = rewards[len(rewards) // 2 :]
+    at = np.flatnonzero(np.isfinite(second_half))
+    if len(at) < 3:
+        return math.nan
+    line = np.polynomial.Polynomial.fit(at, second_half[at], deg=1)
+    return float(((second_half[at] - line(at)) ** 2).sum() / (len(at) - 2))

@@ -37,7 +37,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folders: Sequence[Path], render: Callable[[str], str], port: int) -> None:
+    def __init__(self, folders: Sequence[Path], render: Callable[[], str], port: int) -> None:
         self.folders = folders
         self.render = render
         self.made = "", b""  # the newest page's version, and the page
@@ -62,7 +62,8 @@ class Server(ThreadingHTTPServer):
 
     def _make(self, version: str) -> None:
         try:
-            self.made = version, self.render(version).encode("utf-8", errors="replace")
+            asking = self.render().replace("<body>", f'<body data-version="{version}">', 1)  # for a newer one
+            self.made = version, asking.encode("utf-8", errors="replace")
         except (UserError, OSError) as error:
             if version != self.failed_of:
                 print(f"the report stays as it was: {error}", file=sys.stderr, flush=True)
@@ -108,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: a page that asks every two seconds would fill the terminal."""
 
 
-def serve(folders: Sequence[Path], render: Callable[[str], str], port: int) -> None:
+def serve(folders: Sequence[Path], render: Callable[[], str], port: int) -> None:
     """Serve until Ctrl-C. Raises UserError if the port is taken."""
     try:
         server = Server(folders, render, port)

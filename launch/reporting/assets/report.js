@@ -149,14 +149,14 @@ function starts(time) {
   const ready = time.wait ?? (time.rollout ?? 0) + (time.reward ?? 0);
   return {
     rollout: ready - (time.reward ?? 0) - (time.rollout ?? 0), reward: ready - (time.reward ?? 0),
-    learn: ready, publish: ready + (time.learn ?? 0),
+    learn: ready, publish: ready + (time.learn ?? 0) + (time.ahead ?? 0),
   };
 }
 
 function drawTimeline(run) {
   const place = run.steps.indexOf(state.step);
   const time = Object.fromEntries(Object.entries(run.times).map(([phase, values]) => [phase, values[place] ?? null]));
-  byId("timeline-of").textContent = `${run.name}, step ${state.step ?? ABSENT}: ${shown(time.step)} s in all, of which ${shown(time.wait)} s waiting for rollouts.`;
+  byId("timeline-of").textContent = `${run.name}, step ${state.step ?? ABSENT}: ${shown(time.step)} s in all, of which ${shown(time.wait)} s waiting for rollouts${time.ahead >= 0.005 ? ` and ${shown(time.ahead)} s for those of the next step` : ""}.`;
   const at = starts(time);
   const known = PHASES.filter(([phase]) => time[phase] != null);
   if (!known.length) { byId("gantt").replaceChildren("No times of this step."); return; }
@@ -261,4 +261,7 @@ async function watch() {
 settle();
 draw();
 drawTheme();
-if (document.body.dataset.version) watch();
+if (document.body.dataset.version) {
+  byId("watch").hidden = false;
+  watch();
+}
