@@ -228,6 +228,7 @@ METHODS: dict[str, Method] = {
     "gspo": Method(
         paper="arXiv 2507.18071",
         equation="5, 7",
+        remark="without several learner.inner_updates its ratio is 1 and it is grpo",
         ratio="sequence",
         normaliser="sequence-mean",
         clip_low=3e-4,

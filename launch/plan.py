@@ -19,7 +19,8 @@ from learner import checkpoint, head
 from learner.model import unsupported
 
 CANARY_TOKENS = 128  # at most; enough to average the noise of bfloat16 out
-MAY_DIFFER = {"run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"}  # on resuming
+# On resuming; the folder is the one that was read, however it is spelled now.
+MAY_DIFFER = {"run.dir", "run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"}
 
 NO_OVERLAP = (
     "overlap (run.max_staleness=1) does not pay on one GPU: the kernels of its two processes take turns there, so that "
@@ -115,8 +116,8 @@ def warnings(config: Config) -> list[str]:
     """What is allowed, but does not do what its name says."""
     method = config.method.resolve()
     found = []
-    if method.ratio == "power-mean" and config.learner.inner_updates == 1:
-        found.append("the power of ratio=power-mean has no effect with learner.inner_updates=1: every ratio is 1")
+    if method.ratio != "token" and config.learner.inner_updates == 1:
+        found.append(f"ratio={method.ratio} has no effect with learner.inner_updates=1: every ratio is 1")
     if config.run.max_staleness and method.importance == "none":
         found.append(f"run.max_staleness={config.run.max_staleness} without method.importance: nothing corrects for it")
     if method.needs_evaluation_mode and config.model.lora_dropout > 0:

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from launch import run, wiring
+from common.command_line import load
+from common.config import dump
+from launch import cluster, plan, run, wiring
 
 QUESTION = {"question": "1 + 1?", "answer": "2 #### 2"}
 
@@ -97,6 +99,17 @@ def test_resuming_with_other_options_names_the_difference(capsys, tmp_path):
     (folder / "config.toml").write_text(written)
     line = refuse(capsys, "--run.dir", str(folder), "--run.resume", "--method.alpha", "0.25")
     assert "method.alpha=0.25 differs from 0.5" in line
+
+
+def test_a_moved_run_folder_resumes_by_any_name_of_it(tmp_path, monkeypatch):
+    begun = load([], cluster.DEFAULT_CONFIG)
+    folder = tmp_path / "moved"
+    (folder / "checkpoints" / "step-000015").mkdir(parents=True)
+    (folder / "config.toml").write_text(dump(begun))  # its run.dir is another
+    monkeypatch.chdir(tmp_path)
+    for name in ("moved", "./moved", str(folder)):
+        config = load(["--run.dir", name, "--run.resume"], cluster.DEFAULT_CONFIG)
+        assert plan.run_folder(config).name == "step-000015"
 
 
 def test_dry_run_prints_a_configuration_that_loads(capsys, tmp_path):

@@ -189,8 +189,9 @@ def test_stale_rollouts_get_importance_weights_unless_something_is_said(empty: P
 
 def test_warnings_name_what_has_no_effect(empty: Path) -> None:
     assert warnings(load(["--method.name", "grpo"], empty)) == []
-    [one] = warnings(load(["--method.name", "holder"], empty))
-    assert "inner_updates=1" in one
-    assert warnings(load(["--method.name", "holder", "--learner.inner_updates", "2"], empty)) == []
+    for name in ("holder", "gspo", "cispo"):
+        [one] = warnings(load(["--method.name", name], empty))
+        assert "inner_updates=1" in one
+        assert warnings(load(["--method.name", name, "--learner.inner_updates", "2"], empty)) == []
     [one] = warnings(load(["--method.name", "arca"], empty))
     assert "lora_dropout=0.05 is off" in one
