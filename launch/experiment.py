@@ -29,7 +29,7 @@ import ray
 from common.config import dump
 from common.metrics import mean, read_lines
 from common.types import UserError
-from launch import cell_process, cluster, grid, plan
+from launch import cell_process, cluster, grid, plan, record
 from launch.display import Board, Progress
 from launch.grid import Cell
 from learner import checkpoint
@@ -67,17 +67,15 @@ def _died_early(folder: Path) -> bool:
 def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board, cores: int | None) -> dict[str, str]:
     """Run the cells of `todo` on the cluster, `cores` each; returns the reason of each that failed, by name."""
     states = {cell.name: "finished" for cell in cells} | {cell.name: "waiting" for cell in todo}
-    shown = {cell.name: progress(cell, states[cell.name]) for cell in cells}
     log_sizes = {cell.name: _size(_log(cell)) for cell in todo}
     failed: dict[str, str] = {}
-    first = sum(p.step for p in shown.values() if p.state == "finished") + sum(map(_saved_step, todo))
-    started = time.monotonic()
     environment = {k: v for k, v in os.environ.items() if k != "RAY_JOB_CONFIG_JSON_ENV_VAR"}
     with cluster.connect():
         share = cell_process.share(ray.nodes(), cores)
         for cell in todo:
-            if _died_early(cell.config.run.dir):
-                shutil.rmtree(cell.config.run.dir)
+            _clear(cell)
+        shown = {cell.name: progress(cell, states[cell.name]) for cell in cells}
+        first, started = sum(p.step for p in shown.values()), time.monotonic()
         task = ray.remote(cell_process.run).options(max_retries=0, **share)
         tasks = {}
         for cell in todo:
@@ -102,10 +100,13 @@ def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board, cores: int | 
     return failed
 
 
-def _saved_step(cell: Cell) -> int:
-    """The step that a cell goes on from."""
-    reached = checkpoint.latest(cell.config.run.dir / "checkpoints")
-    return checkpoint.step_of(reached) if reached else 0
+def _clear(cell: Cell) -> None:
+    """Remove what a run did after its last checkpoint: it starts again from there, or from nothing."""
+    folder = cell.config.run.dir
+    if _died_early(folder):
+        shutil.rmtree(folder)
+    elif reached := checkpoint.latest(folder / "checkpoints"):
+        record.rewind(folder, checkpoint.step_of(reached))
 
 
 def progress(cell: Cell, state: str) -> Progress:

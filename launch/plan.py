@@ -117,7 +117,7 @@ def warnings(config: Config) -> list[str]:
     method = config.method.resolve()
     found = []
     if method.ratio != "token" and config.learner.inner_updates == 1:
-        found.append(f"ratio={method.ratio} has no effect with learner.inner_updates=1: every ratio is 1")
+        found.append(f"ratio={method.ratio} is 1 with learner.inner_updates=1: neither clip nor power has an effect")
     if config.run.max_staleness and method.importance == "none":
         found.append(f"run.max_staleness={config.run.max_staleness} without method.importance: nothing corrects for it")
     if method.needs_evaluation_mode and config.model.lora_dropout > 0:

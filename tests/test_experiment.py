@@ -193,6 +193,14 @@ def test_cells_share_out_the_gpus_of_a_cluster(checkout: Path, environment: dict
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
 def test_cells_of_one_core_run_at_once_each_on_its_own(checkout: Path, environment: dict[str, str]) -> None:
+    died = checkout / "runs" / "grid" / "good_seed-1"
+    died.mkdir(parents=True)
+    (died / "config.toml").write_text("")
+    (died / "metrics.jsonl").write_text("of a run that died\n")
+    process = start(checkout, environment, "--cores", "999")
+    _, err = process.communicate(timeout=200)
+    assert (process.returncode, err.splitlines()[-1][:18]) == (2, "--cores 999 is not")
+    assert (died / "metrics.jsonl").exists()  # refused before anything is emptied
     process = start(checkout, {**environment, "MEND": "1", "TOGETHER": "2"}, "--cores", "1")
     out, err = process.communicate(timeout=200)
     assert "good_seed-1: finished 3/3" in out, err  # the two first waited for each other

@@ -1,6 +1,7 @@
 """The loop with the real learner on a tiny model; actors and Ray are stood in for, to script what the loop meets."""
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -89,6 +90,17 @@ def test_every_step_is_recorded_and_fresh(run, tmp_path, capsys):
     assert [m["adapter/version"] for m in metrics] == [1, 2, 3]
     assert [m["staleness/max"] for m in metrics] == [0, 0, 0]
     assert "step 3/3 reward 1.50 ± 1.50" in capsys.readouterr().out
+
+
+def test_waiting_for_rollouts_and_for_those_of_the_next_step_are_told_apart(run, tmp_path, monkeypatch):
+    take = Buffer.take
+    monkeypatch.setattr(Buffer, "take", lambda self, count: [time.sleep(0.1), take(self, count)][1])
+    monkeypatch.setattr(Buffer, "wait_ahead", lambda self: time.sleep(0.3))
+    run([1.0])
+    (metrics,) = read_lines(tmp_path / "metrics.jsonl")
+    assert 0.1 <= metrics["time/wait_seconds"] < 0.3 <= metrics["time/ahead_seconds"]
+    phases = sum(metrics[f"time/{phase}_seconds"] for phase in ("wait", "learn", "ahead", "publish"))
+    assert phases == pytest.approx(metrics["time/step_seconds"])
 
 
 def test_halves_of_the_processors():

@@ -46,9 +46,15 @@ def page(tmp_path_factory) -> Path:
             file.write("".join(json.dumps(record) + "\n" for record in records))
     small = [
         run_folders.write(
-            folder / name, method=name, alpha=None, passes={0: 0.2, 4: 0.5}, rollouts_per_step=8, metrics=metrics
+            folder / name,
+            method=name,
+            alpha=None,
+            passes={0: 0.2, 4: 0.5},
+            rollouts_per_step=8,
+            metrics=AHEAD if ahead else {},
+            settings={"run": {"max_staleness": ahead}},
         )
-        for name, metrics in (("sa-ah-grpo", {}), ("ah-grpo", AHEAD))
+        for name, ahead in (("sa-ah-grpo", 0), ("ah-grpo", 1))
     ]
     out = folder / "out.html"
     report.write([*small, large], out)
@@ -211,16 +217,17 @@ def test_timeline(opened):
 
 def test_timeline_of_a_step_that_waits_for_the_next_ones_rollouts(opened):
     Select(opened.find_element(By.ID, "run")).select_by_visible_text("ah-grpo")
+    press(opened, Keys.ARROW_RIGHT)
     words = (
-        "ah-grpo, step 1: 6.50 s in all, of which 0.00 s waiting for rollouts and 1.50 s for those of the next step."
+        "ah-grpo, step 2: 6.50 s in all, of which 0.00 s waiting for rollouts and 1.50 s for those of the next step."
     )
     assert text(opened, "timeline-of") == words
     bars = opened.execute_script(
         "return [...document.querySelectorAll('.gantt .track i')]"
         ".map((i) => [i.style.left, i.style.width].map(parseFloat))"
     )
-    # Sampled and scored before the step (2 and .5 s), 4 s of learning, 1.5 of waiting, 1 of publishing.
-    ends = [[100 * (x + 2.5) / 9, 100 * width / 9] for x, width in ((-2.5, 2), (-0.5, 0.5), (0, 4), (5.5, 1))]
+    # Sampled and scored (2 and .5 s) before step 1 published (1 s); then learning (4), waiting (1.5), publishing (1).
+    ends = [[100 * (x + 3.5) / 10, 100 * width / 10] for x, width in ((-3.5, 2), (-1.5, 0.5), (0, 4), (5.5, 1))]
     assert [[round(x, 2) for x in bar] for bar in bars] == [[round(x, 2) for x in pair] for pair in ends]
 
 

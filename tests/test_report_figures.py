@@ -19,7 +19,7 @@ def groups(tmp_path):
                 alpha=alpha,
                 seed=seed,
                 rewards=[seed + 10 * gain, 2.0 * seed, 3.0 * seed, 5.0 * seed],
-                passes={0: 0.2, 2: 0.1 * seed + gain, 4: 0.2 * seed + gain},
+                passes={0: 0.2, 1: 0.3 * seed, 2: 0.1 * seed + gain, 4: 0.2 * seed + gain},
             )
     return group(read_all([tmp_path]))
 
@@ -31,12 +31,12 @@ def line(axes, label: str) -> tuple[list[float], list[float]]:
 
 def test_pass_at_1_over_steps(groups):
     for drawn, label, values in (
-        (figures_accuracy.figure_1(groups), "sa-ah-grpo, α 0", [0.15, 0.3]),
-        (figures_accuracy.figures_2_3(groups), "sa-ah-grpo, α 0.5", [0.25, 0.4]),
-        (figures_accuracy.all_methods(groups), "sa-ah-grpo, α 0.5", [0.25, 0.4]),
+        (figures_accuracy.figure_1(groups), "sa-ah-grpo, α 0", [0.45, 0.15, 0.3]),
+        (figures_accuracy.figures_2_3(groups), "sa-ah-grpo, α 0.5", [0.45, 0.25, 0.4]),
+        (figures_accuracy.all_methods(groups), "sa-ah-grpo, α 0.5", [0.45, 0.25, 0.4]),
     ):
         axes = drawn.figure.axes[0]
-        assert line(axes, label) == ([2, 4], values)
+        assert line(axes, label) == ([1, 2, 4], values)
         (base,) = [each for each in axes.lines if each.get_label() == "base model (zero-shot)"]
         assert set(base.get_ydata()) == {0.2}
 
@@ -45,7 +45,7 @@ def test_peak_and_final_over_alpha(groups):
     axes = figures_accuracy.both_ablations(groups).figure.axes[1]
     assert axes.get_title() == "smollm2-135m-instruct: SA-AH-GRPO"
     drawn = [[round(float(y), 3) for y in each.get_ydata()] for each in axes.lines]
-    assert [0.3, 0.4] in drawn  # seeds' mean at alpha 0 and 0.5; the last checkpoint is the best
+    assert drawn.index([0.45, 0.45]) < drawn.index([0.3, 0.4])  # over alpha 0 and 0.5: peak, then final
 
 
 def test_rewards_of_all_methods_then_of_each(groups):

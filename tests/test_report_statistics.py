@@ -32,8 +32,8 @@ def test_training_variance_needs_two_numbers(rewards):
 
 
 def test_detrended_variance_by_hand():
-    # From the line 1.6 + 0.1 x (x 0 .. 3) the numbers 1, 3, 1, 2 are -.6, 1.3, -.8, .1 away: squares 2.7, over 4 - 2.
-    assert detrended_variance(np.array([9.0, 9.0, 9.0, 9.0, 1.0, 3.0, 1.0, 2.0])) == pytest.approx(2.7 / 2)
+    # From the line 1.6 + 0.1 x (x 0 .. 3) the numbers 1, 3, 1, 2 are -.6, 1.3, -.8, .1 away: squares 2.7 in all.
+    assert detrended_variance(np.array([9.0, 9.0, 9.0, 9.0, 1.0, 3.0, 1.0, 2.0])) == pytest.approx(2.7 / 4)
     rising = np.array([0.0, 0.0, 0.0, 0.0, 1.0, math.nan, 3.0, 4.0])
     assert detrended_variance(rising) == pytest.approx(0, abs=1e-20)
     assert training_variance(rising) > 1.5

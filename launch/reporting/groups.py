@@ -11,8 +11,7 @@ from launch.reporting.runs import OF_ONE_RUN, Run
 
 PAPER_ALPHA = 0.5
 IDEAS = (  # the fields of a method that make it what it is; a row with another of them is a mixture
-    *("opening", "advantage", "token_advantage", "token_weight", "selective", "top_entropy_fraction"),
-    *("ratio", "normaliser"),
+    *("opening", "advantage", "token_advantage", "token_weight", "selective", "top_entropy_fraction", "ratio"),
 )
 
 
@@ -38,9 +37,9 @@ class Group:
     def role(self) -> str:
         """Its name in the paper: "GRPO", "AH-GRPO", "SA-AH-GRPO"; "" for a method that it does not have.
 
-        GRPO with another normaliser is still GRPO: the paper has two of them.
+        Whatever the normaliser, of which the paper has two.
         """
-        if set(_mixed_in(self.runs[0].settings)) - ({"normaliser"} if self.method == "grpo" else set()):
+        if _mixed_in(self.runs[0].settings):
             return ""
         if self.method == "grpo" or (self.method in ("ah-grpo", "sa-ah-grpo") and self.alpha == 0):
             return "GRPO"

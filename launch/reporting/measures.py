@@ -32,7 +32,7 @@ def variance(run: Run) -> float:
 
 
 def variance_around_trend(run: Run) -> float:
-    """The training variance without what the run still learns meanwhile."""
+    """The training variance without what the run still learns meanwhile: around a straight line."""
     return detrended_variance(run.series("reward/mean"))
 
 

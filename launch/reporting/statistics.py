@@ -112,14 +112,13 @@ def training_variance(rewards: np.ndarray) -> float:
 
 
 def detrended_variance(rewards: np.ndarray) -> float:
-    """Variance of the same numbers around their least-squares line, with n - 2 degrees of freedom.
+    """Variance (population) of the same numbers around their least-squares line, so never above the training variance.
 
-    The training variance also counts what a run still learns in its second half; this does not. NaN for fewer than
-    three numbers.
+    That also counts what a run still learns in its second half; this does not. NaN for fewer than three numbers.
     """
     second_half = rewards[len(rewards) // 2 :]
     at = np.flatnonzero(np.isfinite(second_half))
     if len(at) < 3:
         return math.nan
     line = np.polynomial.Polynomial.fit(at, second_half[at], deg=1)
-    return float(((second_half[at] - line(at)) ** 2).sum() / (len(at) - 2))
+    return float(((second_half[at] - line(at)) ** 2).mean())

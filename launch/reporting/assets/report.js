@@ -144,11 +144,11 @@ function drawSamples(run) {
 // --- timeline -------------------------------------------------------------------------------------------------------
 const PHASES = [["rollout", "--method-sa-ah-grpo"], ["reward", "--method-asym-grpo"], ["learn", "--method-ah-grpo"], ["publish", "--method-erpo"]];
 
-// Start of each phase in seconds from the step's beginning.
-function starts(time) {
+// Start of each phase in seconds from the step's beginning; its rollouts were ready at least `early` seconds before.
+function starts(time, early) {
   const ready = time.wait ?? (time.rollout ?? 0) + (time.reward ?? 0);
   return {
-    rollout: ready - (time.reward ?? 0) - (time.rollout ?? 0), reward: ready - (time.reward ?? 0),
+    rollout: ready - early - (time.reward ?? 0) - (time.rollout ?? 0), reward: ready - early - (time.reward ?? 0),
     learn: ready, publish: ready + (time.learn ?? 0) + (time.ahead ?? 0),
   };
 }
@@ -157,7 +157,8 @@ function drawTimeline(run) {
   const place = run.steps.indexOf(state.step);
   const time = Object.fromEntries(Object.entries(run.times).map(([phase, values]) => [phase, values[place] ?? null]));
   byId("timeline-of").textContent = `${run.name}, step ${state.step ?? ABSENT}: ${shown(time.step)} s in all, of which ${shown(time.wait)} s waiting for rollouts${time.ahead >= 0.005 ? ` and ${shown(time.ahead)} s for those of the next step` : ""}.`;
-  const at = starts(time);
+  const sampledAhead = Number(run.settings["run.max_staleness"]) > 0 && place > 0;
+  const at = starts(time, sampledAhead ? run.times.publish[place - 1] ?? 0 : 0);
   const known = PHASES.filter(([phase]) => time[phase] != null);
   if (!known.length) { byId("gantt").replaceChildren("No times of this step."); return; }
   const first = Math.min(0, ...known.map(([phase]) => at[phase]));
