@@ -114,7 +114,8 @@ def training_variance(rewards: np.ndarray) -> float:
 def detrended_variance(rewards: np.ndarray) -> float:
     """Variance (population) of the same numbers around their least-squares line, so never above the training variance.
 
-    That also counts what a run still learns in its second half; this does not. NaN for fewer than three numbers.
+    That also counts what a run still learns in its second half; this does not.
+    rewards: float [steps], NaN where a step has none. NaN if its second half has fewer than three numbers.
     """
     second_half = rewards[len(rewards) // 2 :]
     at = np.flatnonzero(np.isfinite(second_half))
