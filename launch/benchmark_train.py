@@ -123,6 +123,7 @@ class Peer:
             "lora_alpha": int(config.model.lora_alpha),
             "lora_dropout": config.model.lora_dropout,
             "lora_targets": config.model.lora_targets,
+            "dtype": config.model.dtype,
             "seed": config.run.seed,
         }
         if checked.memory is not None:  # TRL's vLLM gets what ours does

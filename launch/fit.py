@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,11 +21,13 @@ from learner.activations import Activations, measure
 MODES = ("none", "layer", "micro-batch")  # learner.recompute: least computed twice first
 GPU_TOKENS, CPU_TOKENS = 16384, 4096  # most of a micro-batch: beyond them it is no faster
 SEQUENCES = (256, 128, 64, 32)  # sampled at once by an evaluation, where the memory is there
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them; the last on Arm
 CPU_FRACTION = 0.5  # of the available memory, for the learner's activations
 GPU, LARGEST_GIB = "run.gpu_memory_gib", 2**16  # that a refusal may name
 
 # Set here where nothing else was asked for; a run that is resumed takes over what was set when it began.
 OPEN: dict[str, Any] = {
+    "model.dtype": "auto",
     "learner.recompute": "auto",
     "learner.micro_batch_tokens": None,
     "actor.gpu_memory_fraction": None,
@@ -58,6 +61,7 @@ def resolve(config: Config, model: PreTrainedModel, *, longest_prompt_tokens: in
         dropout = not config.method.resolve().needs_evaluation_mode
         return measure(model.config, config.model, lengths=[lengths], recompute=recompute, dropout=dropout)
 
+    config = with_values(config, {"model.dtype": dtype(config)[0]})
     size = Size.of(model, config.model)
     work = Work(size=size, longest_prompt_tokens=longest_prompt_tokens, activations=activations)
     if config.run.gpu_memory_gib is not None:
@@ -68,6 +72,37 @@ def resolve(config: Config, model: PreTrainedModel, *, longest_prompt_tokens: in
         return on_cpu(config, work, psutil.virtual_memory().available), None
     config = on_gpu(config, work, gpu_bytes)
     return config, memory.plan(config, work, gpu_bytes)
+
+
+def dtype(config: Config) -> tuple[str, str]:
+    """What model.dtype becomes, and why: the 16-bit type where the device computes in it, and float32 elsewhere.
+
+    A CPU without such instructions takes ten times as long in bfloat16; a GPU below sm_80 has no bfloat16 units.
+    """
+    if config.model.dtype != "auto":
+        return config.model.dtype, "as set"
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        name = f"{torch.cuda.get_device_name()} is sm_{capability[0]}{capability[1]}"
+        return ("bfloat16", name) if capability >= (8, 0) else ("float32", f"{name}, and bfloat16 begins with sm_80")
+    if config.run.gpu_memory_gib is not None:
+        return "bfloat16", "planned for a GPU, which is taken to be sm_80 or later"
+    if found := sorted(BFLOAT16_FLAGS & cpu_flags()):
+        return "bfloat16", f"the processor has {found[0]}"
+    return "float32", f"the processor has none of {', '.join(sorted(BFLOAT16_FLAGS))}"
+
+
+def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Instruction sets that Linux names for the first processor; none where there is no such file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next(
+        (
+            set(words.split())
+            for key, _, words in (line.partition(":") for line in lines)
+            if key.strip() in ("flags", "Features")
+        ),
+        set(),
+    )
 
 
 def on_cpu(config: Config, work: Work, available_bytes: int) -> Config:
@@ -173,7 +208,8 @@ def _single_changes(config: Config, work: Work) -> Iterator[dict[str, Any]]:
         yield from ({"learner.recompute": mode} for mode in MODES)
     if config.learner.micro_batch_tokens is not None:
         yield from ({"learner.micro_batch_tokens": tokens} for tokens in _token_choices(config, work))
-    yield from ({name: OPEN[name]} for name in OPEN if get(config, name) != OPEN[name])
+    memory_choices = [name for name in OPEN if name != "model.dtype"]  # which changes the numbers
+    yield from ({name: OPEN[name]} for name in memory_choices if get(config, name) != OPEN[name])
     if config.actor.publish != "hotswap":
         yield {"actor.publish": "hotswap"}
 

@@ -235,4 +235,5 @@ def _longest_step(
 
 
 def _itemsize(config: Config) -> int:
+    assert config.model.dtype != "auto", "the plan has resolved it"
     return 2 if config.model.dtype == "bfloat16" else 4

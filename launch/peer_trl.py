@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import trl
@@ -50,6 +50,8 @@ class Job(Section):
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the frozen weights and the activations."""
     seed: int = 123
     threads: int | None = None
     """Of torch on the CPU; None: as many as torch finds."""
@@ -67,7 +69,7 @@ def grpo_config(job: Job, output_dir: str) -> trl.GRPOConfig:
     least = "min_tokens" if cuda else "min_new_tokens"
     settings: dict[str, Any] = {
         # the work
-        "model_init_kwargs": {"dtype": "bfloat16"},  # frozen weights as ours; TRL loads float32 unless told
+        "model_init_kwargs": {"dtype": job.dtype},  # frozen weights as ours; TRL loads float32 unless told
         "num_generations": job.group_size,
         "per_device_train_batch_size": job.group_size,  # micro-batches: the whole step at once took as long on 1
         "gradient_accumulation_steps": job.prompts_per_step,  # core, and 3 x the memory; sampling is one batch
@@ -85,7 +87,7 @@ def grpo_config(job: Job, output_dir: str) -> trl.GRPOConfig:
         "seed": job.seed,
         "max_steps": 1_000_000,  # the other side says when to stop
         # speed
-        "bf16": True,  # autocast: without it peft multiplies with the adapter in float32
+        "bf16": job.dtype == "bfloat16",  # autocast: without it peft multiplies with the adapter in float32
         "gradient_checkpointing": False,  # TRL's default, True, computes every layer's forward pass twice
         "use_cpu": not cuda,
         "use_vllm": cuda,  # colocated, which fails on a CPU: 'Parameter' object has no attribute 'weight_loader'

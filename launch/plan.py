@@ -41,6 +41,7 @@ class Plan:
     resume_from: Path | None  # checkpoint
     longest_prompt_tokens: int
     num_adapter_parameters: int
+    dtype_reason: str  # why model.dtype is what it is
     memory: Memory | None  # None: no GPU to plan
 
     def refuse_absent_gpu(self) -> None:
@@ -60,7 +61,8 @@ class Plan:
             f"{self.longest_prompt_tokens} tokens; {step} rollouts a step, at most "
             f"{step * self.config.actor.max_tokens} completion tokens\n"
             f"# adapter: {self.num_adapter_parameters / 1e6:.2f} M parameters, "
-            f"{self.num_adapter_parameters * 4 / 1e6:.1f} MB in float32 a version"
+            f"{self.num_adapter_parameters * 4 / 1e6:.1f} MB in float32 a version\n"
+            f"# model.dtype={self.config.model.dtype}: {self.dtype_reason}"
             + ("" if self.memory is None else "\n# " + self.memory.table().replace("\n", "\n# ") + f"\n# {NO_OVERLAP}")
             + "".join(f"\n# warning: {warning}" for warning in warnings(self.config))
         )
@@ -89,6 +91,7 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     longest = _check_lengths(config, tokenizer, [*train_prompts, *eval_prompts])
     canary = prompt_tokens(tokenizer, train_prompts[0])[: min(CANARY_TOKENS, config.model.max_length - 1)]
+    _, dtype_reason = fit.dtype(config)
     config, planned = fit.resolve(config, model, longest_prompt_tokens=longest)
     return Plan(
         config=config,
@@ -100,6 +103,7 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
         resume_from=resume_from,
         longest_prompt_tokens=longest,
         num_adapter_parameters=Size.of(model, config.model).num_adapter_parameters,
+        dtype_reason=dtype_reason,
         memory=planned,
     )
 

@@ -96,6 +96,7 @@ class Policy:
 
         `recompute` as learner.recompute says; without `dropout` training computes what evaluation does.
         """
+        assert config.dtype != "auto", "the plan has resolved it"
         assert recompute in ("none", "layer", "micro-batch"), "the memory plan has resolved auto"
         base = _base(model, config.dtype, device)
         if reason := unsupported(base.config, config.max_length):

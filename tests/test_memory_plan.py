@@ -46,7 +46,7 @@ def qwen(name: str) -> Work:
 
     @cache
     def measured(lengths: tuple[int, ...], recompute: str) -> Activations:
-        return measure(config, ModelConfig(), lengths=[lengths], recompute=recompute)
+        return measure(config, ModelConfig(dtype="bfloat16"), lengths=[lengths], recompute=recompute)
 
     return Work(size=Size.of(model, ModelConfig()), longest_prompt_tokens=LONGEST_PROMPT, activations=measured)
 
@@ -165,7 +165,9 @@ sizes = st.builds(
     vocab=st.integers(1000, 300_000),
 )
 configs = st.builds(
-    lambda run, actor, learner: Config(run=run, actor=actor, learner=learner, model=ModelConfig(max_length=8192)),
+    lambda run, actor, learner: Config(
+        run=run, actor=actor, learner=learner, model=ModelConfig(dtype="bfloat16", max_length=8192)
+    ),
     st.builds(RunConfig, prompts_per_step=st.integers(1, 64)),
     st.builds(
         ActorConfig,

@@ -69,7 +69,7 @@ def test_without_a_gpu_only_the_learner_is_set(folder, tmp_path) -> None:
 def test_the_present_gpu_is_planned_for(folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    properties = type("Properties", (), {"total_memory": 80 * GIB})
+    properties = type("Properties", (), {"total_memory": 80 * GIB, "major": 8, "minor": 0, "name": "a GPU"})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     made = plan.make(load(options(folder, tmp_path), DEFAULT_CONFIG))
     assert made.memory.gpu_bytes == 80 * GIB
