@@ -14,16 +14,17 @@ from common.adapter import Adapter
 from common.config import Config
 from common.types import Group, Prompt
 
+PREFIX_TOKENS = 300  # two blocks of vLLM's cache on a CPU, of 128 tokens, and more on a GPU
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """An actor's word on the adapter version that it loaded."""
 
     version: int
-    checksum: str  # of the tensors as the sampling process received them
+    checksum: str  # of what the engine's buffers hold
     canary_logprobs: np.ndarray  # float32 [T - 1], what the engine makes of the canary with that version
     load_seconds: float
-    way: str  # "merged" or "hotswap"
 
 
 class Actor:
@@ -39,7 +40,8 @@ class Actor:
             workers=config.actor.reward_workers,
             timeout_seconds=config.actor.reward_timeout_seconds,
         )
-        self.version = -1  # none yet
+        self.max_length = config.model.max_length
+        self.version: int | None = None  # none yet
 
     def load(self, adapter: Adapter) -> Receipt:
         """Sample with `adapter` from now on. The receipt proves it to whoever published it."""
@@ -51,12 +53,21 @@ class Actor:
             checksum=checksum,
             canary_logprobs=self.engine.logprobs(adapter.canary.token_ids.tolist()),
             load_seconds=time.perf_counter() - started,
-            way=self.engine.way,
         )
+
+    def prefix_difference(self, canary_token_ids: np.ndarray) -> float:
+        """How far sampling, which may read cached prefixes, is from a pass that reads none: nats of one token.
+
+        Asked before and after a load it shows a prefix that is left of an older version. The canary is repeated to be
+        longer than the blocks of the cache.
+        """
+        token_ids = np.resize(canary_token_ids, min(PREFIX_TOKENS, self.max_length - 2)).tolist()
+        [(ids, logprobs)] = self.engine.first_tokens([token_ids], count=1, temperature=1.0, without=())
+        return abs(float(logprobs[0] - self.engine.logprobs([*token_ids, int(ids[0])])[-1]))
 
     def rollout(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """Scored groups of `prompts`, sampled with the loaded version."""
-        assert self.version >= 0, "an actor samples only with an adapter version that was published to it"
+        assert self.version is not None, "an actor samples only with an adapter version that was published to it"
         return roll_out(self.engine, self.tokenizer, self.rewards, prompts, sampling, version=self.version)
 
     def close(self) -> None:

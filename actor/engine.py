@@ -22,12 +22,10 @@ class Sample:
 class Engine(Protocol):
     """Samples from one model with one adapter version at a time. Not thread-safe: one call at once."""
 
-    way: str  # in which the version in use was published: "merged" or "hotswap"
-
     def load(self, adapter: Adapter) -> str:
         """Make `adapter` the only version in use and forget every cached prefix of older ones.
 
-        Returns the checksum (common.adapter.checksum) of the tensors as the sampling process received them.
+        Returns the checksum (common.adapter.checksum) of what the engine now holds.
         """
 
     def sample(

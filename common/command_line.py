@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import pydantic_settings
 from pydantic import ValidationError
 
-from common.config import Config, suggest
+from common.config import GONE, Config, suggest
 from common.types import UserError
 
 
@@ -54,6 +54,8 @@ def load(argv: Sequence[str], default: Path) -> Config:
 def _explain(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
+        if where in GONE:
+            return f"{where}={error['input']!r} is no option any more: {GONE[where]}"
         return f"{where}={error['input']!r} is no option{suggest(where, option_names())}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
@@ -75,6 +77,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            if (name := unknown[1].removeprefix("--")) in GONE:
+                raise UserError(f"{unknown[1]} is no option any more: {GONE[name]}")
             close = difflib.get_close_matches(unknown[1], [f"--{name}" for name in option_names()], n=1)
             raise UserError(f"{unknown[1]} is no option; {f'did you mean {close[0]}?' if close else 'see --help'}")
         raise UserError(f"{message}; see --help for the options")

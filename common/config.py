@@ -16,6 +16,10 @@ from pydantic.fields import FieldInfo
 
 from common.methods import FACTS, METHODS, Method, find, function
 
+GONE = {
+    "actor.publish": "every adapter is now resident in vLLM's layers, written in place at each step; leave it out",
+}  # options of earlier versions, and what replaced them
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -96,9 +100,6 @@ class ActorConfig(Section):
     """Strings that end a completion; they stay part of it."""
     fixed_length: bool = False
     """Sample exactly max_tokens tokens, whatever comes (benchmarks)."""
-    publish: Literal["auto", "hotswap", "merged"] = "hotswap"
-    """How a new adapter reaches vLLM: as a LoRA adapter, merged into the frozen weights, or whichever of the two costs
-    a step less, measured in the first steps (a run then depends on timing, within the noise between the two)."""
     gpu_memory_fraction: float | None = Field(None, gt=0, lt=1)
     """vLLM's share of the GPU; None: set by the memory plan."""
     kv_cache_gib: float | None = Field(None, gt=0)
@@ -246,12 +247,7 @@ class Config(pydantic_settings.BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _check_actors(self) -> "Config":
-        if self.actor.publish == "auto" and self.actor.num_actors > 1:
-            raise ValueError(
-                f"actor.publish=auto lets each of actor.num_actors={self.actor.num_actors} decide for itself; "
-                "set merged or hotswap"
-            )
+    def _check_refill(self) -> "Config":
         refill_rounds = self.method.resolve().refill_rounds
         if refill_rounds and self.run.max_staleness:
             raise ValueError(

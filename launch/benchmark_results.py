@@ -42,7 +42,6 @@ def summary(
             "prompts": config.run.prompts_per_step,
             "completions": config.actor.group_size,
             "max_tokens": config.actor.max_tokens,
-            "publish": config.actor.publish,
         },
         "measured": measured,
         "sa_ah_over_grpo": statistics.median(over_grpo),

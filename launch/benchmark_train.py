@@ -209,8 +209,8 @@ def main(argv: Sequence[str]) -> int:
                 made = models.random_weights(arguments.model_shape, folder / arguments.model_shape)
                 options += ["--model.path", str(made)]
             config = load([*options, "--run.dir", str(folder / "run")], CONFIG)
-            if config.actor.publish == "auto" or config.run.max_staleness:
-                raise UserError("actor.publish=auto and run.max_staleness change from step to step; set one way, and 0")
+            if config.run.max_staleness:
+                raise UserError(f"run.max_staleness={config.run.max_staleness} changes from step to step; set it to 0")
             checked = _planned(config, max([1, *arguments.batches]))
             checked.refuse_absent_gpu()
             stack.enter_context(cluster.connect())

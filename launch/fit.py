@@ -27,7 +27,6 @@ GPU, LARGEST_GIB = "run.gpu_memory_gib", 2**16  # that a refusal may name
 
 # Set here where nothing else was asked for; a run that is resumed takes over what was set when it began.
 OPEN: dict[str, Any] = {
-    "model.dtype": "auto",
     "learner.recompute": "auto",
     "learner.micro_batch_tokens": None,
     "actor.gpu_memory_fraction": None,
@@ -208,10 +207,7 @@ def _single_changes(config: Config, work: Work) -> Iterator[dict[str, Any]]:
         yield from ({"learner.recompute": mode} for mode in MODES)
     if config.learner.micro_batch_tokens is not None:
         yield from ({"learner.micro_batch_tokens": tokens} for tokens in _token_choices(config, work))
-    memory_choices = [name for name in OPEN if name != "model.dtype"]  # which changes the numbers
-    yield from ({name: OPEN[name]} for name in memory_choices if get(config, name) != OPEN[name])
-    if config.actor.publish != "hotswap":
-        yield {"actor.publish": "hotswap"}
+    yield from ({name: OPEN[name]} for name in OPEN if get(config, name) != OPEN[name])
 
 
 def _scales(config: Config, gpu_bytes: int) -> Iterator[list[dict[str, Any]]]:

@@ -26,6 +26,7 @@ KV_CACHE = "KV cache"
 BLOCK_TOKENS = 16  # of vLLM's KV cache
 ADAPTER_BYTES = 16  # a parameter: itself, its gradient and AdamW's two moments, all float32
 LOGIT_BYTES = 16  # a logit while vLLM samples: logits, log-probabilities, probabilities, noise, all float32
+RESIDENT_FACTOR = 2  # vLLM's fused layers hold zeros beside B (actor/vllm_worker.py): 1.5 times at Qwen2.5's shapes
 
 # What only a GPU can tell; not measured yet.
 # PyTorch names some 300 MB a process since CUDA 11.7 (pytorch#107667), vLLM's logs 0.33 to 0.39 GiB beside torch's own
@@ -43,8 +44,6 @@ class Size:
 
     num_parameters: int  # tied ones once
     num_adapter_parameters: int
-    num_adapted: int  # parameters in the weights that are adapted
-    largest_adapted: int  # in one of them
     kv_elements: int  # keys and values of a token, over all layers
     hidden: int
     intermediate: int
@@ -64,8 +63,6 @@ class Size:
         return cls(
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             num_adapter_parameters=sum(config.lora_rank * (m.in_features + m.out_features) for m in adapted),
-            num_adapted=sum(m.weight.numel() for m in adapted),
-            largest_adapted=max(m.weight.numel() for m in adapted),
             kv_elements=2 * text.num_hidden_layers * heads * head_size,
             hidden=text.hidden_size,
             intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -148,19 +145,13 @@ def _actor(config: Config, work: Work, gpu_bytes: int) -> list[Part]:
     sequences = actor.num_sequences or rollouts_at_once(config)
     tokens = max(PREFILL_TOKENS, sequences)
     sampling = tokens * (2 * size.hidden + 3 * size.intermediate) * itemsize + sequences * size.vocab * LOGIT_BYTES
-    merging = size.largest_adapted * 4 * itemsize  # two sums, and the fused layer of the two
     parts = [
         Part(side, "frozen weights", size.num_parameters * itemsize),
         Part(side, "CUDA graphs", 0 if actor.eager else CUDA_GRAPH_BYTES),
         Part(side, "CUDA context", CONTEXT_BYTES),
+        Part(side, "workspace", sampling),
+        Part(side, "adapter", size.num_adapter_parameters * itemsize * RESIDENT_FACTOR),
     ]
-    if actor.publish != "hotswap":
-        parts.append(Part(side, "second copy of the weights", size.num_adapted * itemsize, "to merge from"))
-        parts.append(Part(side, "workspace", max(sampling, merging)))
-    else:
-        parts.append(Part(side, "workspace", sampling))
-    if actor.publish != "merged":
-        parts.append(Part(side, "adapter", size.num_adapter_parameters * itemsize))
     cache = kv_cache_bytes(config, work)
     if actor.kv_cache_gib is None and actor.gpu_memory_fraction is not None:  # all that is left of its share
         cache = max(cache, int(gpu_bytes * actor.gpu_memory_fraction) - sum(part.num_bytes for part in parts))

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from actor.rollout import prompt_tokens
 from actor.tasks import task_module
-from common.config import Config, dump
+from common.config import GONE, Config, dump
 from common.types import Prompt, UserError
 from launch import fit, models
 from launch.memory import Memory, Size
@@ -139,7 +139,8 @@ def _as_before(config: Config) -> Config:
         return config
     before = tomllib.loads(written.read_text())
     set_before = {f"{section}.{key}": value for section, keys in before.items() for key, value in keys.items()}
-    left_open = [name for name, value in fit.OPEN.items() if fit.get(config, name) == value and name in set_before]
+    settable = fit.OPEN | {"model.dtype": "auto"}
+    left_open = [name for name, value in settable.items() if fit.get(config, name) == value and name in set_before]
     return fit.with_values(config, {name: set_before[name] for name in left_open})
 
 
@@ -155,6 +156,10 @@ def run_folder(config: Config) -> Path | None:
         return None
     if not written.exists():
         raise UserError(f"run.dir={folder} holds no run to resume; leave out --run.resume to start one")
+    for name in GONE:
+        section, key = name.split(".")
+        if key in tomllib.loads(written.read_text()).get(section, {}):
+            raise UserError(f"run.dir={folder} was begun with {name}: {GONE[name]}, and start in another folder")
     before, now = tomllib.loads(written.read_text()), tomllib.loads(dump(config))
     for section in sorted({*before, *now}):
         for key in sorted({*before.get(section, {}), *now.get(section, {})}):

@@ -56,7 +56,6 @@ class Recorder:
             "groups/discarded": float(num_discarded),
             "update/refused": float(result.refused is not None),
             "adapter/version": float(published.version),
-            "adapter/merged_fraction": published.merged_fraction,
             "adapter/canary_difference": published.canary_difference,
             "adapter/canary_signal": published.canary_signal,
             "time/wait_seconds": times.wait_seconds,

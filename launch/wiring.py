@@ -28,14 +28,14 @@ class Workers:
 
 @contextlib.contextmanager
 def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Workers]:
-    """Learner and actors for the length of the block, with the learner's adapter published and proved."""
+    """Learner and actors for the length of the block, with a verified start and the learner's adapter published."""
     config = plan.config
     actor_class = _remote(Actor, config, first_half=True)
     actors = [actor_class.remote(plan.model_folder, config) for _ in range(config.actor.num_actors)]
     try:
         with learner(plan, learner_class) as learner_:
             channel = Channel(actors, canary_bound_nats=config.actor.canary_bound_nats)
-            published = channel.publish(learner_.adapter.remote())
+            published = channel.verify(learner_)
             yield Workers(learner=learner_, actors=actors, channel=channel, version=published.version)
     finally:
         with contextlib.suppress(ray.exceptions.RayError):  # what does not close in time is killed with its processes

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from common.adapter import Adapter, Canary, checksum
+from common.adapter import Adapter, Canary
 from common.config import ModelConfig
 from common.types import UserError
 from learner.attention import PACKED
@@ -203,11 +203,10 @@ class Policy:
 
     def adapter(self, version: int, canary_token_ids: np.ndarray, canary_base_logprobs: np.ndarray) -> Adapter:
         """A copy of the current weights as adapter version `version`, with its canary."""
-        state = get_peft_model_state_dict(self.peft_model)
-        tensors = {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in state.items()}
-        return Adapter(
+        return Adapter.of(
+            get_peft_model_state_dict(self.peft_model),
+            self.config.dtype,
             version=version,
-            tensors=tensors,
             rank=self.config.lora_rank,
             alpha=self.config.lora_alpha,
             target_modules=self.config.lora_targets,
@@ -216,8 +215,27 @@ class Policy:
                 logprobs=self.logprobs(canary_token_ids),
                 base_logprobs=canary_base_logprobs,
             ),
-            checksum=checksum(tensors),
         )
+
+    @contextmanager
+    def probed(self, strength: float) -> Iterator[None]:
+        """The adapter replaced for a while by a random one, in which no module is zero; the same for any call.
+
+        A has entries of variance 1 / inputs, so that A x is about as large as x; B of `strength` squared.
+        """
+        kept = [parameter.detach().clone() for parameter in self.parameters()]
+        generator = torch.Generator().manual_seed(0)
+        try:
+            with torch.no_grad():
+                for name, parameter in self.peft_model.named_parameters():
+                    if parameter.requires_grad:
+                        size = strength if "lora_B" in name else parameter.shape[1] ** -0.5
+                        parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, before in zip(self.parameters(), kept, strict=True):
+                    parameter.copy_(before)
 
     def save(self, folder: Path) -> None:
         """The adapter in PEFT's own format: adapter_model.safetensors and adapter_config.json."""

@@ -6,35 +6,29 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
-from common.adapter import Adapter, Canary, checksum
+from common.adapter import Adapter, Canary, tensors
 from common.config import ModelConfig
 
 ALL_TARGETS = ModelConfig().lora_targets
+RANK, ALPHA = 8, 24.0
 
 
 def make_adapter(
-    model: torch.nn.Module, version: int, *, scale: float, targets: tuple[str, ...] = ALL_TARGETS
+    model: torch.nn.Module, version: int, *, scale: float, dtype: str, targets: tuple[str, ...] = ALL_TARGETS
 ) -> Adapter:
     """Random A, and random B times `scale`; an odd alpha / rank, so that a wrong factor shows."""
     rng = np.random.default_rng(version)
-    rank, tensors = 8, {}
+    factors = {}
     for name, module in model.named_modules():
         if name.endswith(targets):
             rows, columns = module.weight.shape
             prefix = f"base_model.model.{name}"
-            lora_a = rng.standard_normal((rank, columns)) / np.sqrt(columns)
-            tensors[f"{prefix}.lora_A.weight"] = lora_a.astype(np.float32)
-            tensors[f"{prefix}.lora_B.weight"] = (rng.standard_normal((rows, rank)) * scale).astype(np.float32)
+            lora_a = rng.standard_normal((RANK, columns)) / np.sqrt(columns)
+            factors[f"{prefix}.lora_A.weight"] = torch.tensor(lora_a, dtype=torch.float32)
+            lora_b = rng.standard_normal((rows, RANK)) * scale
+            factors[f"{prefix}.lora_B.weight"] = torch.tensor(lora_b, dtype=torch.float32)
     canary = Canary(token_ids=np.zeros(1, np.int32), logprobs=np.zeros(0), base_logprobs=np.zeros(0))
-    return Adapter(
-        version=version,
-        tensors=tensors,
-        rank=rank,
-        alpha=24.0,
-        target_modules=targets,
-        canary=canary,
-        checksum=checksum(tensors),
-    )
+    return Adapter.of(factors, dtype, version=version, rank=RANK, alpha=ALPHA, target_modules=targets, canary=canary)
 
 
 @torch.inference_mode()
@@ -48,8 +42,8 @@ def score(model: Any, token_ids: Any, *temperatures: float) -> list[np.ndarray]:
 def peft_score(reference: Any, adapter: Adapter, token_ids: np.ndarray) -> np.ndarray:
     lora = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.target_modules))
     model = get_peft_model(reference, lora).eval()
-    tensors = {n.replace(".weight", ".default.weight"): torch.tensor(t) for n, t in adapter.tensors.items()}
-    assert not model.load_state_dict(tensors, strict=False).unexpected_keys
+    state = {n.replace(".weight", ".default.weight"): t.float() for n, t in tensors(adapter).items()}
+    assert not model.load_state_dict(state, strict=False).unexpected_keys
     [scored] = score(model, token_ids, 1.0)
     model.unload()
     return scored

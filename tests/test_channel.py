@@ -5,24 +5,31 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from actor.actor import Receipt
-from common.adapter import Adapter, Canary, checksum
+from common.adapter import Adapter, Canary, tensors
 from launch.channel import AdapterMismatch, check
 
-TENSORS = {"layer.lora_A.weight": np.ones((2, 3), np.float32), "layer.lora_B.weight": np.zeros((3, 2), np.float32)}
+TENSORS = {"layer.lora_A.weight": torch.full((2, 3), 1.01), "layer.lora_B.weight": torch.zeros(3, 2)}
 LEARNER = np.array([-1.0, -2.0, -3.0], np.float32)
 BASE = np.array([-1.5, -2.5, -3.5], np.float32)
-ADAPTER = Adapter(
-    version=7,
-    tensors=TENSORS,
-    rank=2,
-    alpha=4.0,
-    target_modules=("layer",),
-    canary=Canary(token_ids=np.arange(4, dtype=np.int32), logprobs=LEARNER, base_logprobs=BASE),
-    checksum=checksum(TENSORS),
-)
-RECEIPT = Receipt(version=7, checksum=ADAPTER.checksum, canary_logprobs=LEARNER + 0.04, load_seconds=0.1, way="merged")
+
+
+def version_7(factors, dtype="float32"):
+    return Adapter.of(
+        factors,
+        dtype,
+        version=7,
+        rank=2,
+        alpha=4.0,
+        target_modules=("layer",),
+        canary=Canary(token_ids=np.arange(4, dtype=np.int32), logprobs=LEARNER, base_logprobs=BASE),
+    )
+
+
+ADAPTER = version_7(TENSORS)
+RECEIPT = Receipt(version=7, checksum=ADAPTER.checksum, canary_logprobs=LEARNER + 0.04, load_seconds=0.1)
 
 
 def test_noise_below_the_bound_passes():
@@ -53,16 +60,29 @@ def test_unused_adapter_is_found_even_within_a_loose_bound():
         check(ADAPTER, receipt, bound_nats=0.45)
 
 
-def test_checksum_sees_names_shapes_and_single_bits():
-    assert checksum(dict(reversed(TENSORS.items()))) == ADAPTER.checksum  # order does not matter
-    flipped = {n: t.copy() for n, t in TENSORS.items()}
-    flipped["layer.lora_A.weight"].view(np.uint8)[0, 0] ^= 1
-    reshaped = TENSORS | {"layer.lora_A.weight": TENSORS["layer.lora_A.weight"].reshape(3, 2)}
+def test_the_checksum_sees_names_shapes_the_dtype_and_single_bits():
+    name = "layer.lora_A.weight"
+    flipped = {n: t.clone() for n, t in TENSORS.items()}
+    flipped[name].view(torch.int32)[0, 0] ^= 1
+    reshaped = TENSORS | {name: TENSORS[name].reshape(3, 2)}
     renamed = {n.replace("layer", "other"): t for n, t in TENSORS.items()}
-    assert len({checksum(t) for t in (TENSORS, flipped, reshaped, renamed)}) == 4
+    swapped = dict(reversed(TENSORS.items()))
+    assert len({version_7(t).checksum for t in (TENSORS, flipped, reshaped, renamed, swapped)}) == 5
+    assert version_7(TENSORS, "bfloat16").checksum != ADAPTER.checksum
+    assert version_7({n: t.clone() for n, t in TENSORS.items()}).checksum == ADAPTER.checksum
+
+
+@pytest.mark.parametrize(("dtype", "item_bytes"), [("float32", 4), ("bfloat16", 2)])
+def test_the_values_are_one_buffer_that_is_rounded_once(dtype, item_bytes):
+    adapter = version_7(TENSORS, dtype)
+    assert adapter.values.shape == (12 * item_bytes,)
+    got = tensors(adapter)
+    assert list(got) == list(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(got[name], tensor.to(getattr(torch, dtype)))
 
 
 def test_what_crosses_processes_pickles():
-    again = pickle.loads(pickle.dumps((ADAPTER, RECEIPT)))
-    assert checksum(again[0].tensors) == ADAPTER.checksum
-    assert again[1].version == 7
+    again, receipt = pickle.loads(pickle.dumps((ADAPTER, RECEIPT)))
+    assert all(torch.equal(t, TENSORS[n]) for n, t in tensors(again).items())
+    assert receipt.version == 7

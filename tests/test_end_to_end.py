@@ -1,4 +1,4 @@
-"""The whole path with the real vLLM, the real model and Ray: two ways to publish, exact resume, nothing left behind."""
+"""The whole path with the real vLLM, the real model and Ray: exact resume, nothing left behind."""
 
 import json
 import math
@@ -24,7 +24,7 @@ STEPS = 4
 OPTIONS = [
     *("--run.steps", str(STEPS), "--run.checkpoint_every", "2", "--run.evaluate_every", "2"),
     *("--task.num_eval", "4", "--actor.max_tokens", "24", "--run.prompts_per_step", "2", "--run.sample_every", "2"),
-    *("--model.lora_dropout", "0.05", "--actor.publish", "hotswap", "--evaluation.num_samples", "2"),
+    *("--model.lora_dropout", "0.05", "--evaluation.num_samples", "2"),
 ]
 METRICS = [
     "reward/mean",

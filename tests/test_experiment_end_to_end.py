@@ -33,7 +33,6 @@ num_eval = 2
 [actor]
 group_size = 2
 max_tokens = 8
-publish = "merged"
 [grid]
 seeds = [4]
 variants = [

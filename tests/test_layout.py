@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "launch": {"launch", "learner", "actor", "common"},
 }
 ONLY_IN = {
-    "vllm": {"actor/vllm_engine.py"},
+    "vllm": {"actor/vllm_engine.py", "actor/vllm_worker.py"},
     "peft": {"learner/model.py"},
     "ray": {"actor/actor.py", "learner/learner.py", *(str(path) for path in FILES if path.parts[0] == "launch")},
 }

@@ -53,7 +53,6 @@ class ScriptedActor:
             checksum=adapter.checksum,
             canary_logprobs=logprobs,
             load_seconds=0.0,
-            way="merged",
         )
 
 

@@ -68,18 +68,17 @@ def planned(config: Config, work: Work, gib: float) -> memory.Memory:
     ],
 )
 def test_parts_that_can_be_counted_by_hand(name, parameters, adapter, kv_bytes) -> None:
-    config = fit.with_values(
-        paper("--actor.publish", "merged"), {"learner.recompute": "layer", "learner.micro_batch_tokens": 4096}
-    )
+    config = fit.with_values(paper(), {"learner.recompute": "layer", "learner.micro_batch_tokens": 4096})
     made = planned(config, qwen(name), 1000)
     assert made.of("learner", "frozen weights") == made.of("actor", "frozen weights") == 2 * parameters
     assert made.of("learner", "adapter, gradient, AdamW") == 4 * 4 * adapter
     blocks = 16 * 48 + 1  # 16 rollouts of 249 + 512 tokens, in blocks of 16; and one of nulls
     assert made.of("actor", "KV cache") == blocks * 16 * kv_bytes
     hidden, layers, intermediate, heads, kv_heads, _, _ = QWEN[name]
-    matrices = 2 * hidden * hidden + 2 * hidden * kv_heads * hidden // heads + 3 * hidden * intermediate
-    assert made.of("actor", "second copy of the weights") == 2 * layers * matrices
-    assert made.of("actor", "adapter") == 0
+    rank, kv = 16, kv_heads * hidden // heads
+    a, b = rank * (6 * hidden + intermediate), rank * (2 * hidden + 3 * (hidden + 2 * kv) + 2 * 2 * intermediate)
+    resident = 2 * layers * (a + b)  # B of q, k and v three times as high as one alone, of gate and up twice
+    assert 0.7 * made.of("actor", "adapter") < resident <= made.of("actor", "adapter")
     assert made.total() == made.total("learner") + made.total("actor")
 
 
@@ -95,10 +94,9 @@ def test_further_actors_share_the_rollouts_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("gib", [40.0, 40e9 / GIB])
-@pytest.mark.parametrize("publish", ["hotswap", "merged"])
 @pytest.mark.parametrize("name", ["1.5B", "3B"])
-def test_the_papers_models_fit_a_gpu_of_40_gb(name, publish, gib) -> None:
-    config = fit.on_gpu(paper("--actor.publish", publish), qwen(name), round(gib * GIB))
+def test_the_papers_models_fit_a_gpu_of_40_gb(name, gib) -> None:
+    config = fit.on_gpu(paper(), qwen(name), round(gib * GIB))
     made = planned(config, qwen(name), gib)
     assert made.total() <= 0.95 * gib * GIB
     assert config.actor.num_sequences == 256
@@ -110,12 +108,6 @@ def test_seven_billion_parameters_fit_too_with_what_is_chosen(gib) -> None:
     config = fit.on_gpu(paper(), qwen("7B"), round(gib * GIB))
     assert planned(config, qwen("7B"), gib).total() <= 0.95 * gib * GIB
     assert config.learner.recompute != "none"
-
-
-def test_a_second_copy_of_seven_billion_is_refused_for_hotswap() -> None:
-    with pytest.raises(UserError, match=r"takes at least 4\d\.\d; set actor.publish=hotswap$") as caught:
-        fit.on_gpu(paper("--actor.publish", "merged"), qwen("7B"), 40 * GIB)
-    assert "\n" not in str(caught.value)
 
 
 def test_what_was_set_by_hand_is_named_before_what_makes_it_another_run() -> None:
@@ -157,8 +149,6 @@ sizes = st.builds(
     Size,
     num_parameters=st.integers(10**8, 2 * 10**10),
     num_adapter_parameters=st.integers(10**6, 10**8),
-    num_adapted=st.integers(10**8, 10**10),
-    largest_adapted=st.integers(10**6, 10**8),
     kv_elements=st.integers(10**3, 10**6),
     hidden=st.integers(256, 8192),
     intermediate=st.integers(256, 32768),
@@ -173,7 +163,6 @@ configs = st.builds(
         ActorConfig,
         group_size=st.integers(2, 8),
         max_tokens=st.integers(8, 4096),
-        publish=st.sampled_from(["hotswap", "merged"]),
         eager=st.booleans(),
         gpu_memory_fraction=st.none() | st.floats(0.1, 0.9),
         kv_cache_gib=st.none() | st.floats(0.5, 64),
