@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from vllm import _custom_ops as ops
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.platforms import current_platform
 
@@ -34,14 +35,26 @@ class ResidentAdapter:
     def __init__(self, base: Any, scale: float) -> None:
         self.base = base
         self.scale = scale
+        self.packed: tuple[Any, Any] | None = None  # A and B as oneDNN multiplies with them
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
 
+    def pack(self, layer: Any) -> None:
+        """Take over what the buffers hold. A CPU multiplies with copies in oneDNN's own order, made at each version.
+
+        Without them a decoded token takes 1.15 times as long in bfloat16 (SmolLM2, 16 sequences, AVX-512).
+        """
+        if current_platform.is_cpu() and ops._supports_onednn:
+            self.packed = ops.create_onednn_mm(layer.adapter_a.data), ops.create_onednn_mm(layer.adapter_b.data)
+
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[tokens, inputs] -> [tokens, outputs]."""
         y = self.base.apply(layer, x, bias)
-        return y.addmm_(x @ layer.adapter_a, layer.adapter_b, alpha=self.scale)
+        if self.packed is None:
+            return y.addmm_(x @ layer.adapter_a, layer.adapter_b, alpha=self.scale)
+        a, b = self.packed
+        return y.add_(ops.onednn_mm(b, ops.onednn_mm(a, x, None), None), alpha=self.scale)
 
 
 class Factor(NamedTuple):
@@ -60,6 +73,7 @@ class AdapterWorker(Worker):
         chosen = self.vllm_config.additional_config[OPTIONS]
         self.made_for = (chosen["rank"], chosen["alpha"], str(self.model_config.dtype).removeprefix("torch."))
         model = self.model_runner.get_model()
+        self.adapted: list[Any] = []  # layers
         self.factors: dict[str, Factor] = {}
         for name, layer in list(model.named_modules()):
             if isinstance(layer, LinearBase):
@@ -67,6 +81,7 @@ class AdapterWorker(Worker):
                 parts = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
                 adapted = {i: f"{parent}.{part}" for i, part in enumerate(parts) if part in chosen["targets"]}
                 if adapted:
+                    self.adapted.append(layer)
                     self.factors |= install(
                         layer, adapted, *self.made_for[:2], dtype=self.model_config.dtype, device=self.device
                     )
@@ -87,6 +102,8 @@ class AdapterWorker(Worker):
                 factor.held.copy_(given[name][factor.share])
             else:
                 factor.held.zero_()
+        for layer in self.adapted:
+            layer.quant_method.pack(layer)
         for name, whole in given.items():  # back from the buffers, over what was received
             whole[self.factors[name].share].copy_(self.factors[name].held)
         return checksum(flat.view(torch.uint8).numpy(), shapes, dtype)

@@ -41,18 +41,19 @@ def _load(probe: Adapter, fault: str, layer: int) -> tuple[str, np.ndarray]:
     kind, _, what = fault.partition(" ")
     same_kind = [m for n, m in adapted.items() if n.endswith(kind)]
     broken, other = same_kind[layer], same_kind[layer - 1]
-    kept = broken.quant_method, broken.adapter_a, broken.adapter_b, broken.quant_method.scale
+    kept = broken.quant_method, broken.adapter_b, broken.quant_method.scale, broken.quant_method.packed
     rank = ModelConfig().lora_rank
     if what == "not wired":
         broken.quant_method = broken.quant_method.base
     elif what == "of another layer":
-        broken.adapter_a, broken.adapter_b = other.adapter_a, other.adapter_b
+        broken.quant_method.pack(other)
     elif what == "wrong shard":
         broken.adapter_b = torch.nn.Parameter(broken.adapter_b.roll(rank, 0), requires_grad=False)
+        broken.quant_method.pack(broken)
     elif what == "wrong scale":
         broken.quant_method.scale *= 1.5
     logprobs = _engine.logprobs(probe.canary.token_ids.tolist())
-    broken.quant_method, broken.adapter_a, broken.adapter_b, broken.quant_method.scale = kept[0], *kept[1:]
+    broken.quant_method, broken.adapter_b, broken.quant_method.scale, broken.quant_method.packed = kept[0], *kept[1:]
     return checksum, logprobs
 
 
