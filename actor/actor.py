@@ -23,8 +23,9 @@ class Receipt:
 
     version: int
     checksum: str  # of what the engine's buffers hold
-    canary_logprobs: np.ndarray  # float32 [T - 1], what the engine makes of the canary with that version
-    load_seconds: float
+    canary_logprobs: np.ndarray | None  # float32 [T - 1], what the engine makes of the version's canary, if it has one
+    load_seconds: float  # canary included
+    canary_seconds: float = 0.0
 
 
 class Actor:
@@ -48,11 +49,15 @@ class Actor:
         started = time.perf_counter()
         checksum = self.engine.load(adapter)
         self.version = adapter.version
+        loaded = time.perf_counter()
+        logprobs = self.engine.logprobs(adapter.canary.token_ids.tolist()) if adapter.canary else None
+        ended = time.perf_counter()
         return Receipt(
             version=adapter.version,
             checksum=checksum,
-            canary_logprobs=self.engine.logprobs(adapter.canary.token_ids.tolist()),
-            load_seconds=time.perf_counter() - started,
+            canary_logprobs=logprobs,
+            load_seconds=ended - started,
+            canary_seconds=ended - loaded,
         )
 
     def prefix_difference(self, canary_token_ids: np.ndarray) -> float:

@@ -26,6 +26,7 @@ class Canary:
     token_ids: np.ndarray  # int32 [T]
     logprobs: np.ndarray  # float32 [T - 1], nats at temperature 1: tokens 1..T-1 under this adapter
     base_logprobs: np.ndarray  # float32 [T - 1]: the same with the adapter off
+    seconds: float = 0.0  # that the learner took for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class Adapter:
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
-    canary: Canary
+    canary: Canary | None  # None: this version is proved by its checksum alone
     checksum: str  # checksum(values, shapes, dtype), computed by the learner
 
     @classmethod

@@ -81,7 +81,7 @@ class Horizon:
         sampled = time.perf_counter()
         result = ray.get(self.workers.learner.update_with.remote(method, groups))
         learned = time.perf_counter()
-        published = self.workers.channel.publish(self.workers.learner.adapter.remote())
+        published = self.workers.channel.publish(self.workers.learner)
         ended = time.perf_counter()
         assert result.refused is None, result.refused
         reference = method.resolve().has_kl

@@ -43,7 +43,7 @@ def train(
         learned = time.perf_counter()
         buffer.wait_ahead()  # an actor loads an adapter between two steps' rollouts, not during them
         idle = time.perf_counter()
-        published = channel.publish(learner.adapter.remote())
+        published = channel.publish(learner)
         ended = time.perf_counter()
         buffer.release(len(groups))
         times = StepTimes(

@@ -56,6 +56,7 @@ class Recorder:
             "groups/discarded": float(num_discarded),
             "update/refused": float(result.refused is not None),
             "adapter/version": float(published.version),
+            "adapter/canary_version": float(published.canary_version),
             "adapter/canary_difference": published.canary_difference,
             "adapter/canary_signal": published.canary_signal,
             "time/wait_seconds": times.wait_seconds,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from common.adapter import PROBE_VERSION, Adapter
+from common.adapter import PROBE_VERSION, Adapter, Canary
 from common.config import Config
 from common.types import Group, TokenStreams, UpdateResult
 from learner import checkpoint, streams
@@ -105,9 +105,12 @@ class Learner:
         metrics["memory/peak_bytes"] = peak_bytes()
         return UpdateResult(metrics=metrics, streams=tuple(result), refused=refused)
 
-    def adapter(self) -> Adapter:
-        """The current weights as version number of steps taken."""
-        return self.policy.adapter(self.step, self.canary_token_ids, self.canary_base_logprobs)
+    def adapter(self, canary: bool = True) -> Adapter:
+        """The current weights as version number of steps taken; with a canary, if it is asked for."""
+        return self.policy.adapter(self.step, self._canary() if canary else None)
+
+    def _canary(self) -> Canary:
+        return self.policy.canary(self.canary_token_ids, self.canary_base_logprobs)
 
     def probe(self) -> Adapter:
         """A strong random adapter under the number PROBE_VERSION, to find out whether an actor computes as we do.
@@ -117,8 +120,9 @@ class Learner:
         strength = PROBE_STRENGTH
         while True:
             with self.policy.probed(strength):
-                adapter = self.policy.adapter(PROBE_VERSION, self.canary_token_ids, self.canary_base_logprobs)
-            moved = np.abs(adapter.canary.logprobs - adapter.canary.base_logprobs).mean()
+                canary = self._canary()
+                adapter = self.policy.adapter(PROBE_VERSION, canary)
+            moved = np.abs(canary.logprobs - canary.base_logprobs).mean()
             if not moved < PROBE_NATS:
                 return adapter
             strength *= 2

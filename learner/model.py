@@ -4,6 +4,7 @@ Dtype policy, said once: frozen weights and activations have `model.dtype`; adap
 and loss are float32. learner/lora.py rounds the adapter's weights at use, so that no activation is in float32 for them.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,8 +202,19 @@ class Policy:
         self._training_mode()
         return logprobs.float().cpu().numpy()
 
-    def adapter(self, version: int, canary_token_ids: np.ndarray, canary_base_logprobs: np.ndarray) -> Adapter:
-        """A copy of the current weights as adapter version `version`, with its canary."""
+    def canary(self, token_ids: np.ndarray, base_logprobs: np.ndarray) -> Canary:
+        """What the current weights make of `token_ids`."""
+        started = time.perf_counter()
+        logprobs = self.logprobs(token_ids)
+        return Canary(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            base_logprobs=base_logprobs,
+            seconds=time.perf_counter() - started,
+        )
+
+    def adapter(self, version: int, canary: Canary | None) -> Adapter:
+        """A copy of the current weights as adapter version `version`."""
         return Adapter.of(
             get_peft_model_state_dict(self.peft_model),
             self.config.dtype,
@@ -210,11 +222,7 @@ class Policy:
             rank=self.config.lora_rank,
             alpha=self.config.lora_alpha,
             target_modules=self.config.lora_targets,
-            canary=Canary(
-                token_ids=canary_token_ids,
-                logprobs=self.logprobs(canary_token_ids),
-                base_logprobs=canary_base_logprobs,
-            ),
+            canary=canary,
         )
 
     @contextmanager

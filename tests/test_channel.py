@@ -2,14 +2,17 @@
 
 import pickle
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from actor.actor import Receipt
 from common.adapter import Adapter, Canary, tensors
-from launch.channel import AdapterMismatch, check
+from launch import channel
+from launch.channel import AdapterMismatch, Channel, check
 
 TENSORS = {"layer.lora_A.weight": torch.full((2, 3), 1.01), "layer.lora_B.weight": torch.zeros(3, 2)}
 LEARNER = np.array([-1.0, -2.0, -3.0], np.float32)
@@ -86,3 +89,43 @@ def test_what_crosses_processes_pickles():
     again, receipt = pickle.loads(pickle.dumps((ADAPTER, RECEIPT)))
     assert all(torch.equal(t, TENSORS[n]) for n, t in tensors(again).items())
     assert receipt.version == 7
+
+
+class Scripted:
+    """Learner and actor at once, whose methods are called by .remote(...): a canary takes it `seconds`."""
+
+    def __init__(self, seconds, clock):
+        self.seconds, self.clock, self.asked = seconds, clock, []
+        self.adapter = type("Method", (), {"remote": self._adapter})
+        self.load = type("Method", (), {"remote": self._load})
+
+    def _adapter(self, canary):
+        self.asked.append(canary)
+        if not canary:
+            return replace(ADAPTER, canary=None)
+        self.clock[0] += self.seconds
+        return replace(ADAPTER, canary=replace(ADAPTER.canary, seconds=self.seconds / 2))
+
+    def _load(self, adapter):
+        logprobs = LEARNER if adapter.canary else None
+        return replace(RECEIPT, canary_logprobs=logprobs, canary_seconds=self.seconds / 2 if adapter.canary else 0.0)
+
+
+@pytest.mark.parametrize(("seconds", "every"), [(0.05, 1), (0.25, 3), (1.0, 10)])
+def test_the_canary_takes_a_hundredth_of_the_time(seconds, every, monkeypatch):
+    """Steps of 10 s, canaries of .05, .25 and 1 s: every step, every third (2.5), every tenth (of 11 s)."""
+    clock = [1000.0]
+    monkeypatch.setattr(ray, "get", lambda references: references)
+    monkeypatch.setattr(channel.time, "perf_counter", lambda: clock[0])
+    both = Scripted(seconds, clock)
+    made = Channel([both], canary_bound_nats=0.1)
+    found = []
+    for _ in range(31):
+        clock[0] += 10.0
+        found.append(made.publish(both))
+    asked = [step for step, canary in enumerate(both.asked) if canary]
+    assert asked[0] == 0
+    gaps = {later - before for before, later in pairwise(asked[1:])}
+    assert gaps == {every}
+    assert found[-1].canary_version == 7
+    assert found[-1].canary_signal == pytest.approx(0.5)

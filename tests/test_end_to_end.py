@@ -62,8 +62,9 @@ def records(folder: Path, name: str) -> list[dict]:
 
 
 def comparable(record: dict) -> dict:
-    """Without what differs between equal runs: clocks and memory."""
-    return {k: v for k, v in record.items() if not k.startswith(("time/", "throughput/", "memory/")) and k != "seconds"}
+    """Without what differs between equal runs: clocks, memory, and how often there was time for a canary."""
+    clocks = ("time/", "throughput/", "memory/", "adapter/canary")
+    return {k: v for k, v in record.items() if not k.startswith(clocks) and k != "seconds"}
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,8 @@ class ScriptedActor:
 
     def load(self, adapter):
         self.version = adapter.version
-        logprobs = adapter.canary.base_logprobs - 1 if self.lies else adapter.canary.logprobs
+        canary = adapter.canary
+        logprobs = canary and (canary.base_logprobs - 1 if self.lies else canary.logprobs)
         return Receipt(
             version=adapter.version,
             checksum=adapter.checksum,

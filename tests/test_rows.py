@@ -99,7 +99,7 @@ def test_five_steps(running, tmp_path, name):
     )
     method = config.method.resolve()
     learner = InProcess(Learner(checked.model_folder, config, checked.canary_token_ids))
-    workers.channel.publish(learner.adapter.remote())
+    workers.channel.publish(learner)
     recorder = Recorder(tmp_path, checked.tokenizer, Display(name, steps=STEPS), sample_every=0)
     buffer = Buffer(
         workers.actors,
