@@ -69,7 +69,7 @@ def test_a_gpus_plan_is_not_measured_on_a_cpu(capsys):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_real_steps_by_turns(tmp_path, capsys):
     options = ["--actor.max_tokens", "8", "--run.prompts_per_step", "1", "--task.num_train", "8"]
     assert (

@@ -72,7 +72,7 @@ def finished(tmp_path_factory):
     """An uninterrupted run, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     process = start(folder)
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=850)
     assert process.returncode == 0, output
     return folder, output
 
@@ -118,23 +118,26 @@ def test_checkpoint_is_pefts_own_format(finished):
             assert not torch.equal(adapted, model(tokens).logits)
 
 
+@pytest.mark.long
 def test_evaluation_command_repeats_the_runs_own(finished):
     folder, _ = finished
     checkpoint = folder / "checkpoints" / "step-000002"
     command = [sys.executable, "launch/evaluate.py", str(checkpoint)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout.splitlines()[-1])
     expected = next(e for e in records(folder, "evaluations.jsonl") if e["step"] == 2)
     assert comparable(got) == comparable(expected)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_killed_run_leaves_no_process_and_resumes_exactly(finished, tmp_path):
     """kill -9 of the driver once the checkpoint of step 2 is whole; the rest must equal the uninterrupted run."""
     whole, _ = finished
     folder = tmp_path / "killed"
     process = start(folder)
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 850
     while not (folder / "checkpoints" / "step-000002").exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -143,28 +146,29 @@ def test_killed_run_leaves_no_process_and_resumes_exactly(finished, tmp_path):
     assert any("raylet" in p.name() for p in family)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=100)
     assert not alive
     resumed = start(folder, "--run.resume")
-    output, _ = resumed.communicate(timeout=400)
+    output, _ = resumed.communicate(timeout=850)
     assert resumed.returncode == 0, output
     for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
         expected, got = ([comparable(r) for r in records(run, name)] for run in (whole, folder))
         assert got == expected, f"{name} differs after resuming"
 
 
+@pytest.mark.long
 def test_interrupted_run_ends_cleanly(tmp_path):
     """Ctrl-C while vLLM starts: status 130, one line, no process left."""
     process = start(tmp_path / "interrupted")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not any("raylet" in p.name() for p in psutil.Process(process.pid).children(recursive=True)):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     time.sleep(5)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 130, output
     assert "interrupted; continue with --run.resume" in output
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=100)
     assert not alive

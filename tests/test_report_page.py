@@ -295,6 +295,6 @@ def test_fifty_thousand_rollouts(tmp_path):
 def test_as_a_script(tmp_path):
     folder = run_folders.write(tmp_path / "run")
     script = Path(report.__file__)
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, cwd=tmp_path, timeout=400)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == f"wrote {folder / 'report.html'}"

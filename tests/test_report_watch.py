@@ -158,5 +158,5 @@ def test_ctrl_c_ends_it_cleanly(tmp_path):
         assert "http://127.0.0.1:" in line
         assert "watching" in get(line.split()[2])
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=100)
     assert (process.returncode, out.strip(), err) == (0, "ended", "")
