@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PretrainedConfig
 
 from common.config import ModelConfig
-from learner.batch import MicroBatch
+from learner.batch import Ends, MicroBatch
 from learner.model import Policy
 
 FEW, MORE = 2, 3  # layers that are run; what a further one adds is their difference
@@ -98,6 +98,7 @@ def scored_everywhere(lengths: Sequence[Sequence[int]]) -> MicroBatch:
         token_ids_L=torch.zeros_like(positions_L),
         position_ids_L=positions_L,
         lengths=tuple(map(tuple, lengths)),
+        ends=Ends.of(lengths, positions_L.device),
         predictor_N=positions_L,
         target_N=positions_L,
         rollout_N=positions_L,

@@ -4,6 +4,7 @@ Registered with transformers under the name PACKED; the lengths of a micro-batch
 """
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from learner.batch import Ends
+
 PACKED = "horizon_packed"
+# torch 2.11 takes fewer heads of keys and values as they are, 2.13 must be told.
+GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen.varlen_attn).parameters else {}
 
 
 def packed_attention(
@@ -24,29 +29,30 @@ def packed_attention(
     *,
     scaling: float,
     lengths: Sequence[Sequence[int]] | None = None,
+    ends: Ends | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of A query heads over K key heads, output [1, L, A, D].
 
     `lengths` has an entry per prompt: its length, then those of the rollouts that follow it; their sum is L.
-    None: one plain causal sequence.
+    None: one plain causal sequence. `ends` are theirs (learner.batch.Ends), made once for all layers.
     """
     if lost := [name for name in ("s_aux", "softcap") if others.get(name) is not None]:
         raise ValueError(f"the model's attention has {lost[0]}, which packed attention would leave out")
-    repeats = query_1ALD.shape[1] // key_1KLD.shape[1]
-    key_1ALD, value_1ALD = (x.repeat_interleave(repeats, dim=1) for x in (key_1KLD, value_1KLD))
-    pieces = _pieces(query_1ALD, key_1ALD, value_1ALD, lengths or [[query_1ALD.shape[2]]])
+    lengths = lengths or ((query_1ALD.shape[2],),)
+    pieces = _pieces(query_1ALD, key_1KLD, value_1KLD, lengths)
     half = query_1ALD.dtype in (torch.bfloat16, torch.float16)
-    attend = _attend_packed if query_1ALD.is_cuda and half else _attend_one_by_one
-    return attend(pieces, scaling), None
+    if query_1ALD.is_cuda and half:
+        return _attend_packed(pieces, ends or Ends.of(lengths, query_1ALD.device), scaling), None
+    return _attend_one_by_one(pieces, scaling), None
 
 
 def _pieces(
-    query_1ALD: Tensor, key_1ALD: Tensor, value_1ALD: Tensor, lengths: Sequence[Sequence[int]]
+    query_1ALD: Tensor, key_1KLD: Tensor, value_1KLD: Tensor, lengths: Sequence[Sequence[int]]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each prompt and each rollout its queries, and the keys and values up to its last one, the prompt's first."""
     flat = [length for row in lengths for length in row]
-    parts = zip(*(x.split(flat, dim=2) for x in (query_1ALD, key_1ALD, value_1ALD)), strict=True)
+    parts = zip(*(x.split(flat, dim=2) for x in (query_1ALD, key_1KLD, value_1KLD)), strict=True)
     pieces = []
     for row in lengths:
         pieces.append(prompt := next(parts))
@@ -63,29 +69,26 @@ def _attend_one_by_one(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], scaling:
         length, before = query.shape[2], key.shape[2] - query.shape[2]
         mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril(before).to(query.device) if before else None
         outputs.append(
-            scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=not before, scale=scaling)
+            scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=not before, scale=scaling, enable_gqa=True
+            )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _attend_packed(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], scaling: float) -> Tensor:
+def _attend_packed(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], ends: Ends, scaling: float) -> Tensor:
     """The same by FlashAttention's kernel for sequences of many lengths, on a GPU in 16 bits."""
-    query_MAD, key_MAD, value_MAD = [
+    query_MAD, key_MKD, value_MKD = [
         torch.cat(tensors, dim=2)[0].transpose(0, 1) for tensors in zip(*pieces, strict=True)
     ]
-    sizes = torch.tensor([[query.shape[2], key.shape[2]] for query, key, _ in pieces], dtype=torch.int32)
-    ends = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (0, 0, 1, 0)).to(query_MAD.device)
-    most_queries, most_keys = sizes.amax(0).tolist()
     output_LAD: Any = varlen.varlen_attn(
         query_MAD,
-        key_MAD,
-        value_MAD,
-        ends[:, 0].contiguous(),
-        ends[:, 1].contiguous(),
-        most_queries,
-        most_keys,
+        key_MKD,
+        value_MKD,
+        *ends,
         scale=scaling,
         window_size=(-1, 0),  # any number of keys before, none after; the last query sees the last key
+        **GROUPED,
     )
     return output_LAD[None]
 

@@ -6,12 +6,30 @@ with no padding; learner/attention.py keeps rows and rollouts from seeing each o
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.types import Group, Rollout
+
+
+class Ends(NamedTuple):
+    """Where the queries and the keys of each prompt and rollout end, as FlashAttention's kernel takes them."""
+
+    query_ends: Tensor  # int32, from 0 on
+    key_ends: Tensor  # a rollout's keys are its prompt's and its own
+    most_queries: int
+    most_keys: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[Sequence[int]], device: torch.device) -> "Ends":
+        """Of rows as in MicroBatch.lengths."""
+        queries = [length for row in lengths for length in row]
+        keys = [length + (row[0] if place else 0) for row in lengths for place, length in enumerate(row)]
+        query_ends, key_ends = (torch.tensor(np.cumsum([0, *n]), dtype=torch.int32).to(device) for n in (queries, keys))
+        return cls(query_ends, key_ends, max(queries), max(keys))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +39,7 @@ class MicroBatch:
     token_ids_L: Tensor
     position_ids_L: Tensor  # a rollout's positions go on from its prompt's
     lengths: tuple[tuple[int, ...], ...]  # of each row: its prompt, then its rollouts; they sum to L
+    ends: Ends  # of the lengths
     predictor_N: Tensor  # index into L: where the distribution of the token is made
     target_N: Tensor  # the token
     rollout_N: Tensor  # its rollout, 0..B-1
@@ -160,6 +179,7 @@ def _micro_batch(rows: Sequence[_Row], device: torch.device) -> MicroBatch:
         token_ids_L=tensor(row.token_ids_L for row in rows),
         position_ids_L=tensor(row.position_ids_L for row in rows),
         lengths=tuple(row.lengths for row in rows),
+        ends=Ends.of([row.lengths for row in rows], device),
         predictor_N=tensor(row.predictor_N + start for row, start in zip(rows, starts, strict=False)),
         target_N=tensor(row.target_N for row in rows),
         rollout_N=tensor(row.rollout_N for row in rows),

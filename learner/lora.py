@@ -1,33 +1,45 @@
-"""A linear layer and its LoRA adapter in one function: y = x W' + s (dropout(x) A') B', W frozen.
+"""Linear layers and their LoRA adapters in one function: y = x W' + s (dropout(x) A') B', W frozen.
 
 Composed of torch's own functions this keeps and passes over several [L, O] and [L, I] tensors more: the adapter's
 output, its scaled copy, the sum, and x after dropout. Here the adapter's product is added into the base's, and of the
-dropout one byte an element stays. Suffixes: L tokens, I inputs, O outputs, R rank.
+dropout one byte an element stays. Projections of one input (q, k, v; gate, up) are one call: one dropout mask, one
+product with all A, and one gradient of x, which each adds into. Suffixes: L tokens, I inputs, O outputs, R rank, K rank
+times the projections.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 
-def lora_linear(
-    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, *, scale: float, dropout: float
-) -> Tensor:
-    """[..., I] -> [..., O] in the dtype of `weight_OI`, which gets no gradient; differentiable in x, A and B.
+class Projection(NamedTuple):
+    """A frozen linear layer and its adapter's two factors."""
 
-    `dropout` zeroes that share of the adapter's inputs and scales up the others. A and B are rounded to the dtype of
-    the weight at use, as autocast would; their gradients come back in their own.
+    weight_OI: Tensor
+    bias_O: Tensor | None
+    a_RI: Tensor
+    b_OR: Tensor
+
+
+def lora_linear(x: Tensor, projections: Sequence[Projection], *, scale: float, dropout: float) -> tuple[Tensor, ...]:
+    """[..., I] -> [..., O] for each projection, in the dtype of the weights, which get no gradient.
+
+    `dropout` zeroes that share of the adapters' input and scales up the rest. A and B are rounded to the dtype of the
+    weights at use, as autocast would; their gradients come back in their own.
     """
-    dtype = weight_OI.dtype
+    dtype = projections[0].weight_OI.dtype
     x_LI = x.reshape(-1, x.shape[-1]).to(dtype)
     dropped_LI = None
     if dropout > 0:
         dropped_LI, kept_fraction = dropped(x_LI.shape, dropout, x.device)
         scale /= kept_fraction
-    y_LO = _LoraLinear.apply(x_LI, weight_OI, bias_O, a_RI.to(dtype), b_OR.to(dtype), scale, dropped_LI)
-    return y_LO.view(*x.shape[:-1], -1)
+    weights, biases, a_s, b_s = zip(*projections, strict=True)
+    a_KI = torch.cat(a_s).to(dtype)
+    outputs = _LoraLinear.apply(x_LI, a_KI, scale, dropped_LI, weights, biases, *(b_OR.to(dtype) for b_OR in b_s))
+    return tuple(y_LO.view(*x.shape[:-1], -1) for y_LO in outputs)
 
 
 def dropped(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
@@ -50,29 +62,37 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_LI: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        a_RI: Tensor,
-        b_OR: Tensor,
+        a_KI: Tensor,
         scale: float,
         dropped_LI: Tensor | None,
-    ) -> Tensor:
-        inner_LR = _zeroed(x_LI, dropped_LI) @ a_RI.T
-        ctx.scale = scale
-        ctx.save_for_backward(x_LI, weight_OI, a_RI, b_OR, inner_LR, dropped_LI)
-        return linear(x_LI, weight_OI, bias_O).addmm_(inner_LR, b_OR.T, alpha=scale)
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        *b_s: Tensor,
+    ) -> tuple[Tensor, ...]:
+        inner_LK = _zeroed(x_LI, dropped_LI) @ a_KI.T
+        ctx.scale, ctx.weights = scale, weights
+        ctx.save_for_backward(x_LI, a_KI, inner_LK, dropped_LI, *b_s)
+        inners = inner_LK.split([b_OR.shape[1] for b_OR in b_s], dim=1)
+        return tuple(
+            linear(x_LI, weight_OI, bias_O).addmm_(inner_LR, b_OR.T, alpha=scale)
+            for weight_OI, bias_O, b_OR, inner_LR in zip(weights, biases, b_s, inners, strict=True)
+        )
 
     @staticmethod
-    def backward(ctx: Any, grad_LO: Tensor) -> tuple[Tensor | None, ...]:
-        x_LI, weight_OI, a_RI, b_OR, inner_LR, dropped_LI = ctx.saved_tensors
-        grad_inner_LR = (grad_LO @ b_OR).mul_(ctx.scale)
-        grad_a_RI = grad_inner_LR.T @ _zeroed(x_LI, dropped_LI)
-        grad_b_OR = (grad_LO.T @ inner_LR).mul_(ctx.scale)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x_LI, a_KI, inner_LK, dropped_LI, *b_s = ctx.saved_tensors
+        ranks = [b_OR.shape[1] for b_OR in b_s]
+        grad_inner_LK = torch.cat([grad_LO @ b_OR for grad_LO, b_OR in zip(grads, b_s, strict=True)], 1).mul_(ctx.scale)
+        grad_a_KI = grad_inner_LK.T @ _zeroed(x_LI, dropped_LI)
+        grad_b_s = [
+            (grad_LO.T @ inner_LR).mul_(ctx.scale)
+            for grad_LO, inner_LR in zip(grads, inner_LK.split(ranks, dim=1), strict=True)
+        ]
         grad_x_LI = None
         if ctx.needs_input_grad[0]:
-            grad_x_LI = grad_LO @ weight_OI
-            if dropped_LI is None:
-                grad_x_LI.addmm_(grad_inner_LR, a_RI)
-            else:
-                grad_x_LI += (grad_inner_LR @ a_RI).masked_fill_(dropped_LI, 0)
-        return grad_x_LI, None, None, grad_a_RI, grad_b_OR, None, None
+            grad_x_LI = (
+                (grad_inner_LK @ a_KI) if dropped_LI is None else (grad_inner_LK @ a_KI).masked_fill_(dropped_LI, 0)
+            )
+            for grad_LO, weight_OI in zip(grads, ctx.weights, strict=True):
+                grad_x_LI.addmm_(grad_LO, weight_OI)
+        return grad_x_LI, grad_a_KI, None, None, None, None, *grad_b_s

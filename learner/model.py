@@ -25,7 +25,7 @@ from common.types import UserError
 from learner.attention import PACKED
 from learner.batch import MicroBatch
 from learner.head import HeadStats, concatenate, head_stats
-from learner.lora import lora_linear
+from learner.lora import Projection, lora_linear
 
 
 class Pass(NamedTuple):
@@ -54,23 +54,58 @@ def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
     return None
 
 
+SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # projections that are computed together
+
+
 class _LoraLinear(lora.Linear):
-    """peft's layer, computed in one function."""
+    """peft's layer, computed in one function with its siblings that are given the same input."""
+
+    shared: "_SharedInput"
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.disable_adapters:
-            return self.base_layer(x)
+        return self.base_layer(x) if self.disable_adapters else self.shared.output(self, x)
+
+    def projection(self) -> Projection:
         [name] = self.active_adapters
-        dropout = self.lora_dropout[name]
-        return lora_linear(
-            x,
-            self.base_layer.weight,
-            self.base_layer.bias,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            scale=self.scaling[name],
-            dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,  # an Identity where there is none
+        return Projection(
+            self.base_layer.weight, self.base_layer.bias, self.lora_A[name].weight, self.lora_B[name].weight
         )
+
+
+class _SharedInput:
+    """Computes its layers when the first is called, and keeps the others' outputs until they are."""
+
+    def __init__(self, layers: Sequence[_LoraLinear]) -> None:
+        self.layers = layers
+        self.x: Tensor | None = None
+        self.outputs: dict[_LoraLinear, Tensor] = {}
+
+    def output(self, layer: _LoraLinear, x: Tensor) -> Tensor:
+        if x is not self.x or layer not in self.outputs:
+            [name] = layer.active_adapters
+            dropout = layer.lora_dropout[name]
+            outputs = lora_linear(
+                x,
+                [each.projection() for each in self.layers],
+                scale=layer.scaling[name],
+                dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,  # an Identity where there is none
+            )
+            self.x, self.outputs = x, dict(zip(self.layers, outputs, strict=True))
+        y = self.outputs.pop(layer)
+        if not self.outputs:
+            self.x = None
+        return y
+
+
+def _share_inputs(model: torch.nn.Module) -> None:
+    """Put together the adapted projections of each block that have one input; the others stay alone."""
+    for block in model.modules():
+        adapted = {name: child for name, child in block.named_children() if isinstance(child, _LoraLinear)}
+        groups = [[adapted.pop(name) for name in names if name in adapted] for names in SAME_INPUT]
+        for group in [*groups, *([layer] for layer in adapted.values())]:
+            shared = _SharedInput(group)
+            for layer in group:
+                layer.shared = shared
 
 
 def _base(model: Path | PretrainedConfig, dtype: str, device: torch.device) -> Any:
@@ -113,6 +148,7 @@ class Policy:
         )
         lora_config._register_custom_module({torch.nn.Linear: _LoraLinear})
         self.peft_model: PeftModel = get_peft_model(base, lora_config)
+        _share_inputs(self.peft_model)
         if recompute == "layer":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.recompute = recompute
@@ -165,7 +201,11 @@ class Policy:
 
     def scored_states(self, batch: MicroBatch) -> Tensor:
         """[N, H]: the trunk's output where a scored token is predicted."""
-        packing: dict[str, Any] = {"position_ids": batch.position_ids_L[None], "lengths": batch.lengths}
+        packing: dict[str, Any] = {
+            "position_ids": batch.position_ids_L[None],
+            "lengths": batch.lengths,
+            "ends": batch.ends,
+        }
         if self.recompute == "micro-batch" and torch.is_grad_enabled():
             return checkpoint(self._hidden, batch.token_ids_L, use_reentrant=False, **packing)[batch.predictor_N]
         return self._hidden(batch.token_ids_L, **packing)[batch.predictor_N]

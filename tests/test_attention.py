@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import varlen
 
 from learner.attention import packed_attention
+from learner.batch import Ends
 
 ROWS = [[5, 3, 1, 4], [2], [7, 6]]
 HEADS, KEY_HEADS, D = 4, 2, 8
@@ -33,8 +34,10 @@ def expected(query, key, value, scale):
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
     """FlashAttention's contract in plain torch: a sequence's last query is level with its last key."""
+    assert enable_gqa
+    key, value = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (key, value))
     assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
     assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
     outputs = []
@@ -61,7 +64,7 @@ def case(request, monkeypatch):
 def packed_path(pieces, scaling):
     from learner.attention import _attend_packed
 
-    return _attend_packed(pieces, scaling)
+    return _attend_packed(pieces, Ends.of(ROWS, pieces[0][0].device), scaling)
 
 
 def test_values_and_gradients(case):

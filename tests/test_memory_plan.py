@@ -99,8 +99,10 @@ def test_the_papers_models_fit_a_gpu_of_40_gb(name, gib) -> None:
     config = fit.on_gpu(paper(), qwen(name), round(gib * GIB))
     made = planned(config, qwen(name), gib)
     assert made.total() <= 0.95 * gib * GIB
-    assert config.actor.num_sequences == 256
-    assert config.learner.recompute == "layer"  # nothing computed twice would take more than 60 GiB
+    if config.learner.recompute == "none":  # 1.5B at 40 GiB: room for the fewest sequences that an evaluation takes
+        assert (name, gib, config.actor.num_sequences) == ("1.5B", 40.0, 32)
+    else:
+        assert (config.learner.recompute, config.actor.num_sequences) == ("layer", 256)
 
 
 @pytest.mark.parametrize("gib", [40.0, 40e9 / GIB])
