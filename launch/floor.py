@@ -39,7 +39,7 @@ class Shape:
 def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
     """Takes a second or two; nothing else may run on the device."""
     width, copied = WIDTH[device.type], COPIED_BYTES[device.type]
-    left, right = (torch.ones(width, width, dtype=dtype, device=device) for _ in range(2))
+    left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))  # ones draw less power
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return Rates(
