@@ -23,6 +23,7 @@ from learner.selection import select
 from learner.streams import Streams
 
 PROBE_STRENGTH, PROBE_NATS = 0.01, 2.0  # bfloat16 on SmolLM2: noise of .14 nats where 5.1 are moved
+PROBE_GAIN = 1.1  # a model of random weights predicts nearly uniformly: no adapter moves it by PROBE_NATS
 
 
 class Learner:
@@ -115,15 +116,16 @@ class Learner:
     def probe(self) -> Adapter:
         """A strong random adapter under the number PROBE_VERSION, to find out whether an actor computes as we do.
 
-        It is made stronger until it moves the canary by PROBE_NATS in the mean. The learner's own weights stay.
+        It is doubled until it moves the canary by PROBE_NATS in the mean, or by no more than PROBE_GAIN times what the
+        last one did. The learner's own weights stay.
         """
-        strength = PROBE_STRENGTH
+        strength, moved = PROBE_STRENGTH, 0.0
         while True:
             with self.policy.probed(strength):
                 canary = self._canary()
                 adapter = self.policy.adapter(PROBE_VERSION, canary)
-            moved = np.abs(canary.logprobs - canary.base_logprobs).mean()
-            if not moved < PROBE_NATS:
+            before, moved = moved, np.abs(canary.logprobs - canary.base_logprobs).mean()
+            if not PROBE_GAIN * before < moved < PROBE_NATS:
                 return adapter
             strength *= 2
 

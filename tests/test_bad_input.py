@@ -101,6 +101,12 @@ def test_resuming_with_other_options_names_the_difference(capsys, tmp_path):
     assert "method.alpha=0.25 differs from 0.5" in line
 
 
+def test_a_run_that_published_by_merging_is_not_resumed(capsys, tmp_path):
+    (tmp_path / "config.toml").write_text('[actor]\npublish = "merged"\n')
+    line = refuse(capsys, "--run.dir", str(tmp_path), "--run.resume")
+    assert "was begun with actor.publish: every adapter is now resident" in line
+
+
 def test_a_moved_run_folder_resumes_by_any_name_of_it(tmp_path, monkeypatch):
     begun = load([], cluster.DEFAULT_CONFIG)
     folder = tmp_path / "moved"

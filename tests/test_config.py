@@ -79,6 +79,7 @@ def test_a_bad_command_line_gets_one_line(options: str, words: str, empty: Path)
         ("[actor]\ngroup_size = 1", "actor.group_size=1: Input should be greater than or equal to 2"),
         ("[actor]\ntemperature = 0.0", "actor.temperature=0.0: Input should be greater than 0"),
         ("[run\nsteps = 3", "is not valid TOML"),
+        ('[actor]\npublish = "merged"', "actor.publish='merged' is no option any more: every adapter is now resident"),
     ],
 )
 def test_a_bad_file_gets_one_line(toml: str, words: str, tmp_path: Path) -> None:

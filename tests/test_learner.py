@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 from common.adapter import tensors
 from common.config import ModelConfig
 from learner.batch import pack
-from learner.learner import Learner
+from learner.learner import PROBE_NATS, Learner
 from learner.model import Policy
 
 METHODS = {
@@ -206,6 +206,13 @@ def test_adapter_is_a_copy_with_a_true_canary(folder):
     made.update(tiny.groups())
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors(adapter).items())
     assert made.adapter().checksum != adapter.checksum
+
+
+def test_the_probe_of_a_nearly_uniform_model_is_finite(tmp_path):
+    """No adapter moves such a model by PROBE_NATS: its logits are bounded by its norm and its small embedding."""
+    made = tiny.learner(tiny.save_model(tmp_path, initializer_range=0.02))
+    canary = made.probe().canary
+    assert 0.03 < np.abs(canary.logprobs - canary.base_logprobs).mean() < PROBE_NATS
 
 
 def test_save_and_load_continue_exactly(folder, tmp_path):

@@ -15,7 +15,7 @@ LEARNER = {"learning_rate": 1e-2, "gradient_accumulation": 1, "recompute": "none
 CANARY = np.arange(12, dtype=np.int32)
 
 
-def save_model(folder: Path, seed: int = 0) -> Path:
+def save_model(folder: Path, seed: int = 0, initializer_range: float = 0.3) -> Path:
     """A Llama with V tokens, in float32."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -26,7 +26,7 @@ def save_model(folder: Path, seed: int = 0) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
-        initializer_range=0.3,
+        initializer_range=initializer_range,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -1,0 +1,97 @@
+"""An adapter cut over tensor-parallel ranks, put together again: the product of the whole one, in float64."""
+
+import numpy as np
+import pytest
+import torch
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+
+from actor.vllm_worker import AdapterWorker, install
+from common.adapter import PROBE_VERSION, Adapter
+
+RANK, ALPHA, H = 3, 6.0, 16
+HEADS, KV_HEADS, HEAD = 8, 2, 4
+
+
+class Base:
+    """Stands in for vLLM's quant_method: the frozen weight adds nothing, so that the adapter's product is left."""
+
+    def apply(self, layer, x, bias=None):
+        return x.new_zeros(len(x), sum(layer.output_partition_sizes))
+
+
+def layer(kind: type, rank: int, ranks: int, inputs: int, outputs: list[int]):
+    """What `install` reads of vLLM's layer, without the process groups that its constructor wants."""
+    made = kind.__new__(kind)
+    torch.nn.Module.__init__(made)
+    made.tp_rank, made.tp_size, made.quant_method = rank, ranks, Base()
+    row = kind is RowParallelLinear
+    made.input_size_per_partition = inputs // ranks if row else inputs
+    made.output_partition_sizes = outputs if row else [size // ranks for size in outputs]
+    if kind is QKVParallelLinear:  # as vLLM: with fewer key heads than ranks, several ranks compute the same one
+        made.num_kv_head_replicas = max(1, ranks // KV_HEADS)
+        key = HEAD * max(1, KV_HEADS // ranks)
+        made.output_partition_sizes = [outputs[0] // ranks, key, key]
+    return made
+
+
+LAYERS = {
+    "qkv_proj": (QKVParallelLinear, {"q_proj": HEADS * HEAD, "k_proj": KV_HEADS * HEAD, "v_proj": KV_HEADS * HEAD}),
+    "gate_up_proj": (MergedColumnParallelLinear, {"gate_proj": 24, "up_proj": 24}),
+    "o_proj": (RowParallelLinear, {"o_proj": H}),
+    "plain": (ColumnParallelLinear, {"fc1": 24}),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_ranks_together_compute_the_whole_product(name, ranks):
+    kind, projections = LAYERS[name]
+    generator = torch.Generator().manual_seed(ranks)
+    factors = {}
+    for projection, outputs in projections.items():
+        stem = f"base_model.model.layers.0.{projection}"
+        factors[f"{stem}.lora_A.weight"] = torch.randn(RANK, H, generator=generator)
+        factors[f"{stem}.lora_B.weight"] = torch.randn(outputs, RANK, generator=generator)
+    adapter = Adapter.of(
+        factors,
+        "float32",
+        version=PROBE_VERSION,
+        rank=RANK,
+        alpha=ALPHA,
+        target_modules=tuple(projections),
+        canary=None,
+    )
+    x = torch.randn(5, H, generator=generator)
+    parts = []
+    for rank in range(ranks):
+        one = layer(kind, rank, ranks, H, list(projections.values()))
+        worker = AdapterWorker.__new__(AdapterWorker)
+        worker.model_config = type("", (), {"dtype": torch.float32})()
+        worker.made_for, worker.adapted = (RANK, ALPHA, "float32"), [one]
+        adapted = {place: f"layers.0.{projection}" for place, projection in enumerate(projections)}
+        worker.factors = install(one, adapted, RANK, ALPHA, dtype=torch.float32, device=torch.device("cpu"))
+        held = worker.write_adapter(adapter.values, adapter.shapes, RANK, ALPHA, "float32")
+        assert held == adapter.checksum
+        own = x.chunk(ranks, 1)[rank] if kind is RowParallelLinear else x
+        parts.append(one.quant_method.apply(one, own).double())
+
+    whole = [
+        ALPHA / RANK * x.double() @ factors[f"base_model.model.layers.0.{p}.lora_A.weight"].double().T
+        @ factors[f"base_model.model.layers.0.{p}.lora_B.weight"].double().T
+        for p in projections
+    ]  # fmt: skip
+    if kind is RowParallelLinear:
+        got = [sum(parts)]  # vLLM's all-reduce
+    else:
+        split = [part.split(one.output_partition_sizes, 1) for part in parts]
+        got = [torch.cat([pieces[i] for pieces in split], 1) for i in range(len(projections))]
+        if kind is QKVParallelLinear and ranks > KV_HEADS:
+            step = ranks // KV_HEADS
+            got[1:] = [torch.cat([pieces[i] for pieces in split[::step]], 1) for i in (1, 2)]
+    for ours, expected in zip(got, whole, strict=True):
+        np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)
