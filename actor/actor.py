@@ -1,4 +1,4 @@
-"""The actor: prompts in, scored groups out, always with one known adapter version. A Ray actor in launch/cluster.py."""
+"""The actor: prompts in, scored groups out, always with one known adapter version (a Ray actor in launch/runtime)."""
 
 import time
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from actor.reward import RewardPool
+from actor.reward_pool import RewardPool
 from actor.rollout import Sampling, roll_out
 from common.adapter import Adapter
 from common.config import Config

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actor.engine import Engine, Sample
 from actor.opening import Opening, sample_with_openers
-from actor.reward import RewardPool, Scoring
+from actor.reward_pool import RewardPool, Scoring
 from common.config import Config
 from common.types import Group, Prompt, Rollout, Score
 

@@ -1,8 +1,8 @@
 """Benchmarks, each side by side and by turns; each prints a table, and one JSON object as its last line.
 
-    python launch/benchmark.py train    whole steps, and TRL's beside them (launch/benchmark_train.py)
-    python launch/benchmark.py learn    the learner alone (launch/benchmark_learner.py): needs no Ray and no vLLM
-    python launch/benchmark.py head     the head alone (launch/benchmark_head.py): needs neither, nor a model
+    python launch/benchmark.py train    whole steps, and TRL's beside them (launch/benchmarks/step.py)
+    python launch/benchmark.py learn    the learner alone (launch/benchmarks/update.py): needs no Ray and no vLLM
+    python launch/benchmark.py head     the head alone (launch/benchmarks/head.py): needs neither, nor a model
 
 Each has --help.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-MODULES = {"train": "benchmark_train", "learn": "benchmark_learner", "head": "benchmark_head"}
+MODULES = {"train": "step", "learn": "update", "head": "head"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in MODULES:
         print(f"name a benchmark: {', '.join(MODULES)}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"launch.{MODULES[argv[0]]}").main(argv[1:])
+    return importlib.import_module(f"launch.benchmarks.{MODULES[argv[0]]}").main(argv[1:])
 
 
 if __name__ == "__main__":

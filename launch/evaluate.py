@@ -22,7 +22,8 @@ from common.command_line import load
 from common.config import Config
 from common.metrics import mean
 from common.types import Group, Prompt, UserError
-from launch import cluster, plan, wiring
+from launch.planning import plan
+from launch.runtime import cluster, workers
 
 
 def interval(p: float, n: int) -> float:
@@ -80,8 +81,8 @@ def main(argv: Sequence[str]) -> int:
                 f"{checkpoint} is no checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030"
             )
         checked = plan.make(load(["--config", str(written), *argv[1:]], written), saved=checkpoint)
-        with cluster.connect(), wiring.start(checked) as workers:
-            record = evaluate(workers.actors, checked.eval_prompts, checked.config, step=workers.version)
+        with cluster.connect(), workers.start(checked) as started:
+            record = evaluate(started.actors, checked.eval_prompts, checked.config, step=started.version)
         print(json.dumps(record))
     except UserError as error:
         print(error, file=sys.stderr)

@@ -1,11 +1,11 @@
 """The experiment: a grid of runs as Ray tasks, on whatever the cluster has.
 
-python launch/experiment.py --config launch/configs/main_comparison.toml --scale cpu --cores 1 [OPTIONS]
+python launch/experiment.py --config launch/configs/grids/main_comparison.toml --scale cpu --cores 1 [OPTIONS]
 
 OPTIONS are those of launch/run.py and hold for every cell; --dry-run checks all cells and starts none. The same command
 again continues: finished cells stay as they are, one that died goes on from its last checkpoint, one without a
 checkpoint starts again in an emptied folder. Grids in the same --dir share the cells that they have in common. The
-format of a grid: launch/grid.py; what a cell takes and where it runs: launch/cell_process.py.
+format of a grid: launch/experiments/grid.py; what a cell takes and where it runs: launch/experiments/cell.py.
 """
 
 import argparse
@@ -29,9 +29,12 @@ import ray
 from common.config import dump
 from common.metrics import mean, read_lines
 from common.types import UserError
-from launch import cell_process, cluster, grid, plan, record
-from launch.display import Board, Progress
-from launch.grid import Cell
+from launch.experiments import cell as cell_process
+from launch.experiments import grid
+from launch.experiments.grid import Cell
+from launch.planning import plan
+from launch.runtime import cluster, recorder
+from launch.runtime.console import Board, Progress
 from learner import checkpoint
 
 RECENT = 5  # steps whose mean reward is shown
@@ -106,7 +109,7 @@ def _clear(cell: Cell) -> None:
     if _died_early(folder):
         shutil.rmtree(folder)
     elif reached := checkpoint.latest(folder / "checkpoints"):
-        record.rewind(folder, checkpoint.step_of(reached))
+        recorder.rewind(folder, checkpoint.step_of(reached))
 
 
 def progress(cell: Cell, state: str) -> Progress:
@@ -187,7 +190,7 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--config", type=Path, help="the grid, such as launch/configs/main_comparison.toml")
+    parser.add_argument("--config", type=Path, help="the grid, such as launch/configs/grids/main_comparison.toml")
     parser.add_argument("--scale", help="a table [scale.NAME] of the grid, such as cpu")
     parser.add_argument("--dir", type=Path, help="folder of the cells (runs/GRID or runs/GRID-SCALE)")
     parser.add_argument("--cores", type=int, help="processors of a cell where there is no GPU (all of a machine)")
@@ -199,7 +202,7 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if arguments.cores is not None and arguments.cores < 1:
         raise UserError(f"--cores {arguments.cores} is no number of processors; give 1 or more")
     if arguments.config is None:
-        raise UserError("--config is missing; name a grid, such as launch/configs/main_comparison.toml")
+        raise UserError("--config is missing; name a grid, such as launch/configs/grids/main_comparison.toml")
     arguments.dir = arguments.dir or Path("runs", "-".join(filter(None, [arguments.config.stem, arguments.scale])))
     return arguments, options
 

@@ -7,9 +7,9 @@ from typing import Any
 import ray
 
 from common.config import Config
-from launch.buffer import Buffer
-from launch.channel import Channel
-from launch.record import Recorder, StepTimes
+from launch.runtime.buffer import Buffer
+from launch.runtime.channel import Channel
+from launch.runtime.recorder import Recorder, StepTimes
 
 MAX_REFUSED_STEPS = 3
 

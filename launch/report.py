@@ -13,8 +13,8 @@ if not __package__:  # run as a script: import from the checkout, not from launc
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from common.types import UserError
+from launch.reporting.data.runs import read_all
 from launch.reporting.page import Report, make
-from launch.reporting.runs import read_all
 from launch.reporting.watch import serve
 
 DEFAULT_PORT = 8377

@@ -25,15 +25,16 @@ from common import methods
 from common.command_line import load
 from common.config import Config, dump
 from common.types import UserError
-from launch import cluster, plan, wiring
-from launch.buffer import Buffer, PromptStream
-from launch.channel import AdapterMismatch
-from launch.display import Display
 from launch.evaluate import evaluate
 from launch.loop import RunFailed, train
-from launch.plan import Plan, warnings
-from launch.record import Recorder, rewind
-from launch.wiring import Workers
+from launch.planning import plan
+from launch.planning.plan import Plan, warnings
+from launch.runtime import cluster, workers
+from launch.runtime.buffer import Buffer, PromptStream
+from launch.runtime.channel import AdapterMismatch
+from launch.runtime.console import Display
+from launch.runtime.recorder import Recorder, rewind
+from launch.runtime.workers import Workers
 from learner import checkpoint
 from learner.selection import drop_reason
 
@@ -59,10 +60,10 @@ def run(checked: Plan) -> None:
         for warning in warnings(config):
             display.note(f"warning: {warning}")
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
-        with cluster.connect(), wiring.start(checked) as workers:
+        with cluster.connect(), workers.start(checked) as started:
             stream = PromptStream(checked.train_prompts, seed=config.run.seed, cursor=cursor)
             buffer = Buffer(
-                workers.actors,
+                started.actors,
                 stream,
                 Sampling.of(config),
                 prompts_per_step=config.run.prompts_per_step,
@@ -71,13 +72,13 @@ def run(checked: Plan) -> None:
                 drop_reason=partial(drop_reason, method=method),
                 refill_rounds=method.refill_rounds,
             )
-            after_step = _after_step(checked, workers, buffer, recorder, cursor)
+            after_step = _after_step(checked, started, buffer, recorder, cursor)
             if first_step == 0:
                 after_step(0)
             train(
                 config,
-                workers.learner,
-                workers.channel,
+                started.learner,
+                started.channel,
                 buffer,
                 recorder,
                 first_step=first_step,
@@ -89,7 +90,7 @@ def run(checked: Plan) -> None:
 
 
 def _after_step(
-    checked: Plan, workers: Workers, buffer: Buffer, recorder: Recorder, cursor: int
+    checked: Plan, started: Workers, buffer: Buffer, recorder: Recorder, cursor: int
 ) -> Callable[[int], None]:
     """What follows step `step`, where it is due: an evaluation, then a checkpoint."""
     config = checked.config
@@ -99,16 +100,16 @@ def _after_step(
 
     def after_step(step: int) -> None:
         if config.run.evaluate_every and due(step, config.run.evaluate_every):
-            recorder.evaluation(evaluate(workers.actors, checked.eval_prompts, config, step=step))
+            recorder.evaluation(evaluate(started.actors, checked.eval_prompts, config, step=step))
         if step and due(step, config.run.checkpoint_every):
-            _save(config, workers, step=step, cursor=cursor + buffer.num_taken)
+            _save(config, started, step=step, cursor=cursor + buffer.num_taken)
 
     return after_step
 
 
-def _save(config: Config, workers: Workers, *, step: int, cursor: int) -> None:
+def _save(config: Config, started: Workers, *, step: int, cursor: int) -> None:
     with checkpoint.written_whole(config.run.dir / "checkpoints" / checkpoint.name(step)) as folder:
-        ray.get(workers.learner.save.remote(folder.resolve()))
+        ray.get(started.learner.save.remote(folder.resolve()))
         (folder / "run_state.json").write_text(json.dumps({"step": step, "prompt_cursor": cursor}))
 
 

@@ -1,7 +1,7 @@
 """Groups -> packed micro-batches by token budget, and values of scored tokens -> padded [B, T] and back.
 
 A row is one prompt followed by rollouts of it: the prompt is computed once. A micro-batch is rows laid end to end,
-with no padding; learner/attention.py keeps rows and rollouts from seeing each other.
+with no padding; learner/policy/attention.py keeps rows and rollouts from seeing each other.
 """
 
 from collections.abc import Iterable, Sequence

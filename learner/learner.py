@@ -1,4 +1,4 @@
-"""The learner: scored rollouts in, one new adapter version out. launch/cluster.py makes a Ray actor of it."""
+"""The learner: scored rollouts in, one new adapter version out. launch/runtime/workers.py makes a Ray actor of it."""
 
 import os
 import resource
@@ -17,8 +17,8 @@ from learner.batch import StepBatch, pack
 from learner.head import HeadStats
 from learner.loss import adapt_entropy_bonus
 from learner.metrics import step_metrics
-from learner.model import Pass, Policy, join
 from learner.optimizer import Optimizer
+from learner.policy.policy import Pass, Policy, join
 from learner.selection import select
 from learner.streams import Streams
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from common.methods import Method, function
-from learner import ratio, token_advantages, token_weights
+from learner import erpo, ratio, token_weights
 from learner.batch import StepBatch
 from learner.head import HeadStats
 from learner.loss import clipped_surrogate, kl, pessimistic_clip, stop_gradient_surrogate
-from learner.model import Pass
+from learner.policy.policy import Pass
 from learner.selection import Selection
 
 
@@ -122,8 +122,8 @@ def _token_advantages(
     if method.token_advantage == "broadcast":
         return advantages_B[:, None] * batch.mask_BT
     assert reference is not None, "the reference pass was asked for"
-    gate_BT = token_advantages.gate(entropy_BT, batch.mask_BT, group_B, sharpness=method.erpo_gate)
-    progress_BT = token_advantages.progress(
+    gate_BT = erpo.gate(entropy_BT, batch.mask_BT, group_B, sharpness=method.erpo_gate)
+    progress_BT = erpo.progress(
         batch.pad(passed.stats.logprob_N.detach().double()),
         batch.pad(reference.stats.logprob_N.double()),
         batch.mask_BT,
@@ -131,7 +131,7 @@ def _token_advantages(
         scale=method.erpo_progress,
         buckets=method.erpo_buckets,
     )
-    return token_advantages.assemble(
+    return erpo.assemble(
         advantages_B,
         gate_BT,
         progress_BT,

@@ -22,10 +22,10 @@ if not torch.cuda.is_available():
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, monkeypatch):
     """A backend of the head, its blocks made so small that a few hundred rows and a thousand tokens need several."""
-    from learner import head_torch, head_triton
+    from learner.head import torch_backend, triton_backend
 
-    monkeypatch.setattr(head_torch, "ROWS", 64)
-    monkeypatch.setattr(head_torch, "TILE", 256)
-    monkeypatch.setattr(head_triton, "WORKSPACE_BYTES", 1)  # 128 rows
-    monkeypatch.setattr(head_triton, "BLOCK", 512)
+    monkeypatch.setattr(torch_backend, "ROWS", 64)
+    monkeypatch.setattr(torch_backend, "TILE", 256)
+    monkeypatch.setattr(triton_backend, "WORKSPACE_BYTES", 1)  # 128 rows
+    monkeypatch.setattr(triton_backend, "BLOCK", 512)
     return request.param

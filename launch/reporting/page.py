@@ -14,14 +14,14 @@ import matplotlib as mpl
 from markupsafe import Markup
 
 from common.types import UserError
-from launch.reporting import claims, figures_accuracy, figures_training, paper, tables
+from launch.reporting.data.groups import Group, differences, group, settings_of
+from launch.reporting.data.runs import Run
 from launch.reporting.figure import Drawn
-from launch.reporting.groups import Group, differences, group, settings_of
-from launch.reporting.runs import Run
+from launch.reporting.paper import claims, figures_accuracy, figures_training, numbers, tables
+from launch.reporting.paper.verdicts import Verdict
 from launch.reporting.samples import Samples, all_samples
 from launch.reporting.style import COLOURS, RC, inline, method_of, png, svg
 from launch.reporting.table import ABSENT, Table
-from launch.reporting.verdicts import Verdict
 
 ASSETS = Path(__file__).parent / "assets"
 PHASES = ("rollout", "reward", "wait", "learn", "ahead", "publish", "step")  # time/*_seconds
@@ -69,9 +69,9 @@ def make(runs: Sequence[Run]) -> Report:
         data=Markup(embedded(page_data(runs, samples))),
         differences=settings,
         figures=[(each, Markup(inline(svg(each.figure, each.key), each.key, escape(each.title)))) for each in drawn],
-        footnotes=list(paper.FOOTNOTES.items()),
+        footnotes=list(numbers.FOOTNOTES.items()),
         groups=[(each, method_of(each)) for each in groups],
-        note_number={key: place for place, key in enumerate(paper.FOOTNOTES, start=1)},
+        note_number={key: place for place, key in enumerate(numbers.FOOTNOTES, start=1)},
         runs=runs,
         num_recorded=sum(each.num_recorded for each in samples),
         num_shown=sum(each.num_shown for each in samples),

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.reporting.runs import Run, is_step, number
+from launch.reporting.data.runs import Run, is_step, number
 
 MAX_BYTES = 3_000_000  # of the records shown in one report, all runs together: what a browser opens at once
-HEAD = re.compile(rb'\{"step": (\d{1,15}), "prompt_index": (\d{1,15}), ')  # how launch/record.py begins a line
+HEAD = re.compile(rb'\{"step": (\d{1,15}), "prompt_index": (\d{1,15}), ')  # how the recorder begins a line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from common.methods import METHODS
-from launch.reporting.groups import PAPER_ALPHA, Group
+from launch.reporting.data.groups import PAPER_ALPHA, Group
 
 INK, GRID = "#1c2430", "#d8dde4"
 

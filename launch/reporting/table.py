@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from launch.reporting.statistics import Estimate
+from launch.reporting.data.statistics import Estimate
 
 ABSENT = "-"
 

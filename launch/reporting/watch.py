@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from common.types import UserError
-from launch.reporting.runs import expanded
+from launch.reporting.data.runs import expanded
 
 NAMES = ("127.0.0.1", "localhost")
 FAILED = (

@@ -1,0 +1,130 @@
+"""What launch/benchmarks/step.py measured, as one JSON object, one table and one chart."""
+
+import json
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from launch.benchmarks.roofline import Rates
+from launch.planning.plan import Plan
+from launch.runtime import workers
+
+Rows = Mapping[str, Sequence[Mapping[str, float]]]  # by contender: its measured steps
+PHASES = {"rollout": "#0072b2", "learn": "#e69f00", "publish": "#009e73"}  # seconds of a step; colour-blind safe
+
+
+def summary(
+    plan: Plan, model: str, rates: Rates, measured: Rows, batches: Mapping[int, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Medians, spreads, and every figure behind them. Peaks are the learner's, of the peer those of all it is."""
+    config = plan.config
+    over_grpo = ratios(measured, "sa-ah-grpo", "grpo")
+    over_trl = ratios(measured, "trl", "sa-ah-grpo") if "trl" in measured else None
+    return {
+        "machine": {
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "processor": _processor(),
+            "cores": len(workers.cores()),
+            **asdict(rates),
+        },
+        "model": model,
+        "planned_learner_peak_bytes": plan.memory.learner_peak_bytes if plan.memory else None,
+        "settings": {"learner": config.learner.model_dump(), "actor": config.actor.model_dump()},
+        "work": {
+            "prompts": config.run.prompts_per_step,
+            "completions": config.actor.group_size,
+            "max_tokens": config.actor.max_tokens,
+        },
+        "measured": measured,
+        "sa_ah_over_grpo": statistics.median(over_grpo),
+        "sa_ah_over_grpo_by_round": over_grpo,
+        "speedup_over_trl": statistics.median(over_trl) if over_trl else None,
+        "speedup_over_trl_by_round": over_trl,
+        "batches": batches,
+        "cost_exponent": exponent(batches) if len(batches) > 1 else None,
+    }
+
+
+def _processor() -> str:
+    """The model's name, where the system tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def ratios(measured: Rows, above: str, below: str) -> list[float]:
+    """Step time of `above` over that of `below`, round by round."""
+    pairs = zip(measured[above], measured[below], strict=True)
+    return [a["step"] / b["step"] for a, b in pairs]
+
+
+def exponent(batches: Mapping[int, Mapping[str, float]]) -> float:
+    """Slope of log seconds over log tokens: 1 is a cost linear in tokens."""
+    tokens, seconds = (np.log([row[key] for row in batches.values()]) for key in ("tokens", "step"))
+    return float(np.polyfit(tokens, seconds, 1)[0])
+
+
+def medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def table(measured: Rows) -> Table:
+    """Median seconds by phase, in per cent of them the floor, and the range of whole steps."""
+    drawn = Table(
+        "", "rollout s", "floor %", "learn s", "floor %", "publish s", "step s", "range", "tokens/s", "learner GB"
+    )
+    for name, rows in measured.items():
+        middle, steps = medians(rows), [row["step"] for row in rows]
+
+        def share(phase: str, middle: Mapping[str, float] = middle) -> str:
+            floor = f"{phase}_floor"
+            return f"{100 * middle[floor] / middle[phase]:.0f}" if floor in middle else "-"
+
+        drawn.add_row(
+            name,
+            f"{middle['rollout']:.2f}",
+            share("rollout"),
+            f"{middle['learn']:.2f}",
+            share("learn"),
+            f"{middle['publish']:.2f}" if "publish" in middle else "-",
+            f"{middle['step']:.2f}",
+            f"{min(steps):.2f}-{max(steps):.2f}",
+            f"{middle['tokens'] / middle['step']:.0f}",
+            f"{middle['learner_peak_bytes'] / 1e9:.1f}",
+        )
+    return drawn
+
+
+def keep(folder: Path, summary: Mapping[str, Any]) -> None:
+    """benchmark.json and benchmark.svg in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.json").write_text(json.dumps(summary, indent=1))
+    chart(summary["measured"]).savefig(folder / "benchmark.svg")
+
+
+def chart(measured: Rows) -> Figure:
+    """A bar for each contender, of the median seconds of its phases; a tick marks the floor of each."""
+    figure = Figure(figsize=(8, 1 + 0.5 * len(measured)), layout="constrained")
+    axes = figure.subplots()
+    for place, rows in enumerate(measured.values()):
+        middle, left = medians(rows), 0.0
+        for phase, colour in PHASES.items():
+            if phase not in middle:
+                continue
+            axes.barh(place, middle[phase], left=left, color=colour, label=phase if place == 0 else None)
+            if f"{phase}_floor" in middle:
+                axes.plot([left + middle[f"{phase}_floor"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1)
+            left += middle[phase]
+    axes.set_yticks(range(len(measured)), list(measured))
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds a step, median; a black line is the floor of its phase")
+    axes.legend(loc="lower right")
+    return figure

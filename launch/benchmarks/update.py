@@ -1,0 +1,114 @@
+"""Methods by turns in one learner: what a step of learning costs, sampling and publishing left out.
+
+    python launch/benchmark.py learn [--pairs 20] [--prompt-tokens 100] [OPTIONS of launch/run.py]
+
+One learner, in this process, updates on the same random rollouts (run.prompts_per_step prompts, actor.group_size
+completions each of actor.max_tokens tokens) with one method after the other, in an order that turns around from pair
+to pair; the first pair warms up and is not counted. Needs no Ray and no vLLM.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.command_line import load
+from common.config import Config, MethodConfig
+from common.types import Group, Prompt, Rollout, Score, UserError
+from launch.planning import memory_fit, model_folder, plan
+from learner.learner import Learner
+
+CONFIG = Path(__file__).parents[1] / "configs" / "benchmark.toml"
+CONTENDERS = ("sa-ah-grpo", "grpo")
+
+
+def random_groups(config: Config, vocab_size: int, prompt_tokens: int) -> list[Group]:
+    """Random tokens; in each group every reward is another, so that half of the advantages are negative."""
+    generator = np.random.default_rng(config.run.seed)
+    tokens = prompt_tokens + config.actor.max_tokens
+    groups = []
+    for index in range(config.run.prompts_per_step):
+        prompt_ids = generator.integers(vocab_size, size=prompt_tokens)
+        rollouts = [
+            Rollout(
+                token_ids=np.append(prompt_ids, generator.integers(vocab_size, size=config.actor.max_tokens)).astype(
+                    np.int32
+                ),
+                num_prompt_tokens=prompt_tokens,
+                mask=np.arange(tokens) >= prompt_tokens,
+                actor_logprobs=np.full(tokens, -1.0, dtype=np.float32),
+                text="",
+                finish_reason="length",
+                version=0,
+                score=Score(total=float(place), correct=False, parts={}),
+            )
+            for place in range(config.actor.group_size)
+        ]
+        groups.append(Group(prompt=Prompt(messages=(), answer="", index=index), rollouts=tuple(rollouts)))
+    return groups
+
+
+def measure(learner: Learner, groups: Sequence[Group], pairs: int) -> dict[str, list[float]]:
+    """Seconds of `pairs` counted updates by method."""
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for number in range(pairs + 1):
+        for name in CONTENDERS[:: -1 if number % 2 else 1]:
+            learner.method = MethodConfig(name=name).resolve()
+            started = time.perf_counter()
+            result = learner.update(groups)
+            elapsed = time.perf_counter() - started
+            assert result.refused is None, result.refused
+            if number:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def summary(seconds: dict[str, list[float]], num_tokens: int) -> dict[str, Any]:
+    """Ratios pair by pair, and completion tokens a second."""
+    ratios = sorted(a / b for a, b in zip(*(seconds[name] for name in CONTENDERS), strict=True))
+    return {
+        "completion_tokens": num_tokens,
+        "seconds": seconds,
+        "tokens_per_second": {name: num_tokens / statistics.median(each) for name, each in seconds.items()},
+        "sa_ah_over_grpo": statistics.median(ratios),
+        "sa_ah_over_grpo_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--prompt-tokens", type=int, default=100)
+    arguments, options = parser.parse_known_args(list(argv))
+    try:
+        for name in ("pairs", "prompt_tokens"):
+            if getattr(arguments, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give 1 or more")
+        config = load(options, CONFIG)
+        folder = model_folder.resolve(config.model.path)
+        model = plan.check_model(config, folder)
+        config, _ = memory_fit.resolve(config, model, longest_prompt_tokens=arguments.prompt_tokens)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    learner = Learner(folder, config, np.arange(8, dtype=np.int32))
+    groups = random_groups(config, learner.policy.vocab_size, arguments.prompt_tokens)
+    num_tokens = sum(int(rollout.mask.sum()) for group in groups for rollout in group.rollouts)
+    said = summary(measure(learner, groups, arguments.pairs), num_tokens)
+    for name, each in said["seconds"].items():
+        print(
+            f"{name:12} median {statistics.median(each):.2f} s ({min(each):.2f}-{max(each):.2f}), "
+            f"{said['tokens_per_second'][name]:.0f} completion tokens/s"
+        )
+    low, *_, high = said["sa_ah_over_grpo_quartiles"]
+    print(f"sa-ah-grpo / grpo: median {said['sa_ah_over_grpo']:.3f}, quartiles {low:.3f}-{high:.3f}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    print(json.dumps({"gpu": gpu, "model": config.model.path, **said}))
+    return 0

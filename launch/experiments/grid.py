@@ -1,0 +1,171 @@
+"""A grid: one run's configuration, varied. From its TOML file to cells, each of them an ordinary run.
+
+The file has the tables of a run's configuration, which all cells share, and
+
+    [grid]
+    seeds = [1, 2, 3]                              # run.seed
+    models = ["Qwen/Qwen2.5-1.5B-Instruct"]        # model.path; without it the one of [model]
+    variants = [
+        { name = "ah-grpo_alpha-0.5", method = { name = "ah-grpo", alpha = 0.5 } },
+        { name = "holder", method = { name = "holder" }, learner = { inner_updates = 2 } },
+    ]
+
+    [scale.cpu.run]                                # with --scale cpu these win over the tables above, [grid] included
+    steps = 30
+
+A variant's tables win over the shared ones, options of the command line over all. A cell is one variant with one model
+and one seed, in the folder VARIANT[_MODEL]_seed-N (MODEL of grid.models). All cells have equal steps.
+"""
+
+import tempfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ConfigDict, Field, NonNegativeInt, ValidationError
+
+from common.command_line import load
+from common.config import Config, Section, suggest
+from common.types import UserError
+
+Tables = dict[str, dict[str, Any]]  # section -> key -> value, as in a run's TOML file
+
+OWNED = {  # what a grid sets itself
+    "run.dir": "use --dir",
+    "run.seed": "use grid.seeds",
+    "run.resume": "a grid always continues what is there",
+}
+
+
+class Variant(Section):
+    """A name, and the tables in which these cells differ from the shared ones."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    """Begins the names of its folders."""
+
+
+class Grid(Section):
+    """The [grid] table."""
+
+    seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    """run.seed of the cells; they share task.seed, and so the data."""
+    models: tuple[str, ...] = ()
+    """model.path of the cells; none: the shared one."""
+    variants: tuple[Variant, ...] = Field(min_length=1)
+    """What is compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One run of a grid."""
+
+    name: str
+    kind: str  # the name without the seed: cells of a kind differ in run.seed and run.dir alone
+    config: Config
+
+
+def cells(path: Path, folder: Path, *, scale: str | None = None, options: Sequence[str] = ()) -> list[Cell]:
+    """The cells of the grid file `path`, seed by seed, with run folders in `folder`.
+
+    Seed by seed: of an unfinished grid every variant has had its turn. Raises UserError, in one line, for a file or
+    options that make no grid.
+    """
+    grid, shared = _read(path, scale)
+    _refuse_owned(shared, options, grid)
+    _config(shared, options)  # whatever is wrong with these is no variant's fault
+    kinds: list[tuple[str, Config]] = []
+    for model in grid.models or (None,):
+        for variant in grid.variants:
+            name = f"{variant.name}_{Path(model).name}" if model else variant.name
+            try:
+                own = merged(variant.model_extra or {})
+                _refuse_owned(own, (), grid)
+                if "steps" in own.get("run", {}):
+                    raise UserError("run.steps is the same for all cells; set it in [run]")
+                kinds.append((name, _config(merged(shared, own, {"model": {"path": model}} if model else {}), options)))
+            except UserError as error:
+                raise UserError(f"variant {variant.name}: {error}") from None
+    _check_distinct(kinds, grid.seeds)
+    return [
+        Cell(name=f"{kind}_seed-{seed}", kind=kind, config=_placed(config, folder / f"{kind}_seed-{seed}", seed))
+        for seed in grid.seeds
+        for kind, config in kinds
+    ]
+
+
+def merged(*layers: Mapping[str, Any]) -> Tables:
+    """Tables in which a key of a later layer replaces that of an earlier one; a value is replaced whole."""
+    result: Tables = {}
+    for layer in layers:
+        for section, table in layer.items():
+            if not isinstance(table, Mapping):
+                raise UserError(f"{section}={table!r} is no table; write {section} = {{ KEY = VALUE }}")
+            result[section] = {**result.get(section, {}), **table}
+    return result
+
+
+def _read(path: Path, scale: str | None) -> tuple[Grid, Tables]:
+    """The [grid] table and the shared ones, at a scale."""
+    if not path.is_file():
+        raise UserError(f"--config {path} is no file; name a grid, such as launch/configs/grids/main_comparison.toml")
+    try:
+        tables = merged(tomllib.loads(path.read_text()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid TOML: {error}") from None
+    if "grid" not in tables:
+        raise UserError(f"--config {path} has no table [grid]; start a single run with launch/run.py")
+    scales = merged(tables.pop("scale", {}))
+    if scale is not None and scale not in scales:
+        raise UserError(f"--scale {scale} is not in {path}{suggest(scale, scales) if scales else '; leave it out'}")
+    shared = merged(tables, scales[scale] if scale else {})
+    try:
+        return Grid(**shared.pop("grid")), shared
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(map(str, ("grid", *error["loc"])))
+    if error["type"] == "extra_forbidden":
+        return f"{where}={error['input']!r} is no key of [grid]{suggest(str(error['loc'][-1]), Grid.model_fields)}"
+    if error["type"] == "missing":
+        return f"{where} is missing; add it"
+    return f"{where}={error['input']!r}: {error['msg']}"
+
+
+def _refuse_owned(tables: Tables, options: Sequence[str], grid: Grid) -> None:
+    """Refuse what the grid sets itself, in a file or as an option."""
+    owned = {**OWNED, "model.path": "use grid.models"} if grid.models else OWNED
+    given = {f"{section}.{key}" for section, table in tables.items() for key in table}
+    given |= {option.removeprefix("--").split("=")[0] for option in options if option.startswith("--")}
+    for name in sorted(given & set(owned)):
+        raise UserError(f"{name} is not set by hand in a grid; {owned[name]}")
+
+
+def _config(tables: Tables, options: Sequence[str]) -> Config:
+    """The configuration that launch/run.py would make of a file with these tables, and of these options."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cell.toml"
+        file.write_text(tomli_w.dumps(tables))
+        return load(["--config", str(file), *options], file)
+
+
+def _check_distinct(kinds: Sequence[tuple[str, Config]], seeds: Sequence[int]) -> None:
+    """Refuse two cells that would be one folder or one run."""
+    for number, (name, config) in enumerate(kinds):
+        for other, config_before in kinds[:number]:
+            if name == other:
+                raise UserError(f"two cells are called {name}; give each variant and each model's folder its own name")
+            if config == config_before:
+                raise UserError(f"{other} and {name} are the same run; leave one out, or the option that makes them so")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"grid.seeds={list(seeds)} names a seed twice; name each once")
+
+
+def _placed(config: Config, folder: Path, seed: int) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": folder, "seed": seed})})

@@ -1,0 +1,230 @@
+"""The memory plan's parts: what the learner and the actor of a run take on one GPU, before either starts.
+
+Planned is the longest step: every prompt as long as the longest, every completion actor.max_tokens long. The GPU holds
+one learner and one actor; further actors are planned on GPUs of their own.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from actor.gpu_share import PREFILL_TOKENS
+from common.config import Config, ModelConfig
+from common.types import Group, Prompt, Rollout
+from learner.batch import pack
+from learner.head.interface import GPU_WORKSPACE_BYTES
+from learner.policy.activations import Activations
+
+GIB = 2**30
+KV_CACHE = "KV cache"
+BLOCK_TOKENS = 16  # of vLLM's KV cache
+ADAPTER_BYTES = 16  # a parameter: itself, its gradient and AdamW's two moments, all float32
+LOGIT_BYTES = 16  # a logit while vLLM samples: logits, log-probabilities, probabilities, noise, all float32
+RESIDENT_FACTOR = 2  # vLLM's fused layers hold zeros beside B (actor/vllm_worker.py): 1.5 times at Qwen2.5's shapes
+
+# What only a GPU can tell; not measured yet.
+# PyTorch names some 300 MB a process since CUDA 11.7 (pytorch#107667), vLLM's logs 0.33 to 0.39 GiB beside torch's own
+# memory (vllm#11251, vllm#14452).
+CONTEXT_BYTES = GIB // 2
+# vLLM's logs name 0.36 GiB for 16 graphs (gpustack/runner#251) and 0.58 (wtdcode/vllm-backport#34).
+CUDA_GRAPH_BYTES = GIB
+# Kept out of the plan: what the allocators of both sides lose to rounding and fragments.
+SPARE_FRACTION = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Numbers of a model and of the adapter that it gets."""
+
+    num_parameters: int  # tied ones once
+    num_adapter_parameters: int
+    kv_elements: int  # keys and values of a token, over all layers
+    hidden: int
+    intermediate: int
+    vocab: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, config: ModelConfig) -> "Size":
+        """Of `model`, which may lie on the meta device."""
+        text = model.config.get_text_config()
+        adapted = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.rsplit(".", 1)[-1] in config.lora_targets
+        ]
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            num_adapter_parameters=sum(config.lora_rank * (m.in_features + m.out_features) for m in adapted),
+            kv_elements=2 * text.num_hidden_layers * heads * head_size,
+            hidden=text.hidden_size,
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            vocab=text.vocab_size,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is planned, besides the configuration."""
+
+    size: Size
+    longest_prompt_tokens: int
+    activations: Callable[[tuple[int, ...], str], Activations]  # of a row's lengths and learner.recompute
+
+
+class Part(NamedTuple):
+    """Something that takes memory."""
+
+    side: str  # learner or actor
+    name: str
+    num_bytes: int
+    note: str = ""  # the setting that it depends on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """The parts of a resolved run, and the GPU that they are to fit on."""
+
+    gpu_bytes: int
+    parts: tuple[Part, ...]
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.gpu_bytes * (1 - SPARE_FRACTION))
+
+    def total(self, side: str | None = None) -> int:
+        """Bytes of one side, or of both."""
+        return sum(part.num_bytes for part in self.parts if side in (None, part.side))
+
+    @property
+    def learner_peak_bytes(self) -> int:
+        """The prediction of the learner's memory/peak_bytes, which the CUDA context is no part of."""
+        return self.total("learner") - CONTEXT_BYTES
+
+    def of(self, side: str, name: str) -> int:
+        """Bytes of one part, 0 where there is none."""
+        return sum(part.num_bytes for part in self.parts if (part.side, part.name) == (side, name))
+
+    def table(self) -> str:
+        """A line for each part, GiB."""
+        rows = [(side, f"{name} ({note})" if note else name, size) for side, name, size, note in self.parts]
+        rows += [(side, "together", self.total(side)) for side in ("learner", "actor")]
+        rows += [("", "left free", self.gpu_bytes - self.total())]
+        width = max(len(name) for _, name, _ in rows)
+        lines = [f"{side:8} {name:{width}} {size / GIB:6.2f}" for side, name, size in rows]
+        return "\n".join([f"memory on a GPU of {self.gpu_bytes / GIB:.2f} GiB", *lines])
+
+
+def plan(config: Config, work: Work, gpu_bytes: int) -> Memory:
+    """The parts of a run whose learner.recompute and learner.micro_batch_tokens are set."""
+    parts = [*_learner(config, work), *_actor(config, work, gpu_bytes)]
+    return Memory(gpu_bytes=gpu_bytes, parts=tuple(part for part in parts if part.num_bytes))
+
+
+def _learner(config: Config, work: Work) -> list[Part]:
+    side, step = "learner", step_activations(config, work)
+    return [
+        Part(side, "frozen weights", work.size.num_parameters * _itemsize(config)),
+        Part(side, "adapter, gradient, AdamW", work.size.num_adapter_parameters * ADAPTER_BYTES),
+        Part(side, "activations of the step", step.kept, f"recompute {config.learner.recompute}"),
+        Part(side, "one micro-batch at work", step.peak - step.kept, f"{config.learner.micro_batch_tokens} tokens"),
+        Part(side, "head workspace", GPU_WORKSPACE_BYTES),
+        Part(side, "CUDA context", CONTEXT_BYTES),
+    ]
+
+
+def _actor(config: Config, work: Work, gpu_bytes: int) -> list[Part]:
+    side, actor, size, itemsize = "actor", config.actor, work.size, _itemsize(config)
+    sequences = actor.num_sequences or rollouts_at_once(config)
+    tokens = max(PREFILL_TOKENS, sequences)
+    sampling = tokens * (2 * size.hidden + 3 * size.intermediate) * itemsize + sequences * size.vocab * LOGIT_BYTES
+    parts = [
+        Part(side, "frozen weights", size.num_parameters * itemsize),
+        Part(side, "CUDA graphs", 0 if actor.eager else CUDA_GRAPH_BYTES),
+        Part(side, "CUDA context", CONTEXT_BYTES),
+        Part(side, "workspace", sampling),
+        Part(side, "adapter", size.num_adapter_parameters * itemsize * RESIDENT_FACTOR),
+    ]
+    cache = kv_cache_bytes(config, work)
+    if actor.kv_cache_gib is None and actor.gpu_memory_fraction is not None:  # all that is left of its share
+        cache = max(cache, int(gpu_bytes * actor.gpu_memory_fraction) - sum(part.num_bytes for part in parts))
+    return [*parts, Part(side, KV_CACHE, cache, f"{sequences} sequences")]
+
+
+def rollouts_at_once(config: Config) -> int:
+    """Of one actor in a step."""
+    return math.ceil(config.run.prompts_per_step / config.actor.num_actors) * config.actor.group_size
+
+
+def kv_cache_bytes(config: Config, work: Work) -> int:
+    """As set, or for `actor.num_sequences` of the longest sequences, their prompts counted for each.
+
+    At least one sequence of model.max_length: vLLM does not start with less.
+    """
+    if config.actor.kv_cache_gib is not None:
+        return round(config.actor.kv_cache_gib * GIB)
+    sequences = config.actor.num_sequences or rollouts_at_once(config)
+    longest = math.ceil((work.longest_prompt_tokens + config.actor.max_tokens) / BLOCK_TOKENS)
+    blocks = max(sequences * longest, math.ceil(config.model.max_length / BLOCK_TOKENS)) + 1  # vLLM's block of nulls
+    return blocks * BLOCK_TOKENS * work.size.kv_elements * _itemsize(config)
+
+
+def step_activations(config: Config, work: Work) -> Activations:
+    """Of the longest step, what the head keeps for it included."""
+    assert config.learner.micro_batch_tokens is not None, "set before it is planned"
+    step_tokens, most_tokens, row = _longest_step(
+        config.run.prompts_per_step,
+        config.actor.group_size,
+        work.longest_prompt_tokens,
+        config.actor.max_tokens,
+        config.learner.micro_batch_tokens,
+        config.learner.gradient_accumulation,
+    )
+    one = work.activations(row, config.learner.recompute)
+    kept = one.kept * step_tokens // sum(row) + _head_bytes(config, work)
+    return Activations(kept=kept, peak=kept + (one.peak - one.kept) * most_tokens // sum(row))
+
+
+def _head_bytes(config: Config, work: Work) -> int:
+    """What the head keeps of a step's N scored tokens: float32 gradients, and for some methods the states [N, H]."""
+    method = config.method.resolve()
+    gradients = 1 + (method.weight_gradient or method.entropy_bonus > 0)
+    states = 2 if method.token_weight == "residual" else 0  # with the adapter and without
+    scored = config.run.prompts_per_step * config.actor.group_size * config.actor.max_tokens
+    return scored * work.size.hidden * (4 * gradients + _itemsize(config) * states)
+
+
+@lru_cache
+def _longest_step(
+    num_prompts: int, group_size: int, prompt_tokens: int, completion_tokens: int, most_tokens: int, least_number: int
+) -> tuple[int, int, tuple[int, ...]]:
+    """Tokens of the step and of its largest micro-batch, and the lengths of its first row."""
+    tokens = prompt_tokens + completion_tokens
+    rollout = Rollout(
+        token_ids=np.zeros(tokens, dtype=np.int32),
+        num_prompt_tokens=prompt_tokens,
+        mask=np.arange(tokens) >= prompt_tokens,
+        actor_logprobs=np.zeros(tokens, dtype=np.float32),
+        text="",
+        finish_reason="length",
+        version=0,
+        score=None,
+    )
+    group = Group(prompt=Prompt(messages=(), answer="", index=0), rollouts=(rollout,) * group_size)
+    batch = pack(
+        [group] * num_prompts, max_tokens=most_tokens, min_micro_batches=least_number, device=torch.device("cpu")
+    )
+    lengths: Sequence[int] = [len(micro_batch.token_ids_L) for micro_batch in batch.micro_batches]
+    return sum(lengths), max(lengths), batch.micro_batches[0].lengths[0]
+
+
+def _itemsize(config: Config) -> int:
+    assert config.model.dtype != "auto", "the plan has resolved it"
+    return 2 if config.model.dtype == "bfloat16" else 4

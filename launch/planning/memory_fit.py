@@ -1,0 +1,226 @@
+"""The memory plan's choices: what is left open in a configuration, set to what fits; or what would make it fit."""
+
+import bisect
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from common.config import Config
+from common.types import UserError
+from launch.planning import memory
+from launch.planning.memory import GIB, Memory, Size, Work
+from learner.policy.activations import Activations, measure
+
+MODES = ("none", "layer", "micro-batch")  # learner.recompute: least computed twice first
+GPU_TOKENS, CPU_TOKENS = 16384, 4096  # most of a micro-batch: beyond them it is no faster
+SEQUENCES = (256, 128, 64, 32)  # sampled at once by an evaluation, where the memory is there
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them; the last on Arm
+CPU_FRACTION = 0.5  # of the available memory, for the learner's activations
+GPU, LARGEST_GIB = "run.gpu_memory_gib", 2**16  # that a refusal may name
+
+# Set here where nothing else was asked for; a run that is resumed takes over what was set when it began.
+OPEN: dict[str, Any] = {
+    "learner.recompute": "auto",
+    "learner.micro_batch_tokens": None,
+    "actor.gpu_memory_fraction": None,
+    "actor.kv_cache_gib": None,
+    "actor.num_sequences": None,
+}
+
+
+def get(config: Config, name: str) -> Any:
+    """The value of section.key."""
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with other values, by section.key."""
+    for name, value in values.items():
+        section, key = name.split(".")
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
+    return config
+
+
+def resolve(config: Config, model: PreTrainedModel, *, longest_prompt_tokens: int) -> tuple[Config, Memory | None]:
+    """`config` with every open choice made, and the plan of the GPU: the present one, or one of run.gpu_memory_gib.
+
+    `model` may lie on the meta device. Raises UserError for what does not fit.
+    """
+
+    @cache
+    def activations(lengths: tuple[int, ...], recompute: str) -> Activations:
+        dropout = not config.method.resolve().needs_evaluation_mode
+        return measure(model.config, config.model, lengths=[lengths], recompute=recompute, dropout=dropout)
+
+    config = with_values(config, {"model.dtype": dtype(config)[0]})
+    size = Size.of(model, config.model)
+    work = Work(size=size, longest_prompt_tokens=longest_prompt_tokens, activations=activations)
+    if config.run.gpu_memory_gib is not None:
+        gpu_bytes = round(config.run.gpu_memory_gib * GIB)
+    elif torch.cuda.is_available():
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    else:
+        return on_cpu(config, work, psutil.virtual_memory().available), None
+    config = on_gpu(config, work, gpu_bytes)
+    return config, memory.plan(config, work, gpu_bytes)
+
+
+def dtype(config: Config) -> tuple[str, str]:
+    """What model.dtype becomes, and why: the 16-bit type where the device computes in it, and float32 elsewhere.
+
+    A CPU without such instructions takes ten times as long in bfloat16; a GPU below sm_80 has no bfloat16 units.
+    """
+    if config.model.dtype != "auto":
+        return config.model.dtype, "as set"
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        name = f"{torch.cuda.get_device_name()} is sm_{capability[0]}{capability[1]}"
+        return ("bfloat16", name) if capability >= (8, 0) else ("float32", f"{name}, and bfloat16 begins with sm_80")
+    if config.run.gpu_memory_gib is not None:
+        return "bfloat16", "planned for a GPU, which is taken to be sm_80 or later"
+    if found := sorted(BFLOAT16_FLAGS & cpu_flags()):
+        return "bfloat16", f"the processor has {found[0]}"
+    return "float32", f"the processor has none of {', '.join(sorted(BFLOAT16_FLAGS))}"
+
+
+def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Instruction sets that Linux names for the first processor; none where there is no such file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next(
+        (
+            set(words.split())
+            for key, _, words in (line.partition(":") for line in lines)
+            if key.strip() in ("flags", "Features")
+        ),
+        set(),
+    )
+
+
+def on_cpu(config: Config, work: Work, available_bytes: int) -> Config:
+    """`config` with the learner's open choices made: nothing computed twice if the step's activations then fit."""
+    tokens = config.learner.micro_batch_tokens or CPU_TOKENS
+    config = with_values(config, {"learner.micro_batch_tokens": tokens})
+    if config.learner.recompute != "auto":
+        return config
+    whole = with_values(config, {"learner.recompute": "none"})
+    if memory.step_activations(whole, work).peak <= CPU_FRACTION * available_bytes:
+        return whole
+    return with_values(config, {"learner.recompute": "micro-batch"})
+
+
+def on_gpu(config: Config, work: Work, gpu_bytes: int) -> Config:
+    """`config` with every open choice made so that both sides fit. Raises UserError, which names a change that does."""
+    chosen = _choose(config, work, gpu_bytes)
+    if chosen is None:
+        raise UserError(_refusal(config, work, gpu_bytes))
+    return chosen
+
+
+def _choose(config: Config, work: Work, gpu_bytes: int) -> Config | None:
+    candidates = list(_learner_choices(config, work))
+    idle = replace(work, activations=lambda *_: Activations(kept=0, peak=0))
+    if not _fits(candidates[-1], idle, gpu_bytes):
+        return None  # nothing has to be measured
+    for candidate in candidates:
+        if _fits(candidate, work, gpu_bytes):
+            return _with_share(candidate, work, gpu_bytes)
+    return None
+
+
+def _learner_choices(config: Config, work: Work) -> Iterator[Config]:
+    """Fastest first."""
+    learner = config.learner
+    modes = MODES if learner.recompute == "auto" else (learner.recompute,)
+    all_tokens = [learner.micro_batch_tokens] if learner.micro_batch_tokens else _token_choices(config, work)
+    for mode in modes:
+        for tokens in all_tokens:
+            yield with_values(config, {"learner.recompute": mode, "learner.micro_batch_tokens": tokens})
+
+
+def _token_choices(config: Config, work: Work) -> list[int]:
+    """Budgets of a micro-batch down to one prompt with one rollout, which is never cut."""
+    least = work.longest_prompt_tokens + config.actor.max_tokens
+    tokens = [GPU_TOKENS]
+    while tokens[-1] > least:
+        tokens.append(tokens[-1] // 2)
+    return tokens
+
+
+def _fits(config: Config, work: Work, gpu_bytes: int) -> bool:
+    planned = memory.plan(config, work, gpu_bytes)
+    share = config.actor.gpu_memory_fraction
+    if share is not None and planned.total("actor") > share * gpu_bytes:
+        return False
+    return planned.total() <= planned.usable_bytes
+
+
+def _with_share(config: Config, work: Work, gpu_bytes: int) -> Config:
+    """The actor's open choices: as many sequences at once as fit, up to what an evaluation can use."""
+    if config.actor.num_sequences is None:
+        least = memory.rollouts_at_once(config)
+        more = [number for number in SEQUENCES if number > least and config.run.evaluate_every]
+        candidates = (with_values(config, {"actor.num_sequences": number}) for number in (*more, least))
+        config = next(candidate for candidate in candidates if _fits(candidate, work, gpu_bytes))
+    planned = memory.plan(config, work, gpu_bytes)
+    share = math.ceil(planned.total("actor") / gpu_bytes * 1e4) / 1e4
+    chosen = {"actor.kv_cache_gib": planned.of("actor", memory.KV_CACHE) / GIB, "actor.gpu_memory_fraction": share}
+    return with_values(config, {name: value for name, value in chosen.items() if get(config, name) is None})
+
+
+def _refusal(config: Config, work: Work, gpu_bytes: int) -> str:
+    least = min(memory.plan(each, work, gpu_bytes).total() for each in _learner_choices(config, work))
+    usable = gpu_bytes * (1 - memory.SPARE_FRACTION)
+    return (
+        f"the GPU's {gpu_bytes / GIB:.1f} GiB, of which {usable / GIB:.1f} can be planned, are too few for this run, "
+        f"which takes at least {least / GIB:.1f}; {_remedy(config, work, gpu_bytes)}"
+    )
+
+
+def _remedy(config: Config, work: Work, gpu_bytes: int) -> str:
+    """The first single change, least harm first, with which the run fits."""
+
+    def works(values: Mapping[str, Any]) -> bool:
+        changed = with_values(config, values)
+        return _choose(changed, work, round(values[GPU] * GIB) if GPU in values else gpu_bytes) is not None
+
+    for values in _single_changes(config, work):
+        if works(values):
+            return _words(values)
+    for scale in _scales(config, gpu_bytes):
+        found = bisect.bisect_left(scale, True, key=works)
+        if found < len(scale):
+            return _words(scale[found])
+    return "take a smaller model"
+
+
+def _single_changes(config: Config, work: Work) -> Iterator[dict[str, Any]]:
+    """Those that cost time at most, of what was set by hand."""
+    if config.learner.recompute != "auto":
+        yield from ({"learner.recompute": mode} for mode in MODES)
+    if config.learner.micro_batch_tokens is not None:
+        yield from ({"learner.micro_batch_tokens": tokens} for tokens in _token_choices(config, work))
+    yield from ({name: OPEN[name]} for name in OPEN if get(config, name) != OPEN[name])
+
+
+def _scales(config: Config, gpu_bytes: int) -> Iterator[list[dict[str, Any]]]:
+    """Those that make it another run; each list from the smallest change to the largest."""
+    yield [{"run.prompts_per_step": number} for number in range(config.run.prompts_per_step - 1, 0, -1)]
+    shorter = [config.actor.max_tokens * eighths // 8 for eighths in range(7, 0, -1)]
+    least = max(2, config.method.resolve().overlong_buffer)
+    yield [{"actor.max_tokens": number} for number in shorter if number >= least]
+    yield [{GPU: float(number)} for number in range(math.ceil(gpu_bytes / GIB), LARGEST_GIB)]
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    [(name, value)] = values.items()
+    if name == GPU:
+        return f"use a GPU of {value:.0f} GiB ({name}={value})"
+    return f"leave out {name}" if value is None else f"set {name}={value}"

@@ -1,0 +1,216 @@
+"""Everything that is known, and everything that can be wrong, before a process starts or a model is loaded."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from actor.rollout import prompt_tokens
+from actor.tasks import task_module
+from common.config import GONE, Config, dump
+from common.types import Prompt, UserError
+from launch.planning import memory_fit, model_folder
+from launch.planning.memory import Memory, Size
+from learner import checkpoint, head
+from learner.policy.policy import unsupported
+
+CANARY_TOKENS = 128  # at most; enough to average the noise of bfloat16 out
+# On resuming; the folder is the one that was read, however it is spelled now.
+MAY_DIFFER = {"run.dir", "run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"}
+
+NO_OVERLAP = (
+    "overlap (run.max_staleness=1) does not pay on one GPU: the kernels of its two processes take turns there, so that "
+    "it hides only what either side does on the CPU"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A checked run."""
+
+    config: Config
+    model_folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    train_prompts: tuple[Prompt, ...]
+    eval_prompts: tuple[Prompt, ...]
+    canary_token_ids: np.ndarray  # int32 [T]: the start of the first training prompt
+    resume_from: Path | None  # checkpoint
+    longest_prompt_tokens: int
+    num_adapter_parameters: int
+    dtype_reason: str  # why model.dtype is what it is
+    memory: Memory | None  # None: no GPU to plan
+
+    def refuse_absent_gpu(self) -> None:
+        """Raise UserError where a GPU is planned for and there is none: its choices are not a CPU's."""
+        if self.memory is not None and not torch.cuda.is_available():
+            raise UserError(
+                f"run.gpu_memory_gib={self.config.run.gpu_memory_gib} plans for a GPU, and there is none; leave it "
+                "out, or only look at the plan with launch/run.py --dry-run"
+            )
+
+    def describe(self) -> str:
+        """What --dry-run prints: the resolved configuration and the sizes that follow from it."""
+        step = self.config.run.prompts_per_step * self.config.actor.group_size
+        return (
+            f"{dump(self.config)}\n"
+            f"# {len(self.train_prompts)} training and {len(self.eval_prompts)} evaluation prompts, longest "
+            f"{self.longest_prompt_tokens} tokens; {step} rollouts a step, at most "
+            f"{step * self.config.actor.max_tokens} completion tokens\n"
+            f"# adapter: {self.num_adapter_parameters / 1e6:.2f} M parameters, "
+            f"{self.num_adapter_parameters * 4 / 1e6:.1f} MB in float32 a version\n"
+            f"# model.dtype={self.config.model.dtype}: {self.dtype_reason}"
+            + ("" if self.memory is None else "\n# " + self.memory.table().replace("\n", "\n# ") + f"\n# {NO_OVERLAP}")
+            + "".join(f"\n# warning: {warning}" for warning in warnings(self.config))
+        )
+
+
+def make(config: Config, *, saved: Path | None = None) -> Plan:
+    """Check `config` against the run folder, the data and the model's own configuration; UserError says what is off.
+
+    With `saved`, a checkpoint to evaluate, the run folder is only read.
+    """
+    config = _corrected(config)
+    if torch.cuda.is_available() and config.actor.num_actors > torch.cuda.device_count():
+        raise UserError(
+            f"actor.num_actors={config.actor.num_actors} exceeds the {torch.cuda.device_count()} GPUs of this machine; "
+            "lower it"
+        )
+    if reason := head.missing(config.learner.head_backend):
+        raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
+    resume_from = saved or run_folder(config)
+    config = _as_before(config)
+    task = task_module(config.task.name)
+    train_prompts = tuple(task.load(config.task, "train"))
+    eval_prompts = tuple(task.load(config.task, "eval"))[: config.evaluation.num_problems]
+    folder = model_folder.resolve(config.model.path)
+    model = check_model(config, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    longest = _check_lengths(config, tokenizer, [*train_prompts, *eval_prompts])
+    canary = prompt_tokens(tokenizer, train_prompts[0])[: min(CANARY_TOKENS, config.model.max_length - 1)]
+    _, dtype_reason = memory_fit.dtype(config)
+    config, planned = memory_fit.resolve(config, model, longest_prompt_tokens=longest)
+    return Plan(
+        config=config,
+        model_folder=folder.resolve(),
+        tokenizer=tokenizer,
+        train_prompts=train_prompts,
+        eval_prompts=eval_prompts,
+        canary_token_ids=np.array(canary, dtype=np.int32),
+        resume_from=resume_from,
+        longest_prompt_tokens=longest,
+        num_adapter_parameters=Size.of(model, config.model).num_adapter_parameters,
+        dtype_reason=dtype_reason,
+        memory=planned,
+    )
+
+
+def _corrected(config: Config) -> Config:
+    """With importance weights where rollouts may be stale, and nobody said otherwise."""
+    set_here = "importance" in config.method.model_dump(exclude_none=True)
+    if not config.run.max_staleness or set_here or config.method.resolve().importance != "none":
+        return config
+    return config.model_copy(update={"method": config.method.model_copy(update={"importance": "token-truncate"})})
+
+
+def warnings(config: Config) -> list[str]:
+    """What is allowed, but does not do what its name says."""
+    method = config.method.resolve()
+    found = []
+    if method.ratio != "token" and config.learner.inner_updates == 1:
+        found.append(f"ratio={method.ratio} is 1 with learner.inner_updates=1: neither clip nor power has an effect")
+    if config.run.max_staleness and method.importance == "none":
+        found.append(f"run.max_staleness={config.run.max_staleness} without method.importance: nothing corrects for it")
+    if method.needs_evaluation_mode and config.model.lora_dropout > 0:
+        found.append(
+            f"model.lora_dropout={config.model.lora_dropout} is off in every pass of this method, which compares the "
+            "adapter with its absence"
+        )
+    return found
+
+
+def _as_before(config: Config) -> Config:
+    """`config` with what the plan once set for the run that is continued, where nothing else is asked for now."""
+    written = config.run.dir / "config.toml"
+    if not config.run.resume or not written.is_file():
+        return config
+    before = tomllib.loads(written.read_text())
+    set_before = {f"{section}.{key}": value for section, keys in before.items() for key, value in keys.items()}
+    settable = memory_fit.OPEN | {"model.dtype": "auto"}
+    unset = [name for name, value in settable.items() if memory_fit.get(config, name) == value and name in set_before]
+    return memory_fit.with_values(config, {name: set_before[name] for name in unset})
+
+
+def run_folder(config: Config) -> Path | None:
+    """The checkpoint to resume from; refuses to write over another run."""
+    config = _as_before(_corrected(config))
+    folder, written = config.run.dir, config.run.dir / "config.toml"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.dir={folder} is a file; name a folder")
+    if not config.run.resume:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"run.dir={folder} is not empty; name another folder, or continue it with --run.resume")
+        return None
+    if not written.exists():
+        raise UserError(f"run.dir={folder} holds no run to resume; leave out --run.resume to start one")
+    for name in GONE:
+        section, key = name.split(".")
+        if key in tomllib.loads(written.read_text()).get(section, {}):
+            raise UserError(f"run.dir={folder} was begun with {name}: {GONE[name]}, and start in another folder")
+    before, now = tomllib.loads(written.read_text()), tomllib.loads(dump(config))
+    for section in sorted({*before, *now}):
+        for key in sorted({*before.get(section, {}), *now.get(section, {})}):
+            old, new = before.get(section, {}).get(key), now.get(section, {}).get(key)
+            if old != new and f"{section}.{key}" not in MAY_DIFFER:
+                raise UserError(
+                    f"{section}.{key}={new} differs from {old} of the run in {folder}; resume with equal options"
+                )
+    resume_from = checkpoint.latest(folder / "checkpoints")
+    if resume_from is None:
+        raise UserError(f"run.dir={folder} has no checkpoint to resume from; start again in another folder")
+    return resume_from
+
+
+def check_model(config: Config, folder: Path) -> PreTrainedModel:
+    """Check the target modules and the length against the model; returns it without weights."""
+    try:
+        model_config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path={config.model.path} is no causal language model: {str(error).splitlines()[0]}"
+        ) from None
+    if reason := unsupported(model_config, config.model.max_length):
+        raise UserError(f"model.path={config.model.path} {reason}; use another model")
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    head_layer = model.get_output_embeddings()
+    softcap = getattr(model_config.get_text_config(), "final_logit_softcapping", None)
+    if config.learner.head_backend == "liger" and (softcap or head_layer.bias is not None):
+        raise UserError("learner.head_backend=liger has neither the model's softcap nor its bias; use auto")
+    names = {name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head_layer}
+    for target in config.model.lora_targets:
+        if target not in names:
+            raise UserError(
+                f"model.lora_targets: {target} is no linear module of the model; it has {', '.join(sorted(names))}"
+            )
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions and config.model.max_length > positions:
+        raise UserError(f"model.max_length={config.model.max_length} exceeds the model's {positions}; lower it")
+    return model
+
+
+def _check_lengths(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> int:
+    """Tokens of the longest prompt; refuses a run whose completions might not fit behind it."""
+    if tokenizer.chat_template is None:
+        raise UserError(f"model.path={config.model.path} has no chat template; use an instruction-tuned model")
+    longest = max(len(prompt_tokens(tokenizer, prompt)) for prompt in prompts)
+    if longest + config.actor.max_tokens > config.model.max_length:
+        raise UserError(
+            f"model.max_length={config.model.max_length} is less than the longest prompt's {longest} tokens plus "
+            f"actor.max_tokens={config.actor.max_tokens}; raise the one or lower the other"
+        )
+    return longest

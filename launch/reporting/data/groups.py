@@ -1,0 +1,143 @@
+"""Which runs are repetitions of one experiment, and which experiments can be compared."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.methods import METHODS
+from launch.reporting.data.runs import OF_ONE_RUN, Run
+
+PAPER_ALPHA = 0.5
+IDEAS = (  # the fields of a method that make it what it is; a row with another of them is a mixture
+    *("opening", "advantage", "token_advantage", "token_weight", "selective", "top_entropy_fraction", "ratio"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    label: str  # method and alpha, and whatever tells it from the other groups of its setting
+    setting: str  # model, and whatever tells apart what must not be compared
+    runs: tuple[Run, ...]
+
+    @property
+    def method(self) -> str:
+        return str(self.runs[0].settings["method.name"])
+
+    @property
+    def alpha(self) -> float:
+        """Of the horizon discount; 0 for a method without one."""
+        settings = self.runs[0].settings
+        return float(settings.get("method.alpha", 0.0)) if settings.get("method.token_weight") == "horizon" else 0.0
+
+    @property
+    def role(self) -> str:
+        """Its name in the paper: "GRPO", "AH-GRPO", "SA-AH-GRPO"; "" for a method that it does not have.
+
+        Whatever the normaliser, of which the paper has two.
+        """
+        if _mixed_in(self.runs[0].settings):
+            return ""
+        if self.method == "grpo" or (self.method in ("ah-grpo", "sa-ah-grpo") and self.alpha == 0):
+            return "GRPO"
+        return {"ah-grpo": "AH-GRPO", "sa-ah-grpo": "SA-AH-GRPO"}.get(self.method, "")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(sorted({run.seed for run in self.runs}))
+
+    @property
+    def finished(self) -> bool:
+        return all(run.finished for run in self.runs)
+
+    @property
+    def steps(self) -> list[int]:
+        """Every step that a run recorded."""
+        return sorted({int(step) for run in self.runs for step in run.steps})
+
+    @property
+    def evaluated_steps(self) -> list[int]:
+        return sorted({step for run in self.runs for step in run.pass_at_1()})
+
+    def per_seed(self, measure: Callable[[Run], float]) -> np.ndarray:
+        """float [seeds], one number a seed: runs of the same seed repeat each other and are averaged."""
+        values = {seed: [measure(run) for run in self.runs if run.seed == seed] for seed in self.seeds}
+        return np.array([np.nanmean(v) if np.isfinite(v).any() else np.nan for v in map(np.array, values.values())])
+
+    def curve(self, metric: str) -> np.ndarray:
+        """float [seeds, steps] of a metric over `steps`; NaN where a run has none."""
+        by_run = {id(run): dict(zip(run.steps.tolist(), run.series(metric).tolist(), strict=True)) for run in self.runs}
+
+        def at(step: int) -> np.ndarray:
+            return self.per_seed(lambda run: by_run[id(run)].get(step, np.nan))
+
+        return np.array([at(step) for step in self.steps]).T.reshape(len(self.seeds), len(self.steps))
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """The runs grouped: by setting, then in the order of the table of methods and of alpha."""
+    by_settings: dict[str, list[Run]] = {}
+    for run in runs:
+        by_settings.setdefault(_key(_identity(run)), []).append(run)
+    identities = [_identity(found[0]) for found in by_settings.values()]
+    around = [{k: v for k, v in identity.items() if not k.startswith("method.")} for identity in identities]
+    made = []
+    for found, identity, setting in zip(by_settings.values(), identities, around, strict=True):
+        name = identity["method.name"]
+        peers = [other for other in identities if other["method.name"] == name]
+        extra = {k.removeprefix("method.") for k in _varying(peers) if _is_extra(k)} | set(_mixed_in(identity))
+        changed = [f"{field}={identity.get(f'method.{field}')}" for field in sorted(extra)]
+        elsewhere = [f"{k}={setting.get(k)}" for k in _varying(around) if k != "model.path"]
+        alpha = [f"α {identity['method.alpha']:g}"] if identity.get("method.token_weight") == "horizon" else []
+        made.append(
+            Group(
+                label=", ".join([str(name), *alpha, *changed]),
+                setting=", ".join([found[0].model, *elsewhere]),
+                runs=tuple(sorted(found, key=lambda run: (run.seed, run.name))),
+            )
+        )
+    order = list(METHODS)
+    return sorted(made, key=lambda g: (g.setting, order.index(g.method) if g.method in order else len(order), g.alpha))
+
+
+def settings_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Setting -> its groups: those that may be compared."""
+    found: dict[str, list[Group]] = {}
+    for each in groups:
+        found.setdefault(each.setting, []).append(each)
+    return found
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """The settings in which the runs differ, their folders aside; what names an experiment comes first."""
+    keys = [key for key in _varying([run.settings for run in runs]) if key not in ("run.dir", "run.resume")]
+    first = ("model.path", "method.name", "method.alpha", "run.seed")
+    return sorted(keys, key=lambda key: (first.index(key) if key in first else len(first), key))
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in run.settings.items() if key not in OF_ONE_RUN}
+
+
+def _key(identity: Mapping[str, Any]) -> str:
+    """The same text for the same settings: in TOML somebody may have written 0 for 0.0."""
+    return repr([(k, float(v) if isinstance(v, int) else v) for k, v in sorted(identity.items())])
+
+
+def _mixed_in(settings: Mapping[str, Any]) -> list[str]:
+    """The ideas of a run that are not its row's own; none for a method that is not in the table."""
+    row = METHODS.get(str(settings["method.name"]))
+    return [field for field in IDEAS if row and settings[f"method.{field}"] != getattr(row, field)]
+
+
+def _is_extra(key: str) -> bool:
+    return key.startswith("method.") and key not in ("method.name", "method.alpha")
+
+
+def _varying(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all tables, in order of their names."""
+    keys = sorted({key for table in tables for key in table})
+    return [key for key in keys if any(table.get(key) != tables[0].get(key) for table in tables)]

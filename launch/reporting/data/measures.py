@@ -1,0 +1,95 @@
+"""Single numbers of a run, and Pass@1 of a group: what tables, figures and claims are about; NaN where absent."""
+
+import math
+
+import numpy as np
+
+from launch.reporting.data.groups import Group
+from launch.reporting.data.runs import Run
+from launch.reporting.data.statistics import (
+    Estimate,
+    binomial,
+    bootstrap,
+    detrended_variance,
+    finite,
+    training_variance,
+)
+
+EDGE_STEPS = 5  # the first and the last steps that "at the start" and "at the end" are means of
+
+
+def final(run: Run) -> float:
+    """Pass@1 after the last step of the whole run; NaN before that was evaluated."""
+    return run.pass_at_1().get(int(run.settings["run.steps"]), math.nan)
+
+
+def peak(run: Run) -> float:
+    """The best Pass@1 of all checkpoints (of the trained model: step 0 does not count)."""
+    return max((v for step, v in run.pass_at_1().items() if step > 0 and math.isfinite(v)), default=math.nan)
+
+
+def base(run: Run) -> float:
+    """Pass@1 of the model before training."""
+    return run.pass_at_1().get(0, math.nan)
+
+
+def variance(run: Run) -> float:
+    """The paper's training variance."""
+    return training_variance(run.series("reward/mean"))
+
+
+def variance_around_trend(run: Run) -> float:
+    """The training variance without what the run still learns meanwhile: around a straight line."""
+    return detrended_variance(run.series("reward/mean"))
+
+
+def mean_kl(run: Run) -> float:
+    """Mean over all steps of the mean per-token KL."""
+    return _mean(run.series("kl/mean"))
+
+
+def at_start(run: Run, metric: str) -> float:
+    """Mean of a metric over the first steps."""
+    return _mean(run.series(metric)[:EDGE_STEPS])
+
+
+def at_end(run: Run, metric: str) -> float:
+    """Mean of a metric over the last steps."""
+    return _mean(run.series(metric)[-EDGE_STEPS:])
+
+
+def change(run: Run, metric: str) -> float:
+    """End minus start; NaN for a run too short to have both."""
+    long_enough = len(run.steps) >= 2 * EDGE_STEPS
+    return at_end(run, metric) - at_start(run, metric) if long_enough else math.nan
+
+
+def lowest(run: Run, metric: str) -> float:
+    """The least value of a metric over all steps."""
+    values = finite(run.series(metric))
+    return float(values.min()) if len(values) else math.nan
+
+
+def highest(run: Run, metric: str, *, later_half: bool) -> float:
+    """The largest value of a metric over all steps, or over the second half of them."""
+    values = run.series(metric)
+    numbers = finite(values[len(values) // 2 :] if later_half else values)
+    return float(numbers.max()) if len(numbers) else math.nan
+
+
+def _mean(values: np.ndarray) -> float:
+    numbers = finite(values)
+    return float(numbers.mean()) if len(numbers) else math.nan
+
+
+def evaluated(group: Group, values: np.ndarray) -> Estimate:
+    """Pass@1 over seeds; of a single seed, or equal ones, with the interval of one evaluation."""
+    estimate = bootstrap(values)
+    if not estimate.has_interval:
+        return binomial(estimate.value, max(run.num_problems for run in group.runs))
+    return estimate
+
+
+def pass_at(group: Group, step: int) -> Estimate:
+    """Greedy Pass@1 of a group at one step."""
+    return evaluated(group, group.per_seed(lambda run: run.pass_at_1().get(step, math.nan)))

@@ -1,0 +1,216 @@
+"""The claims of the paper, and what is measured for each: their numbers there, and of the runs given."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from launch.reporting.data.groups import Group
+from launch.reporting.data.measures import at_end, base, change, final, highest, lowest, mean_kl, peak, variance
+from launch.reporting.data.runs import Run
+from launch.reporting.data.statistics import difference, mean, ratio
+from launch.reporting.paper.verdicts import Claim, Finished, Measured, Untold, Verdict, judge, refuse_unlike
+
+MARGIN = 0.02  # of Pass@1; the paper's section 7 asks for caution below it
+KL_BOUND = 0.010
+
+
+def variance_ratio(high: str, low: str) -> Callable[[Finished], Measured]:
+    """How many times the training variance of `high` is that of `low`."""
+
+    def measure(runs: Finished) -> Measured:
+        a, b = runs.pair(high, low)
+        for group in (a, b):
+            if (group.per_seed(variance) == 0).any():
+                raise Untold(f"a seed of {group.label} has no training variance at all, so that no ratio can be told")
+        return f"training variance, {_name(a)} / {_name(b)}", ratio(a.per_seed(variance), b.per_seed(variance))
+
+    return measure
+
+
+def gain(value: Callable[[Run], float], words: str, left: str, right: str) -> Callable[[Finished], Measured]:
+    """Difference of a measure between two methods."""
+
+    def measure(runs: Finished) -> Measured:
+        a, b = runs.pair(left, right)
+        if value is peak and a.evaluated_steps != b.evaluated_steps:
+            raise Untold(f"{a.label} and {b.label} were not evaluated at the same steps, so their peaks do not compare")
+        return f"{words}, {_name(a)} − {_name(b)}", difference(a.per_seed(value), b.per_seed(value))
+
+    return measure
+
+
+def own(value: Callable[[Run], float], words: str, role: str = "SA-AH-GRPO") -> Callable[[Finished], Measured]:
+    """A measure of one method's runs."""
+
+    def measure(runs: Finished) -> Measured:
+        group = runs.one(role)
+        return f"{words}, {group.label}", mean(group.per_seed(value))
+
+    return measure
+
+
+def largest_kl(runs: Finished) -> Measured:
+    """The mean KL of that one of the paper's methods which speaks most against a bound on all of them."""
+    measured = [(f"mean KL, {g.label}", mean(g.per_seed(mean_kl))) for g in runs.groups if g.role]
+    if not measured:
+        raise Untold("no finished run of the paper's methods")
+    above = [pair for pair in measured if pair[1].low > KL_BOUND]
+    unsure = [pair for pair in measured if not pair[1].has_interval]
+    return (above or unsure or [max(measured, key=lambda pair: pair[1].high)])[0]
+
+
+def _pooled(groups: Sequence[Group]) -> Group:
+    """Groups that differ in alpha as one; a seed's value is then its mean over the alphas."""
+    return replace(groups[0], runs=tuple(run for each in groups for run in each.runs))
+
+
+def positive_over_negative(runs: Finished) -> Measured:
+    """Final Pass@1 of AH-GRPO, a seed's mean over positive alphas against its mean over negative ones."""
+    sweep = runs.sweep("AH-GRPO")
+    above, below = ([g for g in sweep if sign * g.alpha > 0] for sign in (1, -1))
+    if not above or not below:
+        raise Untold("no finished sweep of AH-GRPO with alphas of both signs")
+    refuse_unlike([*above, *below])
+    estimate = difference(_pooled(above).per_seed(final), _pooled(below).per_seed(final))
+    return "final Pass@1, AH-GRPO with α > 0 − α < 0", estimate
+
+
+def negative_over_base(runs: Finished) -> Measured:
+    """Final Pass@1 of AH-GRPO with negative alphas against the model before training."""
+    if not (negative := [g for g in runs.sweep("AH-GRPO") if g.alpha < 0]):
+        raise Untold("no finished run of AH-GRPO with a negative α")
+    refuse_unlike(negative)
+    return "final − base Pass@1, AH-GRPO with α < 0", mean(_pooled(negative).per_seed(_gain_over_base))
+
+
+def _name(group: Group) -> str:
+    """A group's label; of a baseline with another reduction than the paper's own, with a warning."""
+    return f"{group.label} (Eq. 2, another reduction)" if group.method == "grpo" else group.label
+
+
+def _gain_over_base(run: Run) -> float:
+    return final(run) - base(run)
+
+
+CLAIMS = (
+    Claim(
+        words="SA-AH-GRPO trains with less variance than GRPO",
+        paper="3B: 0.0885 / 0.0246 = 3.6×; 1.5B: 0.0885 / 0.1718 = 0.5×",
+        measure=variance_ratio("GRPO", "SA-AH-GRPO"),
+        threshold=1.0,
+        digits=2,
+    ),
+    Claim(
+        words="The reduction is 3.6-fold or more",
+        paper="3B: 3.6×, one seed, 150 against 180 steps",
+        measure=variance_ratio("GRPO", "SA-AH-GRPO"),
+        threshold=3.6,
+        digits=2,
+    ),
+    Claim(
+        words="SA-AH-GRPO trains with less variance than AH-GRPO",
+        paper="3B: 0.0630 / 0.0246 = 2.6×; 1.5B: 0.0630 / 0.1718 = 0.4×",
+        measure=variance_ratio("AH-GRPO", "SA-AH-GRPO"),
+        threshold=1.0,
+        digits=2,
+    ),
+    Claim(
+        words=f"SA-AH-GRPO loses no peak accuracy against GRPO (not more than {MARGIN:g})",
+        paper="3B: .858 against .852; 1.5B: .686 against .668",
+        measure=gain(peak, "peak Pass@1", "SA-AH-GRPO", "GRPO"),
+        threshold=-MARGIN,
+    ),
+    Claim(
+        words="SA-AH-GRPO ends with a higher Pass@1 than GRPO",
+        paper="3B: .846 against .846; 1.5B: .686 against .660",
+        measure=gain(final, "final Pass@1", "SA-AH-GRPO", "GRPO"),
+    ),
+    Claim(
+        words="SA-AH-GRPO ends with a higher Pass@1 than AH-GRPO",
+        paper="3B: .846 against .848; 1.5B: .686 against .650",
+        measure=gain(final, "final Pass@1", "SA-AH-GRPO", "AH-GRPO"),
+    ),
+    Claim(
+        words="SA-AH-GRPO improves on the base model",
+        paper="3B: .846 against .831 (measured: .846); 1.5B: .686 against .637 (measured: .652)",
+        measure=own(_gain_over_base, "final − base Pass@1"),
+    ),
+    Claim(
+        words="AH-GRPO improves on the base model",
+        paper="3B: .848 against .831 (measured: .846); 1.5B: .650 against .637 (measured: .652)",
+        measure=own(_gain_over_base, "final − base Pass@1", "AH-GRPO"),
+    ),
+    Claim(
+        words="GRPO improves on the base model",
+        paper="3B: .846 against .831 (measured: .846); 1.5B: .660 against .637 (measured: .652)",
+        measure=own(_gain_over_base, "final − base Pass@1", "GRPO"),
+    ),
+    Claim(
+        words="AH-GRPO with positive α ends above AH-GRPO with negative α",
+        paper="1.5B: .640 to .654 against .634",
+        measure=positive_over_negative,
+    ),
+    Claim(
+        words="AH-GRPO with negative α ends below the base model",
+        paper="1.5B: .634 against .637 (measured: .652)",
+        measure=negative_over_base,
+        below=True,
+    ),
+    Claim(
+        words="The rewards of a step spread by less than 0.25 in later training",
+        paper="3B: .115 to .240 in its table, but .488 at step 120; 1.5B: .255 to 1.57",
+        measure=own(lambda run: highest(run, "reward/std", later_half=True), "largest spread, second half"),
+        threshold=0.25,
+        below=True,
+    ),
+    Claim(
+        words="SA-AH-GRPO keeps more entropy than GRPO at the end (no entropy collapse)",
+        paper="no number is given for GRPO",
+        measure=gain(lambda run: at_end(run, "entropy/normalized_mean"), "H̄ of the last steps", "SA-AH-GRPO", "GRPO"),
+        digits=4,
+    ),
+    Claim(
+        words="Entropy falls during training",
+        paper="3B: H̄ .0291 → .0092; 1.5B: .0432 → .0246",
+        measure=own(lambda run: change(run, "entropy/normalized_mean"), "H̄, last − first steps"),
+        below=True,
+        digits=4,
+    ),
+    Claim(
+        words="So the discount weakens by itself: the weight of negative rollouts rises",
+        paper="3B: w̄₋ .174 → .619; 1.5B: .143 → .340",
+        measure=own(lambda run: change(run, "weight/negative_mean"), "w̄₋, last − first steps"),
+    ),
+    Claim(
+        words="The mean weight stays above 0.5 at every step",
+        paper="3B: least .516 of the steps shown; 1.5B: .580",
+        measure=own(lambda run: lowest(run, "weight/mean"), "least w̄ of a run"),
+        threshold=0.5,
+    ),
+    Claim(
+        words="Completions become shorter",
+        paper="3B: 243 → 171 tokens; 1.5B: 151 → 142",
+        measure=own(lambda run: change(run, "completion/length_mean"), "tokens, last − first steps"),
+        below=True,
+        digits=1,
+    ),
+    Claim(
+        words="The mean KL stays below 0.010 with every method",
+        paper="at most .00785 (3B), .00986 (1.5B)",
+        measure=largest_kl,
+        threshold=KL_BOUND,
+        below=True,
+        digits=5,
+    ),
+    Claim(
+        words="SA-AH-GRPO moves further from the reference than AH-GRPO",
+        paper="mean KL, 3B: .00785 against .00512; 1.5B: .00986 against .00512",
+        measure=gain(mean_kl, "mean KL", "SA-AH-GRPO", "AH-GRPO"),
+        digits=5,
+    ),
+)
+
+
+def verdicts(settings: dict[str, list[Group]]) -> list[Verdict]:
+    """Every claim in every setting that has a method of the paper; in all if none has."""
+    of_paper = {setting: groups for setting, groups in settings.items() if any(group.role for group in groups)}
+    return [judge(claim, setting, groups) for setting, groups in (of_paper or settings).items() for claim in CLAIMS]

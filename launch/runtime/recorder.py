@@ -1,0 +1,170 @@
+"""What a step leaves behind: metrics, rollouts, evaluations in the run folder, and a line on the display."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from common.metrics import JsonLines, MetricsWriter, keep_lines, mean
+from common.types import Group, UpdateResult
+from launch.runtime.channel import Published
+from launch.runtime.console import Display
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Wall seconds of the loop's phases."""
+
+    wait_seconds: float  # for groups
+    learn_seconds: float
+    ahead_seconds: float  # for the rollouts of the next step, before publishing (run.max_staleness)
+    publish_seconds: float  # adapter out of the learner, into every actor, proved
+    step_seconds: float
+
+
+class Recorder:
+    """Writes the files of a run folder and tells the display."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, display: Display, *, sample_every: int):
+        self.tokenizer = tokenizer
+        self.display = display
+        self.sample_every = sample_every
+        self.metrics = MetricsWriter(folder)
+        self.rollouts = JsonLines(folder / "rollouts.jsonl")
+        self.evaluations = JsonLines(folder / "evaluations.jsonl")
+
+    def step(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        result: UpdateResult,
+        published: Published,
+        times: StepTimes,
+        *,
+        num_discarded: int = 0,
+    ) -> None:
+        """Everything of optimizer step `step`, 1-based: the number of the adapter version that it made.
+
+        `num_discarded` groups were sampled for it, and replaced because nothing is learned from them.
+        """
+        metrics = {
+            **group_metrics(groups, published.version),
+            **result.metrics,
+            "groups/discarded": float(num_discarded),
+            "update/refused": float(result.refused is not None),
+            "adapter/version": float(published.version),
+            "adapter/canary_version": float(published.canary_version),
+            "adapter/canary_difference": published.canary_difference,
+            "adapter/canary_signal": published.canary_signal,
+            "time/wait_seconds": times.wait_seconds,
+            "time/learn_seconds": times.learn_seconds,
+            "time/ahead_seconds": times.ahead_seconds,
+            "time/publish_seconds": times.publish_seconds,
+            "time/load_seconds": published.load_seconds,
+            "time/step_seconds": times.step_seconds,
+            "throughput/tokens_per_second": num_completion_tokens(groups) / times.step_seconds,
+        }
+        self.metrics.write(step, metrics)
+        for record in rollout_records(step, groups, result, self.tokenizer):
+            self.rollouts.write(record)
+        self.display.step(step, metrics)
+        if result.refused:
+            self.display.note(f"step {step} refused: {result.refused}; weights unchanged")
+        for error in {r.reward_error for group in groups for r in group.rollouts if r.reward_error}:
+            self.display.note(f"step {step}: a reward failed: {error}")
+        if self.sample_every and step % self.sample_every == 0:
+            self.display.sample(step, groups[0])
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """One evaluation (launch/evaluate.py)."""
+        self.evaluations.write(record)
+        self.display.evaluation(record)
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.rollouts.close()
+        self.evaluations.close()
+        self.display.close()
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Forget what a run folder says of steps after `step`: a resumed run writes them again."""
+    for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
+        keep_lines(folder / name, lambda record: record["step"] <= step)
+
+
+def num_completion_tokens(groups: Sequence[Group]) -> int:
+    return sum(rollout.num_completion_tokens for group in groups for rollout in group.rollouts)
+
+
+def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """What the rollouts alone say. `version` is the adapter that the step made: staleness 0 is one before it.
+
+    reward/std is the population spread over all rollouts of the step; reward/group_std the mean over groups of the
+    spread within them.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    scores = [rollout.score for rollout in rollouts if rollout.score is not None]
+    lengths = [rollout.num_completion_tokens for rollout in rollouts]
+    return {
+        "reward/mean": mean(score.total for score in scores),
+        "reward/std": _std([score.total for score in scores]),
+        "reward/group_std": mean(_std([r.score.total for r in group.rollouts if r.score]) for group in groups),
+        "reward/correct_fraction": mean(float(score.correct) for score in scores),
+        "reward/num_failed": float(len(rollouts) - len(scores)),
+        **{
+            f"reward/{part}": mean(score.parts[part] for score in scores)
+            for part in (scores[0].parts if scores else ())
+        },
+        "completion/length_mean": mean(lengths),
+        "completion/length_max": float(max(lengths)),
+        "completion/distinct_openers": mean(
+            len({r.token_ids[r.num_prompt_tokens] for r in group.rollouts}) for group in groups
+        ),
+        "completion/truncated_fraction": mean(float(r.finish_reason == "length") for r in rollouts),
+        "staleness/max": float(max(version - 1 - rollout.version for rollout in rollouts)),
+        "time/rollout_seconds": max(group.rollout_seconds for group in groups),
+        "time/reward_seconds": max(group.reward_seconds for group in groups),
+    }
+
+
+def rollout_records(
+    step: int, groups: Sequence[Group], result: UpdateResult, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """One JSON object a rollout: text, reward and its parts, and the learner's streams token by token."""
+    records = []
+    rollouts = [(group, rollout) for group in groups for rollout in group.rollouts]
+    for (group, rollout), streams in zip(rollouts, result.streams, strict=True):
+        record = {
+            "step": step,
+            "prompt_index": group.prompt.index,
+            "prompt": group.prompt.messages[-1]["content"],
+            "answer": group.prompt.answer,
+            "version": rollout.version,
+            "text": rollout.text,
+            "finish_reason": rollout.finish_reason,
+            "reward_error": rollout.reward_error,
+            "tokens": [tokenizer.decode([t]) for t in rollout.token_ids[rollout.mask].tolist()],
+        }
+        if rollout.score is not None:
+            record |= {
+                "reward": rollout.score.total,
+                "correct": rollout.score.correct,
+                "parts": dict(rollout.score.parts),
+            }
+        if streams is not None:
+            record |= {
+                "advantage": streams.advantage,
+                "entropies": [round(float(e), 4) for e in streams.entropies],
+                "weights": [round(float(w), 4) for w in streams.weights],
+            }
+        records.append(record)
+    return records
+
+
+def _std(values: Sequence[float]) -> float:
+    centre = mean(values)
+    return math.sqrt(mean((value - centre) ** 2 for value in values)) if values else math.nan

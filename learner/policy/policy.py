@@ -1,0 +1,295 @@
+"""The policy: a frozen base with a LoRA adapter (peft). The reference is the same model, adapter off.
+
+Dtype policy, said once: frozen weights and activations have `model.dtype`; adapter weights, their gradients, head sums
+and loss are float32. learner/policy/lora.py rounds the adapter's weights at use, so that no
+activation is in float32 for them.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners import lora
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from common.adapter import Adapter, Canary
+from common.config import ModelConfig
+from common.types import UserError
+from learner.batch import MicroBatch
+from learner.head import HeadStats, concatenate, head_stats
+from learner.policy.attention import PACKED
+from learner.policy.lora import Projection, lora_linear
+
+
+class Pass(NamedTuple):
+    """One pass through the trunk, at the N scored tokens."""
+
+    stats: HeadStats
+    hidden_NH: Tensor | None  # the states that predict them, detached; None where nobody asked
+
+
+def join(passes: Sequence[Pass]) -> Pass:
+    """The passes over consecutive parts of the scored tokens as one."""
+    hidden = [p.hidden_NH for p in passes if p.hidden_NH is not None]
+    return Pass(concatenate([p.stats for p in passes]), torch.cat(hidden) if hidden else None)
+
+
+def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
+    """What a model of this configuration computes that this learner would leave out, in a few words; or None."""
+    text = config.get_text_config()
+    for name in ("logits_scaling", "logit_scale"):
+        if getattr(text, name, None) not in (None, 1):
+            return f"scales its logits ({name}), which learner/head does not"
+    if getattr(text, "attn_logit_softcapping", None):
+        return "caps its attention logits (attn_logit_softcapping), which learner/policy/attention.py does not"
+    if getattr(text, "use_sliding_window", True) and (getattr(text, "sliding_window", None) or max_length) < max_length:
+        return f"attends within a window of {text.sliding_window} tokens, less than model.max_length={max_length}"
+    return None
+
+
+SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # projections that are computed together
+
+
+class _LoraLinear(lora.Linear):
+    """peft's layer, computed in one function with its siblings that are given the same input."""
+
+    shared: "_SharedInput"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) if self.disable_adapters else self.shared.output(self, x)
+
+    def projection(self) -> Projection:
+        [name] = self.active_adapters
+        return Projection(
+            self.base_layer.weight, self.base_layer.bias, self.lora_A[name].weight, self.lora_B[name].weight
+        )
+
+
+class _SharedInput:
+    """Computes its layers when the first is called, and keeps the others' outputs until they are."""
+
+    def __init__(self, layers: Sequence[_LoraLinear]) -> None:
+        self.layers = layers
+        self.x: Tensor | None = None
+        self.outputs: dict[_LoraLinear, Tensor] = {}
+
+    def output(self, layer: _LoraLinear, x: Tensor) -> Tensor:
+        if x is not self.x or layer not in self.outputs:
+            [name] = layer.active_adapters
+            dropout = layer.lora_dropout[name]
+            outputs = lora_linear(
+                x,
+                [each.projection() for each in self.layers],
+                scale=layer.scaling[name],
+                dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,  # an Identity where there is none
+            )
+            self.x, self.outputs = x, dict(zip(self.layers, outputs, strict=True))
+        y = self.outputs.pop(layer)
+        if not self.outputs:
+            self.x = None
+        return y
+
+
+def _share_inputs(model: torch.nn.Module) -> None:
+    """Put together the adapted projections of each block that have one input; the others stay alone."""
+    for block in model.modules():
+        adapted = {name: child for name, child in block.named_children() if isinstance(child, _LoraLinear)}
+        groups = [[adapted.pop(name) for name in names if name in adapted] for names in SAME_INPUT]
+        for group in [*groups, *([layer] for layer in adapted.values())]:
+            shared = _SharedInput(group)
+            for layer in group:
+                layer.shared = shared
+
+
+def _base(model: Path | PretrainedConfig, dtype: str, device: torch.device) -> Any:
+    if isinstance(model, PretrainedConfig):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model, dtype=getattr(torch, dtype), attn_implementation=PACKED)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=PACKED).to(device)
+
+
+class Policy:
+    """Base, adapter and head, on one device, in training mode."""
+
+    def __init__(
+        self,
+        model: Path | PretrainedConfig,
+        config: ModelConfig,
+        *,
+        device: torch.device,
+        recompute: str,
+        head_backend: str,
+        dropout: bool = True,
+    ) -> None:
+        """`model` is a folder, or a configuration alone: then all weights are shapes, on the meta device.
+
+        `recompute` as learner.recompute says; without `dropout` training computes what evaluation does.
+        """
+        assert config.dtype != "auto", "the plan has resolved it"
+        assert recompute in ("none", "layer", "micro-batch"), "the memory plan has resolved auto"
+        base = _base(model, config.dtype, device)
+        if reason := unsupported(base.config, config.max_length):
+            raise UserError(f"model.path={config.path} {reason}; use another model")
+        self.device = device
+        self.config = config
+        lora_config = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=list(config.lora_targets),
+            task_type="CAUSAL_LM",
+        )
+        lora_config._register_custom_module({torch.nn.Linear: _LoraLinear})
+        self.peft_model: PeftModel = get_peft_model(base, lora_config)
+        _share_inputs(self.peft_model)
+        if recompute == "layer":
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.recompute = recompute
+        self.dropout = dropout
+        self._training_mode()
+        self.trunk = base.get_decoder()
+        projection = base.get_output_embeddings()
+        if type(projection) is not torch.nn.Linear:
+            raise UserError(f"model.lora_targets={config.lora_targets} adapts the output head, which stays frozen")
+        self.head_weight_VH = projection.weight
+        self.head_bias_V = projection.bias
+        self.softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+        self.head_backend = head_backend
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.head_weight_VH)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The adapter's weights: all that is trained."""
+        return [p for p in self.peft_model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The adapter switched off, no dropout, no gradient."""
+        with torch.no_grad(), self.peft_model.disable_adapter():
+            yield
+
+    def forward(
+        self,
+        batch: MicroBatch,
+        *,
+        temperature: float,
+        topk: int | None = None,
+        entropy_gradient: bool = False,
+        entropy_at_one: bool = False,
+        keep_hidden: bool = False,
+    ) -> Pass:
+        """One pass through the trunk, and the head at the N scored tokens of a micro-batch."""
+        hidden_NH = self.scored_states(batch)
+        stats = self._head(
+            hidden_NH,
+            batch.target_N,
+            temperature=temperature,
+            topk=topk,
+            entropy_gradient=entropy_gradient,
+            entropy_at_one=entropy_at_one,
+        )
+        return Pass(stats, hidden_NH.detach() if keep_hidden else None)
+
+    def scored_states(self, batch: MicroBatch) -> Tensor:
+        """[N, H]: the trunk's output where a scored token is predicted."""
+        packing: dict[str, Any] = {
+            "position_ids": batch.position_ids_L[None],
+            "lengths": batch.lengths,
+            "ends": batch.ends,
+        }
+        if self.recompute == "micro-batch" and torch.is_grad_enabled():
+            return checkpoint(self._hidden, batch.token_ids_L, use_reentrant=False, **packing)[batch.predictor_N]
+        return self._hidden(batch.token_ids_L, **packing)[batch.predictor_N]
+
+    def _training_mode(self) -> None:
+        """Set once, not around a pass: the backward pass may compute a forward pass again. The base has no dropout."""
+        self.peft_model.train()
+        for name, module in self.peft_model.named_modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.train(self.dropout and "lora_dropout" in name)
+
+    def _head(self, hidden_NH: Tensor, target_N: Tensor, **options: Any) -> HeadStats:
+        return head_stats(
+            hidden_NH.to(self.head_weight_VH.dtype),  # some models' last norm gives float32
+            self.head_weight_VH,
+            target_N,
+            bias_V=self.head_bias_V,
+            softcap=self.softcap,
+            backend=self.head_backend,
+            **options,
+        )
+
+    def _hidden(self, token_ids_L: Tensor, **packing: Any) -> Tensor:
+        """[L, H]: the trunk's output."""
+        return self.trunk(input_ids=token_ids_L[None], use_cache=False, **packing).last_hidden_state[0]
+
+    def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
+        """float32 [T - 1]: nats at temperature 1 of tokens 1..T-1; no dropout, no gradient."""
+        tokens_T = torch.from_numpy(token_ids.astype(np.int64)).to(self.device)
+        self.peft_model.eval()
+        with torch.no_grad():
+            hidden_TH = self._hidden(tokens_T[:-1])
+            logprobs = self._head(hidden_TH, tokens_T[1:]).logprob_N
+        self._training_mode()
+        return logprobs.float().cpu().numpy()
+
+    def canary(self, token_ids: np.ndarray, base_logprobs: np.ndarray) -> Canary:
+        """What the current weights make of `token_ids`."""
+        started = time.perf_counter()
+        logprobs = self.logprobs(token_ids)
+        return Canary(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            base_logprobs=base_logprobs,
+            seconds=time.perf_counter() - started,
+        )
+
+    def adapter(self, version: int, canary: Canary | None) -> Adapter:
+        """A copy of the current weights as adapter version `version`."""
+        return Adapter.of(
+            get_peft_model_state_dict(self.peft_model),
+            self.config.dtype,
+            version=version,
+            rank=self.config.lora_rank,
+            alpha=self.config.lora_alpha,
+            target_modules=self.config.lora_targets,
+            canary=canary,
+        )
+
+    @contextmanager
+    def probed(self, strength: float) -> Iterator[None]:
+        """The adapter replaced for a while by a random one, in which no module is zero; the same for any call.
+
+        A has entries of variance 1 / inputs, so that A x is about as large as x; B of `strength` squared.
+        """
+        kept = [parameter.detach().clone() for parameter in self.parameters()]
+        generator = torch.Generator().manual_seed(0)
+        try:
+            with torch.no_grad():
+                for name, parameter in self.peft_model.named_parameters():
+                    if parameter.requires_grad:
+                        size = strength if "lora_B" in name else parameter.shape[1] ** -0.5
+                        parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, before in zip(self.parameters(), kept, strict=True):
+                    parameter.copy_(before)
+
+    def save(self, folder: Path) -> None:
+        """The adapter in PEFT's own format: adapter_model.safetensors and adapter_config.json."""
+        self.peft_model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """The adapter of `save`, into this model."""
+        set_peft_model_state_dict(self.peft_model, load_file(folder / "adapter_model.safetensors"))

@@ -1,0 +1,289 @@
+"""The composite reward of Eq. 10 on completions scored by hand, and the data of GSM8K with its faults."""
+
+import json
+import time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actor.tasks import gsm8k, task_module
+from actor.tasks.gsm8k import TAGS, completion_of, load, read_number, reward, score
+from common.config import TaskConfig
+from common.types import UserError
+
+REAL = Path(__file__).parents[4] / "shared/data/gsm8k"
+FIVE_STEPS = "3 * 12 = 36\n36 - 8 = 28\n28 / 4 = 7\n7 - 2 = 5\n5 + 37 = 42"
+W, W_, S, S_ = TAGS
+
+
+def parts(completion: str, answer: str = "42") -> tuple[float, ...]:
+    return tuple(score(completion, answer)[key] for key in ("correct", "format", "present", "steps", "total"))
+
+
+def test_the_two_examples_of_the_paper() -> None:
+    assert parts(completion_of(FIVE_STEPS, "42")) == (4.0, 1.5, 1.0, 1.0, 7.5)
+    assert parts("The answer is 42.") == (4.0, 0.0, 0.0, 0.1, 4.1)
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("", (-0.5, 0.0, 0.0, 0.0, -0.5)),
+        ("I do not know.", (-0.5, 0.0, 0.0, 0.1, -0.4)),
+        (completion_of(FIVE_STEPS, "41"), (1.5, 1.5, 1.0, 1.0, 5.0)),
+        (completion_of(FIVE_STEPS, "43"), (1.5, 1.5, 1.0, 1.0, 5.0)),
+        (completion_of(FIVE_STEPS, "1"), (0.0, 1.5, 1.0, 1.0, 3.5)),
+        (completion_of("so it is", "42"), (4.0, 1.5, 1.0, 0.1, 6.6)),
+        (completion_of("", "42"), (4.0, 1.5, 1.0, 0.0, 6.5)),
+        (completion_of(FIVE_STEPS, ""), (-0.5, 1.5, 1.0, 1.0, 3.0)),  # the 42 of the working is no answer
+        (f"{W}{FIVE_STEPS}", (4.0, 0.2, 0.0, 1.0, 5.2)),
+        (f"{FIVE_STEPS}{W_}", (4.0, 0.3, 0.0, 0.1, 4.4)),
+        (f"{S}42", (4.0, 0.2, 0.3, 0.1, 4.6)),
+        (f"42{S_}", (4.0, 0.3, 0.0, 0.1, 4.4)),
+        (f"{W}{S}42", (4.0, 0.4, 0.3, 0.0, 4.7)),
+        (f"{S}42{S_}", (4.0, 0.5, 1.0, 0.1, 5.6)),
+        (f"{W}x{S_}42", (4.0, 0.5, 0.0, 0.1, 4.6)),
+        (f"{W_}{S_}42", (4.0, 0.6, 0.0, 0.1, 4.7)),
+        (f"{W}x{W_}{S}42", (4.0, 0.7, 0.3, 0.1, 5.1)),
+        (f"{W}x{S}42{S_}", (4.0, 0.7, 1.0, 0.1, 5.8)),
+        (f"{W}x{W_}42{S_}", (4.0, 0.8, 0.0, 0.1, 4.9)),
+        (f"{S}42{S_}{W}x{W_}", (4.0, 1.0, 1.0, 0.1, 6.1)),  # all four tags, in the wrong order
+        (f"{W}x{S}42{W_}{S_}", (4.0, 1.0, 1.0, 0.1, 6.1)),
+        (f"{W}x{W_}{S}42{S_}{S}", (4.0, -0.5, 1.0, 0.1, 4.6)),  # a duplicated tag
+        (f"{W}{W}x{W_}{S}42{S_}", (4.0, -0.5, 1.0, 0.1, 4.6)),
+        (f"{S}41{S_}{S}42{S_}", (4.0, -0.5, 1.0, 0.1, 4.6)),  # the last block counts
+        (f"{S}{S}42{S_}{S_}", (4.0, -0.5, 1.0, 0.1, 4.6)),
+        (r"we add 40 and 2, so \boxed{42}. That took 2 steps", (4.0, 0.0, 0.0, 0.1, 4.1)),
+    ],
+)
+def test_completions_scored_by_hand(completion: str, expected: tuple[float, ...]) -> None:
+    assert parts(completion) == expected
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "steps"),
+    [
+        (" \n\t", 0.0),
+        ("we think about it, 12 pens", 0.1),
+        ("x >= 3, y == 4, z != 5, a <= 2", 0.1),
+        ("3.5 pens\n2024 was a year", 0.1),
+        ("1 + 1 = 2", 0.4),
+        ("Step 1: add\nStep 2: add", 0.4),
+        ("1. we add\n2) we take\n3: we stop", 0.7),
+        ("**Step 1**: 1 + 1 = 2\n**Step 2**: 2 + 2 = $4\n**Step 3**: 1 + 4 = -5", 0.7),  # label and equation: one step
+        ("1+1 = 2, 2+1 = 3, 3+1 = 4, 4+1 = 5", 0.7),
+        ("1+1 = 2, 2+1 = 3, 3+1 = 4, 4+1 = 5, 5+1 = 6", 1.0),
+        ("48/2 = <<48/2=24>>24\n" * 5, 0.4),  # a repeated line counts once, a calculator note once
+        ("\n".join(f"{n}. think" for n in range(5)), 1.0),
+    ],
+)
+def test_steps(reasoning: str, steps: float) -> None:
+    assert score(completion_of(reasoning, "42"), "42")["steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("42", "42"),
+        ("$1,234.50.", "1234.5"),
+        ("1,234,567", "1234567"),
+        (r"\$1\,234", "1234"),
+        ("1{,}234", "1234"),
+        ("1, 2, 3", "3"),
+        ("-$7", "-7"),
+        ("$-7", "-7"),
+        ("\N{MINUS SIGN}7", "-7"),
+        ("x=-7", "-7"),
+        ("10-7", "7"),
+        ("10 - 7 = 3", "3"),
+        ("20%", "20"),
+        ("42 km2", "42"),
+        ("42 m^2", "42"),
+        (".5", "0.5"),
+        ("Rs.5", "5"),
+        ("٤٢", "42"),
+        ("４２", "42"),
+        ("1e3", "1000"),
+        ("**42**", "42"),
+        (r"\text{about }42\text{ pens}", "42"),
+        ("1" + "0" * 400, "1" + "0" * 400),
+    ],
+)
+def test_numbers(text: str, number: str) -> None:
+    assert read_number(text) == Decimal(number)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "none", "nan", "inf", "-", "$", "1e99999", "1e999999999999999999999999", "9" * 6000]
+)
+def test_no_numbers(text: str) -> None:
+    assert read_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "answer", "correct"),
+    [
+        ("90", "100", 1.5),
+        ("110", "100", 1.5),
+        ("89.99", "100", 0.0),
+        ("110.01", "100", 0.0),
+        ("-110", "-100", 1.5),
+        ("100", "-100", 0.0),
+        ("0", "0", 4.0),
+        ("-0.0", "0", 4.0),
+        ("0.0001", "0", 0.0),  # 10 % of zero is nothing
+        ("9007199254740993", "9007199254740992", 1.5),  # equal as floats
+        ("0.30", ".3", 4.0),
+        ("1" + "0" * 400, "1" + "0" * 400, 4.0),
+        ("42", "no number", -0.5),
+    ],
+)
+def test_near_and_exact(value: str, answer: str, correct: float) -> None:
+    assert score(f"{S}{value}{S_}", answer)["correct"] == correct
+
+
+PIECES = [*TAGS, "42", "4.2", "-", "−", "$", ",", ".", "=", "\n", "1e9", "Step 2", "\\boxed{", "}", " "]
+
+
+@given(
+    st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=30).map("".join), st.sampled_from(["42", "0", ""])
+)
+def test_any_text_has_a_score_of_allowed_terms(completion: str, answer: str) -> None:
+    terms = score(completion, answer)
+    assert terms["correct"] in (-0.5, 0.0, 1.5, 4.0)
+    assert terms["format"] in (-0.5, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5)
+    assert terms["present"] in (0.0, 0.3, 1.0)
+    assert terms["steps"] in (0.0, 0.1, 0.4, 0.7, 1.0)
+    assert terms["total"] == pytest.approx(terms["correct"] + terms["format"] + terms["present"] + terms["steps"])
+    assert terms["total"] <= 7.5
+
+
+@pytest.mark.parametrize(
+    "piece", ["1", "1,", "1,111", "= ", "=", "(", "-$", ".", " ", "\n", "step ", "\\boxed{", "e1", S, W]
+)
+@pytest.mark.parametrize("opening", ["", W, W + "=", "1e"])
+def test_a_huge_text_takes_no_long(piece: str, opening: str) -> None:
+    start = time.process_time()
+    score(opening + piece * (100_000 // len(piece)) + "x", "42")
+    assert time.process_time() - start < 2  # a quadratic pattern takes minutes
+
+
+def write(folder: Path, train: list[str], test: list[str]) -> str:
+    (folder / "train.jsonl").write_text("\n".join(train) + "\n")
+    (folder / "test.jsonl").write_text("\n".join(test) + "\n")
+    return str(folder)
+
+
+def row(n: int) -> str:
+    return json.dumps({"question": f"What is {n}?", "answer": f"It is {n}.\n#### {n:,}"})
+
+
+def task(data: str | None, num_train: int = 5, num_eval: int = 3, **changes: Any) -> TaskConfig:
+    return TaskConfig(name="gsm8k", data=data, num_train=num_train, num_eval=num_eval, **changes)
+
+
+def test_a_draw_is_repeatable_without_replacement_and_extends(tmp_path: Path) -> None:
+    data = write(tmp_path, [row(n) for n in range(3000, 3400)], [row(n) for n in range(10)])
+    train, evaluation = load(task(data, num_train=40), "train"), load(task(data), "eval")
+    every = load(task(data, num_train=400), "train")
+    assert load(task(data, num_train=40), "train") == train == every[:40]
+    assert load(task(data, num_train=400), "eval") == evaluation
+    assert sorted(p.answer for p in every) == [f"{n:,}" for n in range(3000, 3400)]
+    assert load(task(data, num_train=40, seed=7), "train") != train
+    assert [p.index for p in train] == list(range(40))
+    assert train[0].messages[-1]["content"] == f"What is {train[0].answer.replace(',', '')}?"
+
+
+def test_the_prompt_names_the_tags_and_its_example_earns_everything(tmp_path: Path) -> None:
+    data = write(tmp_path, [row(n) for n in range(9)], [row(n) for n in range(9)])
+    plain, shown = load(task(data), "train")[0], load(task(data, example=True), "train")[0]
+    assert [m["role"] for m in plain.messages] == ["system", "user"]
+    assert [m["role"] for m in shown.messages] == ["system", "user", "assistant", "user"]
+    assert all(tag in plain.messages[0]["content"] for tag in TAGS)
+    assert score(shown.messages[2]["content"], gsm8k.EXAMPLE[2])["total"] == 7.5
+
+
+def test_reward_is_the_score_and_correct_means_exact(tmp_path: Path) -> None:
+    prompt = load(task(write(tmp_path, [row(42)] * 5, [])), "train")[0]
+    exact, near = reward(f"{S}42{S_}", prompt), reward(f"{S}41{S_}", prompt)
+    assert (exact.total, exact.correct, near.total, near.correct) == (5.6, True, 3.1, False)
+    assert exact.parts == {"correct": 4.0, "format": 0.5, "present": 1.0, "steps": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{not json", "train.jsonl:2 is not JSON"),
+        ("[" * 100_000, "train.jsonl:2 is not JSON"),
+        ("[1, 2]", "train.jsonl:2 has no question"),
+        ('{"answer": "#### 1"}', "train.jsonl:2 has no question"),
+        ('{"question": "q"}', "train.jsonl:2 has no answer"),
+        ('{"question": "q", "answer": 7}', "train.jsonl:2 has no answer"),
+        ('{"question": "q", "answer": "it is 7"}', "train.jsonl:2: the answer has no number after '####'"),
+        ('{"question": "7", "answer": "7 #### seven"}', "train.jsonl:2: the answer has no number after '####'"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, line: str, words: str) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]*$") as error:
+        load(task(write(tmp_path, [row(1), line, row(3)], [])), "train")
+    assert words in str(error.value)
+
+
+def test_bad_data_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write(tmp_path, [row(1)], [])
+
+    def message(config: TaskConfig, split: Literal["train", "eval"]) -> str:
+        with pytest.raises(UserError, match=r"^[^\n]*$") as error:
+            load(config, split)
+        return str(error.value)
+
+    assert "task.num_train=5 exceeds the 1 train problems" in message(task(data), "train")
+    assert "test.jsonl is empty" in message(task(data), "eval")
+    (tmp_path / "test.jsonl").unlink()
+    assert "test.jsonl cannot be read" in message(task(data), "eval")
+    assert "task.data is not set" in message(task(None), "train")
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    assert "task.data=no/where is no folder and could not be loaded from the hub (no)" in message(
+        task("no/where"), "train"
+    )
+
+
+def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hub(name: str, config: str, *, split: str) -> list[dict[str, str]]:
+        assert (name, config) == ("openai/gsm8k", "main")
+        return [{"question": f"{split}?", "answer": "#### 7"}]
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    prompts = load(task("openai/gsm8k", num_eval=1), "eval")
+    assert (prompts[0].messages[-1]["content"], prompts[0].answer) == ("test?", "7")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no GSM8K in {REAL}")
+def test_the_real_data() -> None:
+    train = load(task(str(REAL), num_train=7473, example=True), "train")
+    evaluation = load(task(str(REAL), num_eval=1319, example=True), "eval")
+    questions = {p.messages[-1]["content"] for p in evaluation}
+    assert len(train) == 7473
+    assert len(questions) == 1319
+    assert not questions & {p.messages[-1]["content"] for p in train}
+    for line in (REAL / "test.jsonl").read_text().splitlines():
+        working, _, answer = json.loads(line)["answer"].rpartition("\n#### ")
+        assert score(completion_of(working, answer), answer)["correct"] == 4.0
+        assert score(f"{working}\n#### {answer}", answer)["correct"] == 4.0  # read without tags
+
+
+def test_task_modules() -> None:
+    assert task_module("gsm8k") is gsm8k
+    assert task_module("actor.tasks.gsm8k") is gsm8k
+    for name, words in (("gsm9k", "gsm9k"), ("", "task.name="), (".x", "task.name=.x"), ("json", "no function reward")):
+        with pytest.raises(UserError, match=r"^[^\n]*$") as error:
+            task_module(name)
+        assert words in str(error.value)

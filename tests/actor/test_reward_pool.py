@@ -1,0 +1,211 @@
+"""The reward pool: whatever one reward does, the others are scored, in order, and nothing outlives its owner."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actor.reward_pool import RewardPool
+from common.types import Prompt, Score, UserError
+
+ROOT = Path(__file__).parents[2]
+PROMPT = Prompt(messages=({"role": "user", "content": "?"},), answer="42")
+TASK = """
+    import ctypes, os, re, sys, time
+    from common.types import Score
+
+    def load(task, split):
+        return []
+
+    def reward(completion, prompt):
+        word, _, number = completion.partition(" ")
+        if word == "raise":
+            raise KeyError("no such\\nkey")
+        if word == "regex":  # holds the interpreter lock: neither SIGTERM nor a thread can end it
+            re.match("(a+)+$", "a" * 60 + "b")
+        if word == "sleep":
+            time.sleep(float(number))
+        if word == "exit":
+            os._exit(3)
+        if word == "segfault":
+            ctypes.string_at(0)
+        if word == "leave":
+            sys.exit(5)
+        if word == "nan":
+            return Score(total=float("nan"), correct=False, parts={})
+        if word == "huge":
+            return Score(total=10**400, correct=False, parts={})
+        if word == "none":
+            return None
+        if word == "lambda":
+            return Score(total=1.0, correct=True, parts={"f": lambda: 1})
+        if word == "modules":
+            return Score(total=0.0, correct=True, parts={m: 1.0 for m in ("ray", "torch", "vllm") if m in sys.modules})
+        return Score(total=float(number or 1), correct=True, parts={"process": os.getpid()})
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("task")
+    (folder / "rough_task.py").write_text(textwrap.dedent(TASK))
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def pool(path: Path) -> Iterator[RewardPool]:
+    pool = RewardPool("rough_task", workers=2, timeout_seconds=1.5)
+    yield pool
+    pool.close()
+
+
+def words(pool: RewardPool, *completions: str) -> list[str]:
+    """Of each completion the failure, or "ok"."""
+    return ["ok" if isinstance(r, Score) else r for r in pool.score_all([(c, PROMPT) for c in completions])]
+
+
+@pytest.mark.parametrize(
+    ("completion", "failure"),
+    [
+        ("raise", "KeyError: 'no such\\nkey'"),
+        ("leave", "SystemExit: 5"),
+        ("nan", "the reward gave total=nan, which is not finite"),
+        ("huge", "OverflowError: int too large to convert to float"),
+        ("none", "the reward gave NoneType, not a Score"),
+        ("lambda", "TypeError: float() argument must be a string or a real number, not 'function'"),
+        ("exit", "the reward ended its process (exit code 3)"),
+        ("segfault", f"the reward ended its process (exit code -{int(signal.SIGSEGV)})"),
+        ("sleep 60", "time-out: no reward within 1.5 s"),
+        ("regex", "time-out: no reward within 1.5 s"),
+    ],
+)
+def test_a_failure_costs_its_own_rollout_only(pool: RewardPool, completion: str, failure: str) -> None:
+    assert words(pool, "ok", completion, "ok", "ok") == ["ok", failure, "ok", "ok"]
+    assert words(pool, "ok", "ok") == ["ok", "ok"]
+
+
+def test_rewards_are_computed_while_the_caller_does_something_else(pool: RewardPool) -> None:
+    started = [pool.start([("ok 2", PROMPT), ("ok 3", PROMPT)]), pool.start([("raise", PROMPT), ("ok 5", PROMPT)])]
+    for scoring in started:
+        for future in scoring.futures:
+            future.result(timeout=60)  # settles without finish
+    two, three, failed, five = pool.finish(started)
+    assert [s.total for s in (two, three, five)] == [2.0, 3.0, 5.0]
+    assert failed == "KeyError: 'no such\\nkey'"
+
+
+def test_order_is_kept(pool: RewardPool) -> None:
+    scores = pool.score_all([(f"value {n}", PROMPT) for n in range(200)])
+    assert [s.total for s in scores if isinstance(s, Score)] == list(range(200))
+    assert pool.score_all([]) == []
+
+
+def test_a_queue_costs_no_time_out(pool: RewardPool) -> None:
+    assert words(pool, *["sleep 0.8"] * 8) == ["ok"] * 8  # 3.2 s in all for two workers, 1.5 s allowed to each
+
+
+def test_every_worker_dies_and_the_rest_is_scored(pool: RewardPool) -> None:
+    failure = "the reward ended its process (exit code 3)"
+    assert words(pool, *["exit"] * 3, "ok", "exit", "ok") == [failure] * 3 + ["ok", failure, "ok"]
+
+
+@pytest.mark.parametrize("pause_seconds", [0.0, 0.5])  # pebble finds out during, or before, the next call
+def test_workers_killed_while_idle_are_replaced(pool: RewardPool, pause_seconds: float) -> None:
+    scores = pool.score_all([("ok", PROMPT)] * 20)
+    for process in {int(s.parts["process"]) for s in scores if isinstance(s, Score)}:
+        with contextlib.suppress(ProcessLookupError):  # after the first death pebble may end the others before us
+            os.kill(process, signal.SIGKILL)
+    time.sleep(pause_seconds)
+    assert words(pool, "ok", "ok", "leave", "ok") == ["ok", "ok", "SystemExit: 5", "ok"]
+
+
+def test_a_pool_outlives_the_thread_that_made_it(path: Path) -> None:
+    pools: list[RewardPool] = []
+    scores: list[Score | str] = []
+
+    def make() -> None:
+        pools.append(RewardPool("rough_task", workers=1, timeout_seconds=5))
+        scores.extend(pools[0].score_all([("ok", PROMPT)]))
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    maker.join()
+    time.sleep(0.5)
+    assert pools[0].score_all([("ok", PROMPT)]) == scores  # by the same process
+    pools[0].close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pools[0].score_all([("ok", PROMPT)])
+
+
+def test_a_closed_pool_leaves_no_process(path: Path) -> None:
+    pool = RewardPool("rough_task", workers=1, timeout_seconds=5)
+    (score,) = pool.score_all([("ok", PROMPT)])
+    assert isinstance(score, Score)
+    pool.close()
+    pool.close()
+    assert not Path(f"/proc/{int(score.parts['process'])}").exists()
+
+
+def test_an_unknown_task_is_refused_before_any_process() -> None:
+    with pytest.raises(UserError, match=r"task\.name=gsm9k"):
+        RewardPool("gsm9k", workers=1, timeout_seconds=1)
+
+
+OWNER = """
+    import sys, threading, types
+    open("imports", "a").write(__name__ + "\\n")
+    sys.modules["torch"] = types.ModuleType("torch")  # what an owner holds, its workers do not import
+    from actor.reward_pool import RewardPool
+    from common.types import Prompt
+
+    if __name__ == "__main__":
+        prompt = Prompt(messages=(), answer="42")
+        pool = RewardPool("rough_task", workers=2, timeout_seconds=100)
+        print(*[dict(s.parts) for s in pool.score_all([("modules", prompt)])])
+        print(*{int(s.parts["process"]) for s in pool.score_all([("ok", prompt)] * 50)}, flush=True)
+        pool.score_all([("regex", prompt)] * 2)
+"""
+
+
+def test_workers_import_nothing_of_their_owner_and_die_with_it(path: Path) -> None:
+    (path / "owner.py").write_text(textwrap.dedent(OWNER))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{path}"}
+    owner = subprocess.Popen([sys.executable, "owner.py"], cwd=path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    assert owner.stdout.readline().strip() == "{}"
+    workers = owner.stdout.readline().split()
+    assert workers
+    assert (path / "imports").read_text() == "__main__\n"
+    time.sleep(1)  # both workers are deep in a regular expression
+    assert all(Path(f"/proc/{worker}").exists() for worker in workers)
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 60
+    while any(_running(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _running(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_an_interrupt_leaves_the_workers_alone(pool: RewardPool) -> None:
+    (before,) = pool.score_all([("ok", PROMPT)])
+    assert isinstance(before, Score)
+    os.kill(int(before.parts["process"]), signal.SIGINT)
+    time.sleep(0.3)
+    assert _running(str(int(before.parts["process"])))

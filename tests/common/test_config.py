@@ -1,0 +1,197 @@
+"""What a command line and a TOML file make, and the one line that says what is wrong with them."""
+
+from pathlib import Path
+
+import pytest
+
+from common.command_line import load, option_names
+from common.config import Config, MethodConfig, dump
+from common.methods import METHODS, parameters, table
+from common.types import UserError
+from launch.experiments import grid
+from launch.planning.plan import _corrected, warnings
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "launch" / "configs").rglob("*.toml"))
+GRIDS = [path for path in CONFIGS if "\n[grid]" in path.read_text()]
+RUNS = [path for path in CONFIGS if path not in GRIDS]
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--run.stepps 3", "--run.stepps is no option; did you mean --run.steps?"),
+        ("--run.stepps=3", "--run.stepps is no option; did you mean --run.steps?"),
+        ("--steps 3", "--steps is no option; did you mean --run.steps?"),
+        ("--qqq 3", "--qqq is no option; see --help"),
+        ("stray", "stray is no option"),
+        ("--run.steps", "argument --run.steps: expected one argument"),
+        ("--run.steps many", "run.steps='many': Input should be a valid integer"),
+        ("--run.steps 0", "run.steps='0': Input should be greater than or equal to 1"),
+        ("--actor.group_size 1", "actor.group_size='1': Input should be greater than or equal to 2"),
+        ("--actor.temperature -1", "actor.temperature='-1': Input should be greater than 0"),
+        ("--run.max_staleness 2", "run.max_staleness='2'"),
+        ("--run.max_staleness 1 --method.name dapo", "method.refill_rounds=3 waits behind"),
+        ("--actor.publish merged", "--actor.publish is no option any more: every adapter is now resident"),
+        ("--actor.max_tokens 1024", "actor.max_tokens=1024 leaves no room for a prompt in model.max_length=1024"),
+        ("--learner.learning_rate -0.1", "learner.learning_rate='-0.1': Input should be greater than 0"),
+        ("--method.name grppo", "method.name=grppo is no method; did you mean grpo?"),
+        ("--method.name qqq", "method.name=qqq is no method; known are grpo"),
+        ("--method.alpha inf", "method.alpha='inf': Input should be a finite number"),
+        ("--method.clip_low 1.5", "method.clip_low='1.5': Input should be less than or equal to 1"),
+        ("--method.weight_gradient true --learner.inner_updates 2", "learner.inner_updates=2; set one of the two back"),
+        ("--method.name grpo --method.weight_gradient true", "no gradient to let through token_weight=uniform"),
+        (
+            "--method.entropy topk-partial --learner.head_backend trl",
+            "is not made by learner.head_backend=trl; use auto",
+        ),
+        (
+            "--method.name reft --method.opening_distinct 3",
+            "actor.group_size=4 is no multiple of method.opening_distinct=3",
+        ),
+        ("--method.name reft --method.opening_candidates 2", "are fewer than method.opening_distinct=4"),
+        ("--method.overlong_buffer 600", "method.overlong_buffer=600 exceeds actor.max_tokens=512"),
+        ("--evaluation.num_problems 600", "evaluation.num_problems=600 exceeds task.num_eval=500"),
+        ("--task.gym_options {bad", "task.gym_options"),
+        ("--config nowhere.toml", "--config nowhere.toml is no file"),
+        ("--config", "argument --config: expected one argument"),
+    ],
+)
+def test_a_bad_command_line_gets_one_line(options: str, words: str, empty: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load(options.split(), empty)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("[run]\nstepps = 3", "run.stepps=3 is no option; did you mean run.steps?"),
+        ("[rum]\nsteps = 3", "rum={'steps': 3} is no option"),
+        ("[run]\nsteps = 2.5", "run.steps=2.5: Input should be a valid integer"),
+        ("[actor]\ngroup_size = 1", "actor.group_size=1: Input should be greater than or equal to 2"),
+        ("[actor]\ntemperature = 0.0", "actor.temperature=0.0: Input should be greater than 0"),
+        ("[run\nsteps = 3", "is not valid TOML"),
+        ('[actor]\npublish = "merged"', "actor.publish='merged' is no option any more: every adapter is now resident"),
+    ],
+)
+def test_a_bad_file_gets_one_line(toml: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(toml)
+    with pytest.raises(UserError) as caught:
+        load(["--config", str(path)], path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_win_over_the_file_which_wins_over_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "some.toml"
+    path.write_text("[run]\nsteps = 7\nseed = 8\n[task]\ngym_options = { min_terms = 2 }\n")
+    config = load(["--config", str(path), "--run.steps", "9", "--actor.stop", '["a", "b"]', "--run.resume"], path)
+    assert (config.run.steps, config.run.seed, config.run.prompts_per_step) == (9, 8, 4)
+    assert config.actor.stop == ("a", "b")
+    assert config.run.resume
+    assert config.task.gym_options == {"min_terms": 2}
+
+
+def test_the_environment_changes_nothing(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUN", '{"steps": 3}')
+    monkeypatch.setenv("run.steps", "3")
+    assert load([], empty) == Config()
+
+
+def test_an_option_can_be_set_back_to_none(tmp_path: Path) -> None:
+    path = tmp_path / "some.toml"
+    path.write_text("[method]\nalpha = 0.25\n")
+    assert load([], path).method.alpha == 0.25
+    assert load(["--method.alpha", "null"], path).method.alpha is None
+    assert load(["--method.alpha", "-0.5"], path).method.alpha == -0.5
+
+
+def test_a_dumped_configuration_loads_again_as_the_same(empty: Path, tmp_path: Path) -> None:
+    options = ["--method.alpha", "-0.5", "--run.dir", "runs/x", "--task.gym_options", '{"a": [1, 2]}']
+    config = load(options, empty)
+    path = tmp_path / "config.toml"
+    path.write_text(dump(config))
+    assert load([], path) == config
+
+
+def test_help_describes_every_option(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(["--help"], empty)
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for section in Config.model_fields:
+        for key, field in Config.model_fields[section].annotation.model_fields.items():  # type: ignore[union-attr]
+            assert f"--{section}.{key}" in text
+            assert field.description, f"{section}.{key} has no description"
+            assert field.description.split("\n")[0] in text
+    assert len(option_names()) > 50
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
+def test_every_configuration_of_the_repository_loads(path: Path) -> None:
+    config = load(["--config", str(path)], path)
+    assert config.method.resolve().paper
+
+
+@pytest.mark.parametrize("scale", [None, "cpu"])
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
+def test_every_grid_of_the_repository_loads_without_a_warning(path: Path, scale: str | None) -> None:
+    assert not [
+        w for cell in grid.cells(path, Path("x"), scale=scale) for w in warnings(cell.config) if "is off" not in w
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_resolves_to_its_row_and_can_be_changed(name: str) -> None:
+    assert MethodConfig(name=name).resolve() == METHODS[name]
+    changed = MethodConfig(name=name, alpha=-2.0, normaliser="step", reward_threshold=0.5).resolve()
+    assert (changed.alpha, changed.normaliser, changed.reward_threshold) == (-2.0, "step", 0.5)
+    assert (changed.paper, changed.equation) == (METHODS[name].paper, METHODS[name].equation)
+
+
+def test_the_readme_holds_the_table_of_methods() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert table() in readme, "paste the output of `python launch/run.py --methods` into README.md, Methods"
+
+
+def test_every_row_says_where_it_comes_from_and_every_field_what_it_means() -> None:
+    for name, row in METHODS.items():
+        assert row.paper.startswith("arXiv "), name
+        assert row.equation, name
+    assert all(meaning for _, meaning in parameters().values())
+    assert set(parameters()) == set(MethodConfig.model_fields) - {"name"}
+
+
+def test_stale_rollouts_get_importance_weights_unless_something_is_said(empty: Path, tmp_path, monkeypatch) -> None:
+    def importance(*options: str) -> str:
+        return _corrected(load(["--run.max_staleness", "1", *options], empty)).method.resolve().importance
+
+    assert _corrected(load([], empty)).method.resolve().importance == "none"
+    assert importance() == "token-truncate"
+    assert importance("--method.importance", "sequence-mask") == "sequence-mask"
+    assert importance("--method.importance", "none") == "none"
+    row = "from common.methods import Method\nMETHOD = Method(paper='p', equation='e', importance='sequence-mask')\n"
+    (tmp_path / "stale_row.py").write_text(row)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importance("--method.name", "stale_row") == "sequence-mask"
+    [warning] = warnings(load(["--run.max_staleness", "1", "--method.importance", "none"], empty))
+    assert "nothing corrects for it" in warning
+
+
+def test_warnings_name_what_has_no_effect(empty: Path) -> None:
+    assert warnings(load(["--method.name", "grpo"], empty)) == []
+    for name in ("holder", "gspo", "cispo"):
+        [one] = warnings(load(["--method.name", name], empty))
+        assert "inner_updates=1" in one
+        assert warnings(load(["--method.name", name, "--learner.inner_updates", "2"], empty)) == []
+    [one] = warnings(load(["--method.name", "arca"], empty))
+    assert "lora_dropout=0.05 is off" in one

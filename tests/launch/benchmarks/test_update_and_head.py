@@ -1,0 +1,52 @@
+"""The benchmarks that need no Ray: what they print, and what they refuse."""
+
+import json
+
+import pytest
+import tiny
+
+from launch import benchmark
+from launch.benchmarks import update
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_head_times_what_is_installed_and_tells_rounding_from_none(capsys):
+    sizes = ["--rows", "24", "--hidden", "16", "--vocab", "700", "--repeats", "2"]
+    assert benchmark.main(["head", *sizes, "--backends", "torch", "trl", "trl/float32"]) == 0
+    said = last_line(capsys)
+    rows = {row["backend"]: row for row in said["measured"]}
+    assert list(rows) == ["torch", "trl", "trl/float32"]
+    assert said["failed"] == {}
+    assert all(len(row["both_seconds"]) == 2 and min(row["both_seconds"]) > 0 for row in rows.values())
+    assert rows["torch"]["logprob_max"] < 2e-5 < 1e-3 < rows["trl"]["logprob_max"]
+    assert rows["trl/float32"]["logprob_max"] < 2e-5
+    assert rows["torch"]["gradient_median"] < 3e-3
+
+
+def test_learn_compares_methods_in_one_learner(capsys, tmp_path):
+    folder = tiny.save_model(tmp_path / "model")
+    options = ["--pairs", "1", "--prompt-tokens", "5", "--model.path", str(folder), "--actor.max_tokens", "6"]
+    assert benchmark.main(["learn", *options]) == 0
+    said = last_line(capsys)
+    assert set(said["seconds"]) == set(update.CONTENDERS)
+    assert said["completion_tokens"] == 4 * 4 * 6
+    assert said["sa_ah_over_grpo"] == said["seconds"]["sa-ah-grpo"][0] / said["seconds"]["grpo"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name a benchmark: train, learn, head"),
+        (["sleep"], "name a benchmark: train, learn, head"),
+        (["head", "--rows", "0"], "--rows 0 measures nothing"),
+        (["learn", "--pairs", "0"], "--pairs 0: give 1 or more"),
+        (["learn", "--method.alpha", "x"], "method.alpha='x'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, words, capsys):
+    assert benchmark.main(arguments) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert words in line

@@ -1,0 +1,202 @@
+"""Grids: which cells a file makes, with what configuration, and the one line that says what is wrong with it."""
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from common.command_line import load
+from common.methods import METHODS
+from common.types import UserError
+from launch.experiments import grid
+
+CONFIGS = Path(__file__).resolve().parents[3] / "launch" / "configs"
+GRIDS = CONFIGS / "grids"
+
+TOML = """
+[run]
+steps = 7
+[actor]
+max_tokens = 64
+[method]
+beta = 0.1
+[grid]
+seeds = [3, 5]
+models = ["some/model-a", "b"]
+variants = [
+    { name = "plain", method = { name = "grpo" } },
+    { name = "ah", method = { name = "ah-grpo", alpha = 0.25, beta = 0.0 }, learner = { inner_updates = 2 } },
+]
+[scale.cpu.run]
+steps = 2
+[scale.cpu.grid]
+models = []
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "some.toml"
+    path.write_text(TOML)
+    return path
+
+
+def test_cells_are_variants_times_models_times_seeds(file: Path) -> None:
+    cells = grid.cells(file, Path("runs/x"))
+    assert [cell.name for cell in cells] == [
+        "plain_model-a_seed-3",
+        "ah_model-a_seed-3",
+        "plain_b_seed-3",
+        "ah_b_seed-3",
+        "plain_model-a_seed-5",
+        "ah_model-a_seed-5",
+        "plain_b_seed-5",
+        "ah_b_seed-5",
+    ]
+    assert [cell.kind for cell in cells[:2]] == ["plain_model-a", "ah_model-a"]
+    assert all(cell.config.run.dir == Path("runs/x") / cell.name for cell in cells)
+    assert [cell.config.run.seed for cell in cells] == [3] * 4 + [5] * 4
+    assert {cell.config.run.steps for cell in cells} == {7}
+    assert {cell.config.actor.max_tokens for cell in cells} == {64}
+    assert [cell.config.model.path for cell in cells[:4]] == ["some/model-a", "some/model-a", "b", "b"]
+    assert [cell.config.learner.inner_updates for cell in cells[:2]] == [1, 2]
+    plain, ah = (cell.config.method.resolve() for cell in cells[:2])
+    assert (plain.token_weight, plain.beta) == ("uniform", 0.1)
+    assert (ah.token_weight, ah.alpha, ah.beta) == ("horizon", 0.25, 0.0)
+
+
+def test_a_scale_wins_over_the_file_and_an_option_over_both(file: Path) -> None:
+    cells = grid.cells(
+        file, Path("x"), scale="cpu", options=["--actor.max_tokens", "8", "--learner.inner_updates", "3"]
+    )
+    assert [cell.name for cell in cells] == ["plain_seed-3", "ah_seed-3", "plain_seed-5", "ah_seed-5"]
+    assert {cell.config.run.steps for cell in cells} == {2}
+    assert {cell.config.actor.max_tokens for cell in cells} == {8}
+    assert {cell.config.learner.inner_updates for cell in cells} == {3}  # for every cell, also one with its own
+    assert {cell.config.model.path for cell in cells} == {"smollm2-135m-instruct"}
+
+
+def test_cells_share_their_data(file: Path) -> None:
+    assert len({cell.config.task.seed for cell in grid.cells(file, Path("x"))}) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("steps = 7", "stepps = 7", "run.stepps=7 is no option; did you mean run.steps?"),
+        ("[run]", "[rum]", "rum={'steps': 7} is no option"),
+        ("seeds = [3, 5]", "sedes = [3, 5]", "grid.sedes=[3, 5] is no key of [grid]; did you mean seeds?"),
+        ("seeds = [3, 5]", "", "grid.seeds is missing; add it"),
+        ("seeds = [3, 5]", "seeds = []", "grid.seeds=[]: "),
+        ("seeds = [3, 5]", "seeds = [3, 3]", "grid.seeds=[3, 3] names a seed twice"),
+        ("seeds = [3, 5]", "seeds = [3, 0.5]", "grid.seeds.1=0.5: Input should be a valid integer"),
+        ("seeds = [3, 5]", "seeds = [3, -5]", "grid.seeds.1=-5: Input should be greater than or equal to 0"),
+        ('name = "plain"', 'name = "a/b"', "grid.variants.0.name='a/b': "),
+        ('name = "plain"', 'name = "ah"', "two cells are called ah_model-a"),
+        ('name = "plain", ', "", "grid.variants.0.name is missing"),
+        ('name = "grpo"', 'name = "grppo"', "variant plain: method.name=grppo is no method; did you mean grpo?"),
+        ("inner_updates", "inner_updats", "variant ah: learner.inner_updats=2 is no option; did you mean"),
+        ("learner = {", "lerner = {", "variant ah: lerner={'inner_updates': 2} is no option"),
+        ("learner = { inner_updates = 2 }", "alpha = 2", "variant ah: alpha=2 is no table"),
+        ("learner = { inner_updates = 2 }", "run = { steps = 3 }", "variant ah: run.steps is the same for all cells"),
+        ("learner = { inner_updates = 2 }", "run = { seed = 3 }", "run.seed is not set by hand in a grid"),
+        ("[run]", '[run]\ndir = "x"', "run.dir is not set by hand in a grid; use --dir"),
+        ("[actor]", '[model]\npath = "c"\n[actor]', "model.path is not set by hand in a grid; use grid.models"),
+        ("learner = { inner_updates = 2 }", "run = 3", "variant ah: run=3 is no table"),
+        ("[scale.cpu.run]\nsteps = 2\n[scale.cpu.grid]\nmodels = []", "[scale]\ncpu = 2", "cpu=2 is no table"),
+        ("[run", "[run[", "is not valid TOML"),
+        ("[grid]", "[gird]", "has no table [grid]; start a single run with launch/run.py"),
+    ],
+)
+def test_a_bad_grid_gets_one_line(old: str, new: str, words: str, file: Path) -> None:
+    assert old in TOML
+    file.write_text(TOML.replace(old, new, 1))
+    with pytest.raises(UserError) as caught:
+        grid.cells(file, Path("x"))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--run.stepps 3", "--run.stepps is no option; did you mean --run.steps?"),
+        ("--run.steps many", "run.steps='many': Input should be a valid integer"),
+        ("--run.seed 4", "run.seed is not set by hand in a grid; use grid.seeds"),
+        ("--run.dir=x", "run.dir is not set by hand in a grid; use --dir"),
+        ("--run.resume", "run.resume is not set by hand in a grid; a grid always continues what is there"),
+        ("--model.path c", "model.path is not set by hand in a grid; use grid.models"),
+    ],
+)
+def test_a_bad_option_gets_one_line_that_blames_no_variant(options: str, words: str, file: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        grid.cells(file, Path("x"), options=options.split())
+    assert str(caught.value).startswith(words)
+
+
+def test_an_option_that_makes_two_variants_the_same_run_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    variants = ", ".join(f'{{ name = "a{a}", method = {{ name = "ah-grpo", alpha = {a} }} }}' for a in (0.1, 0.2))
+    path.write_text(f"[grid]\nseeds = [1]\nvariants = [{variants}]\n")
+    assert len(grid.cells(path, Path("x"))) == 2
+    with pytest.raises(UserError, match=r"a0\.1 and a0\.2 are the same run"):
+        grid.cells(path, Path("x"), options=["--method.alpha", "0.3"])
+
+
+def test_an_unknown_scale_and_no_file(file: Path) -> None:
+    with pytest.raises(UserError, match=r"--scale gpu is not in .*some.toml; did you mean cpu\?"):
+        grid.cells(file, Path("x"), scale="gpu")
+    with pytest.raises(UserError, match=r"--config nowhere.toml is no file"):
+        grid.cells(Path("nowhere.toml"), Path("x"))
+
+
+def rows(name: str, scale: str | None) -> list[tuple[str, float]]:
+    """Method and alpha of the cells of the first seed and model of a grid of the repository."""
+    cells = grid.cells(GRIDS / name, Path("x"), scale=scale)
+    first = [c.config for c in cells if (c.config.run.seed, c.config.model.path) == _first(cells)]
+    return [(config.method.name, config.method.resolve().alpha) for config in first]
+
+
+def _first(cells: list[grid.Cell]) -> tuple[int, str]:
+    return cells[0].config.run.seed, cells[0].config.model.path
+
+
+@pytest.mark.parametrize("scale", [None, "cpu"])
+def test_the_ready_made_grids_hold_the_papers_comparisons(scale: str | None) -> None:
+    eq2, alpha_1 = ([("grpo", METHODS["grpo"].alpha)], [1]) if scale is None else ([], [])
+    baseline = ("sa-ah-grpo", 0.0)
+    assert rows("main_comparison.toml", scale) == [baseline, ("ah-grpo", 0.5), ("sa-ah-grpo", 0.5), *eq2]
+    for method, more in (("ah-grpo", []), ("sa-ah-grpo", alpha_1)):
+        sweep = [(method, -0.25), baseline, *((method, alpha) for alpha in (0.1, 0.25, 0.5, *more))]
+        assert rows(f"alpha_sweep_{method.replace('-grpo', '').replace('-', '_')}.toml", scale) == sweep
+    assert [name for name, _ in rows("methods.toml", scale)] == list(METHODS)
+
+
+@pytest.mark.parametrize(("scale", "shared"), [(None, 5 * 3), ("cpu", 3 * 3)])
+def test_grids_in_one_folder_share_what_they_have_in_common(scale: str | None, shared: int) -> None:
+    """Every seed of the baseline, of AH 0.5 and of SA-AH 0.5 (on the 1.5B model): equal names are equal runs."""
+    names = ("main_comparison.toml", "alpha_sweep_ah.toml", "alpha_sweep_sa_ah.toml")
+    grids = [{cell.name: cell.config for cell in grid.cells(GRIDS / name, Path("x"), scale=scale)} for name in names]
+    in_two = {name for one, other in combinations(grids, 2) for name in one.keys() & other.keys()}
+    assert len(in_two) == shared
+    for name in in_two:
+        one, *others = [each[name] for each in grids if name in each]
+        assert all(other == one for other in others), name
+    assert len(set(map(repr, {**grids[0], **grids[1], **grids[2]}.values()))) == len({*grids[0], *grids[1], *grids[2]})
+
+
+def test_the_ready_made_grids_are_the_papers_recipe_and_the_embedded_default() -> None:
+    """But for what a grid is about: the method, the steps, and how often it saves and evaluates."""
+    about = {"run": True, "method": True, "task": {"data"}}  # data means nothing to the gym of the CPU scale
+    for name in ("main_comparison.toml", "alpha_sweep_ah.toml", "alpha_sweep_sa_ah.toml"):
+        for scale, source in ((None, "paper_qwen2.5_1.5b.toml"), ("cpu", "default.toml")):
+            expected = load([], CONFIGS / source)
+            config = grid.cells(GRIDS / name, Path("x"), scale=scale)[0].config
+            assert config.model_dump(exclude=about) == expected.model_dump(exclude=about), (name, scale)
+            assert config.run.prompts_per_step == expected.run.prompts_per_step
+            if scale is None:
+                assert config.task.data == expected.task.data
+                assert config.method.entropy == expected.method.entropy == "topk-partial"
+            else:
+                assert config.method.resolve().entropy == "exact"
+                assert len({c.config.run.seed for c in grid.cells(GRIDS / name, Path("x"), scale=scale)}) == 3

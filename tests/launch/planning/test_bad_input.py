@@ -1,0 +1,144 @@
+"""Bad input ends with one clear line and status 2, before any model is loaded and with nothing lost."""
+
+import json
+
+import pytest
+import torch
+
+from common.command_line import load
+from common.config import dump
+from launch import run
+from launch.planning import plan
+from launch.runtime import cluster, workers
+
+QUESTION = {"question": "1 + 1?", "answer": "2 #### 2"}
+
+
+@pytest.fixture(autouse=True)
+def _no_model(monkeypatch):
+    """Getting as far as starting processes is a failure of the test."""
+    monkeypatch.setattr(workers, "start", lambda plan: pytest.fail("a model would have been loaded"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps(QUESTION) + "\n")
+    return folder
+
+
+def refuse(capsys, *options: str) -> str:
+    """The one line on stderr."""
+    assert run.main(list(options)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--run.stepps", "3"], ["run.stepps", "run.steps"]),
+        (["--run.steps", "many"], ["run.steps", "many", "integer"]),
+        (["--actor.group_size", "1"], ["actor.group_size", "1", "2"]),
+        (["--actor.temperature", "-1"], ["actor.temperature", "-1"]),
+        (["--method.name", "sa-ah-grop"], ["sa-ah-grop", "sa-ah-grpo"]),
+        (["--config", "nowhere.toml"], ["nowhere.toml"]),
+        (["--actor.max_tokens", "512"], ["actor.max_tokens=512", "model.max_length=512"]),
+        (["--actor.max_tokens", "480"], ["model.max_length=512", "actor.max_tokens=480", "longest prompt"]),
+        (["--model.max_length", "100000"], ["model.max_length=100000", "8192"]),
+        (["--model.path", "/no/such/model"], ["model.path=/no/such/model"]),
+        (["--model.lora_targets", "q_proj,w_proj"], ["w_proj", "down_proj"]),
+        (["--model.lora_targets", "lm_head"], ["lm_head"]),
+        (["--task.name", "gsm9k"], ["gsm9k"]),
+        (["--task.gym", "chain_summ"], ["chain_summ", "chain_sum"]),
+        (["--evaluation.num_problems", "65"], ["65", "64"]),
+        (["--run.resume"], ["--run.resume"]),
+    ],
+)
+def test_options(capsys, tmp_path, options, words):
+    line = refuse(capsys, "--run.dir", str(tmp_path / "run"), *options)
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (None, ["train.jsonl"]),
+        ([], ["train.jsonl", "empty"]),
+        ([QUESTION, {"question": "no answer"}], ["train.jsonl", "2", "answer"]),
+        ([QUESTION, {"answer": "#### 2"}], ["train.jsonl", "2", "question"]),
+        ([QUESTION, "{"], ["train.jsonl", "2", "JSON"]),
+        ([QUESTION], ["task.num_train", "800", "1"]),
+    ],
+)
+def test_data(capsys, tmp_path, data, rows, words):
+    train = data / "train.jsonl"
+    if rows is None:
+        train.unlink()
+    else:
+        train.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    line = refuse(capsys, "--run.dir", str(tmp_path / "run"), "--task.name", "gsm8k", "--task.data", str(data))
+    for word in words:
+        assert word in line
+
+
+def test_folder_of_another_run_is_not_touched(capsys, tmp_path):
+    (tmp_path / "config.toml").write_text("[run]\nsteps = 3\n")
+    assert "--run.resume" in refuse(capsys, "--run.dir", str(tmp_path))
+    assert (tmp_path / "config.toml").read_text() == "[run]\nsteps = 3\n"
+
+
+def test_resuming_with_other_options_names_the_difference(capsys, tmp_path):
+    folder = tmp_path / "run"
+    assert run.main(["--run.dir", str(folder), "--dry-run"]) == 0
+    written = capsys.readouterr().out.split("\n#")[0]
+    folder.mkdir()
+    (folder / "config.toml").write_text(written)
+    line = refuse(capsys, "--run.dir", str(folder), "--run.resume", "--method.alpha", "0.25")
+    assert "method.alpha=0.25 differs from 0.5" in line
+
+
+def test_a_run_that_published_by_merging_is_not_resumed(capsys, tmp_path):
+    (tmp_path / "config.toml").write_text('[actor]\npublish = "merged"\n')
+    line = refuse(capsys, "--run.dir", str(tmp_path), "--run.resume")
+    assert "was begun with actor.publish: every adapter is now resident" in line
+
+
+def test_a_moved_run_folder_resumes_by_any_name_of_it(tmp_path, monkeypatch):
+    begun = load([], cluster.DEFAULT_CONFIG)
+    folder = tmp_path / "moved"
+    (folder / "checkpoints" / "step-000015").mkdir(parents=True)
+    (folder / "config.toml").write_text(dump(begun))  # its run.dir is another
+    monkeypatch.chdir(tmp_path)
+    for name in ("moved", "./moved", str(folder)):
+        config = load(["--run.dir", name, "--run.resume"], cluster.DEFAULT_CONFIG)
+        assert plan.run_folder(config).name == "step-000015"
+
+
+def test_dry_run_prints_a_configuration_that_loads(capsys, tmp_path):
+    assert run.main(["--run.dir", str(tmp_path / "run"), "--run.steps", "7", "--dry-run"]) == 0
+    written = tmp_path / "resolved.toml"
+    written.write_text(capsys.readouterr().out)
+    assert run.main(["--config", str(written), "--dry-run"]) == 0
+    assert "steps = 7" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_that_cannot_run_here(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refuse(capsys, "--run.dir", str(tmp_path / "run"), "--learner.head_backend", "triton")
+    assert line == "learner.head_backend=triton needs an NVIDIA GPU; use auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpus_plan_does_not_run_on_a_cpu(capsys, tmp_path):
+    """It would give a CPU run a GPU's KV cache and micro-batches."""
+    line = refuse(capsys, "--run.dir", str(tmp_path / "run"), "--run.gpu_memory_gib", "40")
+    assert "run.gpu_memory_gib=40.0 plans for a GPU, and there is none" in line
+    assert not (tmp_path / "run").exists()

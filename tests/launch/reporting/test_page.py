@@ -1,0 +1,300 @@
+"""The report as a command: every table and figure is there, nothing is fetched, and no run folder is too odd."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import run_folders
+
+from launch import report
+from launch.reporting.data.runs import read_all
+from launch.reporting.figure import empty, panels
+from launch.reporting.page import ASSETS, embedded
+from launch.reporting.samples import all_samples, choose
+from launch.reporting.style import COLOURS
+
+TABLES = ["table-2", "tables-3-4", "table-5", "tables-6-7"]
+FIGURES = ["figure-1", "figures-2-3", "figure-4", "training-variance", *(f"figure-a{i}" for i in (1, 2, 3, 4, 5))]
+PASSES = {0: 0.2, 2: 0.4, 4: 0.5}
+
+
+def html_of(*folders: Path) -> str:
+    out = folders[0].parent / "out.html"
+    assert report.main([*map(str, folders), "--out", str(out)]) == 0
+    return out.read_text(encoding="utf-8")
+
+
+def refuse(capsys, *options: object) -> str:
+    """The one line on stderr."""
+    assert report.main([str(option) for option in options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_every_table_and_figure_is_there(tmp_path):
+    folders = [
+        run_folders.write(
+            *(tmp_path / f"{method}-{alpha}-{seed}",),
+            method=method,
+            alpha=alpha,
+            seed=seed,
+            passes=PASSES,
+            rollouts_per_step=4,
+        )
+        for method, alpha in (("grpo", None), ("ah-grpo", -0.25), ("ah-grpo", 0.5), ("sa-ah-grpo", 0.5), ("dapo", None))
+        for seed in (1, 2)
+    ]
+    html = html_of(*folders)
+    for key in TABLES:
+        assert f'<table id="{key}">' in html
+    for key in FIGURES:
+        assert re.search(rf'<figure id="{key}">.*?<svg [^>]*role="img" aria-label="[^"]+"', html, re.DOTALL), key
+    for number in ("0.0246", "0.00785", "0.676 ± 0.041", "6.933"):  # the paper's, of Tables 2, 5 and 6
+        assert number in html
+    assert html.count('class="verdict"') == 19
+    assert "160 of 160 recorded rollouts" in html
+
+
+def test_nothing_is_fetched(tmp_path):
+    html = html_of(run_folders.write(tmp_path / "run", passes=PASSES, rollouts_per_step=4))
+    addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[\w./-]*", html))
+    assert addresses <= {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}  # names, not places
+    for attribute in re.findall(r'(?:src|href|action)="([^"]*)"', html):
+        assert attribute.startswith(("#", "data:,")), attribute
+    assert "default-src 'none'" in html
+    assert not re.search(r"@import|url\((?!#)", html)
+
+
+def brightness(colour: str) -> float:
+    """Relative luminance of "#rrggbb" (WCAG)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((brightness(one), brightness(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_can_be_read_in_both_themes():
+    css = (ASSETS / "report.css").read_text()
+    themes = [
+        dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r"\{([^{}]*--ground:[^{}]*)\}", css)
+    ]
+    assert len(themes) == 3  # light, dark by the system, dark by the switch
+    assert themes[1] == themes[2]
+    for theme, place in zip(themes, (0, 1, 1), strict=True):
+        for name, pair in COLOURS.items():
+            assert contrast(pair[place], theme["ground"]) >= 4.5, name  # titles are written in them
+        for heat in ("entropy", "weight", "positive", "negative"):
+            assert contrast(theme["ink"], theme[heat]) >= 4.5, heat
+
+
+def test_ids_are_unique(tmp_path):
+    found = re.findall(r'\sid="([^"]+)"', html_of(run_folders.write(tmp_path / "run", passes=PASSES)))
+    assert len(found) == len(set(found))
+
+
+def test_what_a_model_writes_is_text(tmp_path):
+    folder = run_folders.write(tmp_path / "run")
+    evil = run_folders.rollout(1, 0, 0) | {"prompt": "</script><script>alert(1)</script>", "tokens": ["<!--", "\u2028"]}
+    run_folders.lines(folder / "rollouts.jsonl", [evil])
+    html = html_of(folder)
+    assert "<script>alert" not in html
+    assert json.loads(embedded([evil])) == [evil]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_that_has_hardly_begun(tmp_path, steps):
+    folder = run_folders.write(tmp_path / "run", rewards=[1.0] * steps, steps=30)
+    html = html_of(folder)
+    assert f"{steps} of 30" in html
+    assert "not finished" in html
+
+
+def test_a_run_without_any_file_but_its_config(tmp_path):
+    folder = run_folders.write(tmp_path / "run")
+    for name in ("metrics", "evaluations", "rollouts"):
+        (folder / f"{name}.jsonl").unlink()
+    assert "0 of 4" in html_of(folder)
+
+
+def test_torn_foreign_and_missing_values(tmp_path):
+    folder = run_folders.write(tmp_path / "run", passes=PASSES, rollouts_per_step=4)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "reward/mean": NaN, "kl/mean": null}\n[1]\nnot json\n{"no": "step"}\n{"step": 6, "rew')
+    with (folder / "rollouts.jsonl").open("ab") as file:
+        file.write(
+            b'{"step": 5, "prompt_index": 0}\n{"step": 5, "prompt_index": 1, torn}\n"word"\n\xff\xfe\n{"step": 6, "pro'
+        )
+    with (folder / "evaluations.jsonl").open("a") as file:
+        file.write('{"step": 5}\n{"step": 6, "pass_at_1": null, "num_problems": null}\n')
+    (run,) = read_all([folder])
+    assert run.steps.tolist() == [1, 2, 3, 4, 5]
+    (samples,) = all_samples([run])
+    assert [group[0]["step"] for group in samples.groups] == [1, 2, 3, 4, 5]
+    html = html_of(folder)
+    assert "NaN" not in html.split('<script id="data"')[1].split("</script>")[0]
+
+
+def test_foreign_rollouts_are_left_out(tmp_path):
+    folder = run_folders.write(tmp_path / "run", rollouts_per_step=4)
+    good = run_folders.rollout(1, 0, 0)
+    changes = [{"parts": [1]}, {"entropies": 3}, {"correct": float("nan")}, {"step": float("inf")}, {"tokens": 1}]
+    changes += [{"step": "1"}, {"step": 10**30}, {"finish_reason": float("nan")}, {"step": True}, {"prompt_index": []}]
+    with (folder / "rollouts.jsonl").open("a") as file:
+        file.writelines(json.dumps(good | change) + "\n" for change in changes)
+        file.write('{"step": ' + "9" * 5000 + ', "prompt_index": 0, "x": 1}\n' + "[" * 100_000 + "}\n")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": ' + "9" * 400 + '}\n{"step": true}\n{"step": 4, "reward/mean": ' + "9" * 400 + "}\n")
+    html_of(folder)
+    (run,) = read_all([folder])
+    (samples,) = all_samples([run])
+    assert samples.num_shown == 16
+    assert run.steps.tolist() == [1, 2, 3, 4]
+
+
+def test_a_group_that_is_too_large_does_not_end_the_choice(tmp_path):
+    records = [run_folders.rollout(step, 0, 0) for step in (1, 2, 3, 4, 5)]
+    records[4]["text"] = "x" * 100_000
+    run_folders.lines(tmp_path / "rollouts.jsonl", records)
+    assert [group[0]["step"] for group in choose(tmp_path / "rollouts.jsonl", 50_000).groups] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("method", "expected"), [("sa-ah-grpo", True), ("arca", False), ("my_weights", True)])
+def test_only_a_discount_closes_the_horizon(tmp_path, monkeypatch, method, expected):
+    """Residual weights below a half are no horizon; a method of the user's own may have one."""
+    (tmp_path / "my_weights.py").write_text("from common.methods import METHODS\nMETHOD = METHODS['ah-grpo']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = run_folders.write(tmp_path / "run", method=method, alpha=None, rollouts_per_step=4)
+    data = json.loads(html_of(folder).split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    assert data["runs"][0]["horizon"] is expected
+
+
+def test_a_grids_folder_is_its_runs(capsys, tmp_path):
+    folders = [run_folders.write(tmp_path / "grid" / f"run-{seed}", seed=seed) for seed in (1, 2)]
+    (tmp_path / "grid" / "run-1.log").write_text("")
+    (tmp_path / "grid" / "notes").mkdir()
+    assert [run.folder for run in read_all([tmp_path / "grid", folders[0]])] == folders
+    assert report.main([str(tmp_path / "grid")]) == 0
+    assert (tmp_path / "grid" / "report.html").is_file()
+    assert "is no run folder" in refuse(capsys, tmp_path / "grid" / "notes")
+
+
+def test_an_empty_panel_leaves_the_ticks_of_the_others():
+    _, (one, other) = panels(2, sharex=True, sharey=True)
+    one.plot([0, 1], [0, 1])
+    empty(other, "nothing yet")
+    assert len(one.get_xticks()) > 1 and len(one.get_yticks()) > 1
+
+
+def test_labels_are_no_formulas(tmp_path):
+    folder = run_folders.write(tmp_path / "run", model="a$b$c", passes=PASSES)
+    assert re.search(r">a\$b\$c[^<]*</text>", html_of(folder))
+
+
+def test_a_step_written_twice_counts_once(tmp_path):
+    folder = run_folders.write(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "reward/mean": 8.0}\n')
+    (run,) = read_all([folder])
+    assert run.series("reward/mean").tolist() == [1.0, 2.0, 3.0, 8.0]
+
+
+def test_a_method_that_this_version_does_not_have(tmp_path):
+    folder = run_folders.write(tmp_path / "run", method="my.own", alpha=None, passes=PASSES)
+    assert "my.own" in html_of(folder)
+
+
+def test_the_same_folder_twice_is_one_run(tmp_path):
+    folder = run_folders.write(tmp_path / "run")
+    twin = run_folders.write(tmp_path / "other" / "run", seed=2)
+    assert [run.name for run in read_all([folder, folder, twin])] == [f"{tmp_path.name}/run", "other/run"]
+
+
+@pytest.mark.parametrize("kind", ["nothing", "empty", "file", "broken", "foreign"])
+def test_a_folder_that_is_no_run(capsys, tmp_path, kind):
+    path = tmp_path / "x"
+    if kind == "file":
+        path.write_text("")
+    elif kind != "nothing":
+        path.mkdir()
+    if kind == "broken":
+        (path / "config.toml").write_text("[run\n")
+    if kind == "foreign":
+        (path / "config.toml").write_text('[run]\nseed = "one"\n')
+    assert str(path) in refuse(capsys, path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_bad_options(capsys, tmp_path):
+    folder = run_folders.write(tmp_path / "run")
+    assert "RUN" in refuse(capsys)
+    assert "--wach" in refuse(capsys, folder, "--wach")
+    assert "many" in refuse(capsys, folder, "--watch", "many")
+    assert "cannot be written" in refuse(capsys, folder, "--out", folder)
+    (tmp_path / "file").write_text("")
+    assert "--export" in refuse(capsys, folder, "--export", tmp_path / "file")
+    assert "--watch 99999" in refuse(capsys, folder, "--watch", "99999")
+
+
+def test_export(tmp_path):
+    folder = run_folders.write(tmp_path / "run", passes=PASSES)
+    out = tmp_path / "new" / "export"
+    assert report.main([str(folder), "--export", str(out)]) == 0
+    assert (folder / "report.html").is_file()
+    assert {path.name for path in out.iterdir()} == {
+        *(f"{key}.csv" for key in (*TABLES, "claims", "settings")),
+        *(f"{key}.{kind}" for key in FIGURES for kind in ("svg", "png")),
+    }
+    base, run, *published = csv.DictReader((out / "table-2.csv").open(encoding="utf-8"))
+    assert (base["source"], base["method"]) == ("runs", "base (zero-shot)")
+    assert (run["method"], run["Pass@1 final ↑"], run["train variance ↓"]) == ("sa-ah-grpo, α 0.5", "0.5", "1.0")
+    assert float(run["Pass@1 final ↑, low"]) == pytest.approx(0.5 - 1.96 * (0.25 / 64) ** 0.5)
+    assert {row["source"] for row in published} == {"paper"}
+    verdicts = [row["verdict"] for row in csv.DictReader((out / "claims.csv").open(encoding="utf-8"))]
+    assert verdicts == 19 * ["cannot be told with these runs"]
+    assert (out / "figure-1.png").read_bytes().startswith(b"\x89PNG")
+    assert ">optimizer step</text>" in (out / "figure-1.svg").read_text()  # text as text
+
+
+def test_the_same_runs_give_the_same_report(tmp_path):
+    folder = run_folders.write(tmp_path / "run", passes=PASSES, rollouts_per_step=8)
+    assert html_of(folder) == html_of(folder)
+
+
+def test_fifty_thousand_rollouts(tmp_path):
+    """Read as a stream and sampled over all steps: whole groups, and the page stays small."""
+    folder = run_folders.write(tmp_path / "run", rewards=[1.0] * 3125)
+    with (folder / "rollouts.jsonl").open("w") as file:
+        for step in range(1, 3126):
+            records = [run_folders.rollout(step, place // 4, place) for place in range(16)]
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+    started = time.perf_counter()
+    samples = choose(folder / "rollouts.jsonl", 1_000_000)
+    assert time.perf_counter() - started < 20
+    assert samples.num_recorded == 50_000
+    assert 500 < samples.num_shown < 2_000
+    assert {len(group) for group in samples.groups} == {4}
+    steps = [group[0]["step"] for group in samples.groups]
+    assert steps == sorted(steps)
+    assert (steps[0], steps[-1]) == (1, 3125)
+    assert max(b - a for a, b in pairwise(steps)) < 40
+    html = html_of(folder)
+    assert "of 50,000 recorded rollouts" in html
+    assert len(html.encode()) < 6_000_000
+
+
+def test_as_a_script(tmp_path):
+    folder = run_folders.write(tmp_path / "run")
+    script = Path(report.__file__)
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, cwd=tmp_path, timeout=400)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == f"wrote {folder / 'report.html'}"

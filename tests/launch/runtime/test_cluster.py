@@ -1,0 +1,91 @@
+"""Ray as a run starts and leaves it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+DRIVER = """
+import subprocess, time
+import ray
+from launch.runtime.cluster import connect
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def start_engine(self):
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+
+with connect():
+    actor = Actor.remote()
+    ray.get(actor.start_engine.remote())
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+JOB = """
+import sys
+if "--dry-run" not in sys.argv:
+    print("arguments", sys.argv[1:])
+    sys.exit(7)
+"""
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    """One in which no other Ray is seen, with an empty home."""
+    folder = tempfile.mkdtemp(dir="/tmp")  # shorter than tmp_path: the paths of sockets are limited
+    outer = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    yield {**outer, "RAY_TMPDIR": folder, "HOME": folder, "PYTHONPATH": str(ROOT)}
+    shutil.rmtree(folder)
+
+
+def submit(options: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch.runtime.cluster", "submit", *options]
+    return subprocess.run(
+        command, cwd=folder, env={**environment, "PYTHONPATH": str(folder)}, capture_output=True, text=True
+    )
+
+
+def test_bad_input_ends_in_one_line_before_ray_is_started(environment: dict[str, str]) -> None:
+    done = submit(["--run.stepps", "3"], ROOT, environment)
+    assert done.returncode == 2
+    assert done.stderr == "--run.stepps is no option; did you mean --run.steps?\n"
+    assert done.stdout == ""
+    assert not list(Path(environment["RAY_TMPDIR"]).glob("ray*"))
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_process(environment: dict[str, str], tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    driver = subprocess.Popen([sys.executable, script], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout
+    assert driver.stdout.readline() == "ready\n"
+    descendants = psutil.Process(driver.pid).children(recursive=True)
+    assert {"raylet", "gcs_server", "sleep"} <= {process.name() for process in descendants}
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    _, alive = psutil.wait_procs(descendants, timeout=100)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+def test_submit_returns_the_status_of_the_driver_and_stops_the_ray_that_it_started(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    for package in ("common", "launch"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    (tmp_path / "launch" / "run.py").write_text(JOB)
+    done = submit(["--run.steps", "3"], tmp_path, environment)
+    assert done.returncode == 7, done.stderr
+    assert "arguments ['--run.steps', '3']" in done.stdout
+    assert not list(Path(environment["RAY_TMPDIR"]).glob("ray-*"))

@@ -1,0 +1,54 @@
+"""What a person sees: a live panel on a terminal, plain lines elsewhere."""
+
+import io
+
+import tiny
+from rich.console import Console
+
+from launch.runtime.console import Display
+
+METRICS = {
+    "reward/mean": 1.25,
+    "reward/std": 0.5,
+    "reward/correct": 0.75,
+    "reward/correct_fraction": 0.25,
+    "kl/mean": 0.0123,
+    "entropy/normalized_mean": 0.0291,
+    "weight/mean": 0.516,
+    "completion/length_mean": 243.0,
+    "throughput/tokens_per_second": 61.0,
+    "time/step_seconds": 9.5,
+}
+
+
+def shown(terminal: bool, **dimensions) -> str:
+    out = io.StringIO()
+    display = Display("a run", steps=4, console=Console(file=out, force_terminal=terminal, **dimensions))
+    display.step(1, METRICS)
+    display.step(2, {name: value for name, value in METRICS.items() if name != "kl/mean"})  # beta 0 measures none
+    display.sample(2, tiny.group(1, [2, 3], [4.0, None]))
+    display.evaluation(
+        {"step": 2, "pass_at_1": 0.5, "ci95": 0.1, "reward_mean": 3.0, "num_problems": 9, "seconds": 1.0, "k": 4}
+        | {"pass_at_k": 0.75}
+    )
+    display.close()
+    return out.getvalue()
+
+
+def test_plain_lines():
+    lines = shown(False, soft_wrap=True).splitlines()
+    assert lines[0].startswith(
+        "step 1/4 reward 1.25 ± 0.50 correct 0.25 kl 0.0123 entropy 0.0291 weight 0.516 length 243"
+    )
+    assert "(correct 0.75)" in lines[0]
+    assert "left 0:" in lines[0]
+    assert "kl -" in lines[1]
+    assert any(line.startswith("best, reward 4 (correct 4), stop:") for line in lines)
+    assert lines[-1].startswith("evaluation at step 2: Pass@1 0.500 ± 0.100, pass@4 0.750, reward 3.000, 9 problems")
+
+
+def test_live_panel():
+    panel = shown(True, width=140, height=40)
+    assert "a run  step 2/4" in panel
+    for label in ("reward", "correct", "kl", "entropy", "weight", "length", "tok/s", "s/step", "1.25", "0.0123"):
+        assert label in panel

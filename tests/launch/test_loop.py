@@ -1,0 +1,111 @@
+"""The loop with the real learner on a tiny model; actors and Ray are stood in for, to script what the loop meets."""
+
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+import tiny
+from local_actor import Local
+
+from actor.actor import Receipt
+from common.metrics import read_lines
+from common.types import Prompt
+from launch.loop import RunFailed, train
+from launch.runtime.buffer import Buffer, PromptStream
+from launch.runtime.channel import AdapterMismatch, Channel
+from launch.runtime.console import Display
+from launch.runtime.recorder import Recorder
+from launch.runtime.workers import half
+from learner.learner import Learner
+
+
+class ScriptedActor:
+    """Gives the rewards of a script, and holds whatever adapter it is given (or says so)."""
+
+    def __init__(self, rewards):
+        self.rewards = iter(rewards)
+        self.version = 0
+        self.lies = False
+
+    def rollout(self, prompts, sampling):
+        reward = next(self.rewards)
+        group = tiny.group(prompts[0].index, [3, 5], [reward, 0.0])
+        return [replace(group, rollouts=tuple(replace(r, version=self.version) for r in group.rollouts))]
+
+    def load(self, adapter):
+        self.version = adapter.version
+        canary = adapter.canary
+        logprobs = canary and (canary.base_logprobs - 1 if self.lies else canary.logprobs)
+        return Receipt(
+            version=adapter.version,
+            checksum=adapter.checksum,
+            canary_logprobs=logprobs,
+            load_seconds=0.0,
+        )
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that trains on scripted rewards; the recorded metrics are in tmp_path."""
+    monkeypatch.setattr(ray, "get", lambda references: references)
+    folder = tiny.save_model(tmp_path / "model")
+
+    def run(rewards, lies=False):
+        config = tiny.config(steps=len(rewards))
+        config = config.model_copy(update={"run": config.run.model_copy(update={"prompts_per_step": 1})})
+        learner = Local(Learner(folder, config, np.arange(8, dtype=np.int32)))
+        actor = ScriptedActor(rewards)
+        actor.lies = lies
+        tokenizer = type("Tokenizer", (), {"decode": staticmethod(str)})
+        recorder = Recorder(tmp_path, tokenizer, Display("test", steps=len(rewards)), sample_every=1)
+        stream = PromptStream([Prompt(messages=({"role": "user", "content": "?"},), answer="1")], seed=0)
+        buffer = Buffer([Local(actor)], stream, None, prompts_per_step=1, num_steps=len(rewards))
+        after = []
+        try:
+            channel = Channel([Local(actor)], canary_bound_nats=0.1)
+            train(config, learner, channel, buffer, recorder, first_step=0, after_step=after.append)
+        finally:
+            recorder.close()
+        return after
+
+    return run
+
+
+def test_every_step_is_recorded_and_fresh(run, tmp_path, capsys):
+    assert run([1.0, 2.0, 3.0]) == [1, 2, 3]
+    metrics = read_lines(tmp_path / "metrics.jsonl")
+    assert [m["adapter/version"] for m in metrics] == [1, 2, 3]
+    assert [m["staleness/max"] for m in metrics] == [0, 0, 0]
+    assert "step 3/3 reward 1.50 ± 1.50" in capsys.readouterr().out
+
+
+def test_waiting_for_rollouts_and_for_those_of_the_next_step_are_told_apart(run, tmp_path, monkeypatch):
+    take = Buffer.take
+    monkeypatch.setattr(Buffer, "take", lambda self, count: [time.sleep(0.1), take(self, count)][1])
+    monkeypatch.setattr(Buffer, "wait_ahead", lambda self: time.sleep(0.3))
+    run([1.0])
+    (metrics,) = read_lines(tmp_path / "metrics.jsonl")
+    assert 0.1 <= metrics["time/wait_seconds"] < 0.3 <= metrics["time/ahead_seconds"]
+    phases = sum(metrics[f"time/{phase}_seconds"] for phase in ("wait", "learn", "ahead", "publish"))
+    assert phases == pytest.approx(metrics["time/step_seconds"])
+
+
+def test_halves_of_the_processors():
+    assert [half([3, 4, 5], first=first) for first in (True, False)] == [[3], [4, 5]]
+    assert [half([0, 1], first=first) for first in (True, False)] == [[0], [1]]
+    assert [half([7], first=first) for first in (True, False)] == [[7], [7]]
+
+
+def test_three_refused_steps_in_a_row_end_the_run(run, tmp_path):
+    with pytest.raises(RunFailed, match="3 steps in a row"):
+        run([1.0, math.inf, math.inf, 1.0, math.inf, math.inf, math.inf, 1.0])
+    metrics = read_lines(tmp_path / "metrics.jsonl")
+    assert [m["update/refused"] for m in metrics] == [0, 1, 1, 0, 1, 1, 1]
+
+
+def test_actor_with_another_adapter_ends_the_run(run):
+    with pytest.raises(AdapterMismatch, match="version 1 is not what an actor samples with"):
+        run([1.0, 2.0], lies=True)

@@ -1,0 +1,89 @@
+"""Packed attention against plain causal attention over each rollout behind its own copy of the prompt, in float64."""
+
+import pytest
+import torch
+from torch.nn.attention import varlen
+
+from learner.batch import Ends
+from learner.policy.attention import packed_attention
+
+ROWS = [[5, 3, 1, 4], [2], [7, 6]]
+HEADS, KEY_HEADS, D = 4, 2, 8
+LENGTH = sum(map(sum, ROWS))
+CUDA = torch.cuda.is_available()
+
+
+def plain(query_AD, key_AD, value_AD, scale):
+    """[A, n, D]: the n-th query sees the first n keys."""
+    scores = query_AD @ key_AD.transpose(1, 2) * scale
+    return scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf).softmax(2) @ value_AD
+
+
+def expected(query, key, value, scale):
+    """[L, A, D], rollout by rollout."""
+    key, value = (x.repeat_interleave(HEADS // KEY_HEADS, dim=0) for x in (key, value))
+    outputs, start = [], 0
+    for prompt, *rollouts in ROWS:
+        head = range(start, start + prompt)
+        outputs.append(plain(*(x[:, head] for x in (query, key, value)), scale))
+        start += prompt
+        for length in rollouts:
+            places = [*head, *range(start, start + length)]
+            outputs.append(plain(*(x[:, places] for x in (query, key, value)), scale)[:, prompt:])
+            start += length
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """FlashAttention's contract in plain torch: a sequence's last query is level with its last key."""
+    assert enable_gqa
+    key, value = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (key, value))
+    assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
+    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    outputs = []
+    for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        scores = q @ k.transpose(1, 2) * scale
+        hidden = torch.ones_like(scores[0]).triu(1 + k.shape[1] - q.shape[1]).bool()
+        outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(2) @ v)
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+@pytest.fixture(params=["one by one", "packed"])
+def case(request, monkeypatch):
+    """dtype, device and tolerance; packed runs on a GPU, and elsewhere on the contract of its kernel."""
+    if request.param == "one by one":
+        return torch.float64, "cpu", 1e-12
+    if CUDA:
+        return torch.bfloat16, "cuda", 2e-2
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr("learner.policy.attention._attend_one_by_one", packed_path)
+    return torch.float64, "cpu", 1e-12
+
+
+def packed_path(pieces, scaling):
+    from learner.policy.attention import _attend_packed
+
+    return _attend_packed(pieces, Ends.of(ROWS, pieces[0][0].device), scaling)
+
+
+def test_values_and_gradients(case):
+    dtype, device, tolerance = case
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((HEADS, LENGTH, D), (KEY_HEADS, LENGTH, D), (KEY_HEADS, LENGTH, D), (LENGTH, HEADS, D))
+    *tensors, direction = (torch.randn(s, generator=generator).to(dtype).double() for s in shapes)
+    ours = [x[None].to(dtype).to(device).requires_grad_() for x in tensors]
+    theirs = [x.requires_grad_() for x in tensors]
+    output, _ = packed_attention(torch.nn.Module(), *ours, None, scaling=0.7, lengths=ROWS)
+    reference = expected(*theirs, 0.7)
+    (output[0] * direction.to(output)).sum().backward()
+    (reference * direction).sum().backward()
+    torch.testing.assert_close(output[0].double().cpu(), reference, rtol=tolerance, atol=tolerance)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad[0].double().cpu(), other.grad, rtol=tolerance, atol=3 * tolerance)
+
+
+def test_without_lengths_it_is_plainly_causal():
+    query, key, value = (torch.randn(1, HEADS, 6, D, dtype=torch.float64) for _ in range(3))
+    output, _ = packed_attention(torch.nn.Module(), query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(output[0].transpose(0, 1), plain(query[0], key[0], value[0], 0.3))

@@ -1,0 +1,276 @@
+"""The rows' parts against hand numbers (methods.md's oracles), and the identities between rows."""
+
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from common.methods import METHODS
+from learner import erpo, ratio, token_weights
+from learner.advantage import group_mean, leave_one_out
+from learner.learner import Learner
+from learner.loss import clipped_surrogate, pessimistic_clip, stop_gradient_surrogate
+from learner.selection import drop_reason, overlong
+
+ALL = torch.ones(1, 3, dtype=torch.bool)
+RATIOS = torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize(
+    ("power", "mean"),
+    [(3, 1.448896), (2, 1.322876), (1, 1.166667), (0, 1.0), (-1, 0.857143), (-2, 0.755929), (1e-9, 1.0)],
+)
+def test_power_mean_oracle(power, mean):
+    got = ratio.power_mean(RATIOS.log(), ALL, power=power).exp()
+    torch.testing.assert_close(got, torch.full((1, 3), mean, dtype=torch.float64), rtol=0, atol=5e-7)
+
+
+def test_power_mean_weights_tokens_by_their_power():
+    difference_BT = RATIOS.log().requires_grad_()
+    (gradient_BT,) = torch.autograd.grad(ratio.power_mean(difference_BT, ALL, power=2.0)[0, 0], difference_BT)
+    torch.testing.assert_close(
+        gradient_BT, torch.tensor([[0.0476, 0.1905, 0.7619]], dtype=torch.float64), rtol=0, atol=5e-5
+    )
+    assert gradient_BT.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("power", [-2.0, 0.0, 1.0])
+def test_sequence_ratios_see_their_own_tokens_only(power):
+    """Padding and other rollouts change nothing, and a token outside the mask gets no gradient."""
+    difference_BT = torch.tensor([[0.1, -0.2, 9.0], [0.3, 0.3, 0.3]], dtype=torch.float64, requires_grad=True)
+    mask_BT = torch.tensor([[True, True, False], [True, True, True]])
+    got = ratio.power_mean(difference_BT, mask_BT, power=power)
+    alone = ratio.power_mean(difference_BT[:1, :2], mask_BT[:1, :2], power=power)
+    torch.testing.assert_close(got[0, :2], alone[0])
+    assert got[0, 2] == 0
+    torch.testing.assert_close(got[1], torch.full((3,), 0.3, dtype=torch.float64))
+    (gradient_BT,) = torch.autograd.grad(got.sum(), difference_BT)
+    assert gradient_BT[0, 2] == 0
+    assert gradient_BT.isfinite().all()
+
+
+def test_power_mean_of_zero_is_the_sequence_ratio():
+    difference_BT = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask_BT = torch.arange(7) < torch.tensor([[7], [1], [3], [5]])
+    torch.testing.assert_close(
+        ratio.power_mean(difference_BT, mask_BT, power=1e-5), ratio.sequence(difference_BT, mask_BT), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("power", [-2.0, 0.5, 3.0])
+def test_at_ratio_one_every_power_has_the_gradient_of_zero(power):
+    mask_BT = torch.arange(5) < torch.tensor([[5], [2]])
+    gradients = []
+    for p in (power, 0.0):
+        difference_BT = torch.zeros(2, 5, dtype=torch.float64, requires_grad=True)
+        (gradient_BT,) = torch.autograd.grad(ratio.power_mean(difference_BT, mask_BT, power=p).sum(), difference_BT)
+        gradients.append(gradient_BT)
+    torch.testing.assert_close(*gradients)
+
+
+def test_pessimistic_clip_is_what_the_surrogate_takes():
+    log_ratio, advantages = (
+        torch.tensor([-1.0, -0.1, 0.1, 1.0]).repeat(3),
+        torch.tensor([2.0, -2.0, 0.0]).repeat_interleave(4),
+    )
+    clip = {"clip_low": 0.2, "clip_high": 0.28}
+    taken = pessimistic_clip(log_ratio, advantages, **clip).exp() * advantages
+    torch.testing.assert_close(taken, clipped_surrogate(log_ratio, torch.zeros(12), advantages, **clip))
+    assert pessimistic_clip(torch.tensor(-9.0), torch.tensor(-1.0), clip_low=1.0, clip_high=0.2) == -9
+
+
+def test_stop_gradient_surrogate_keeps_the_gradient_of_clipped_tokens():
+    logprobs = torch.tensor([-1.0, -3.0, -0.1], requires_grad=True)
+    advantages = torch.tensor([1.0, -2.0, 0.5])
+    value = stop_gradient_surrogate(logprobs, torch.full((3,), -2.0), advantages, clip_low=1.0, clip_high=0.28)
+    value.sum().backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([1.28 * 1.0, math.exp(-1) * -2.0, 1.28 * 0.5]))
+
+
+def test_gate_oracle():
+    """gamma 5 of z = -1, -.2, 0, .2, 1; the entropies are made to have these z."""
+    z = torch.tensor([-1.0, -0.2, 0.0, 0.2, 1.0], dtype=torch.float64)
+    spread = z.square().mean().sqrt()
+    got = erpo.gate(
+        3 + z[None], torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, dtype=torch.int64), sharpness=5 * spread.item()
+    )
+    expected = torch.tensor([[0.0067, 0.2689, 0.5, 0.7311, 0.9933]], dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)
+
+
+def test_progress_is_standardised_within_buckets_of_a_group():
+    logprobs_BT = torch.tensor([[1.0, 2.0, 9.0, 9.0], [3.0, 5.0, 0.0, 0.0]], dtype=torch.float64)
+    mask_BT = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    got = erpo.progress(
+        logprobs_BT, torch.zeros_like(logprobs_BT), mask_BT, torch.zeros(2, dtype=torch.int64), scale=0.1, buckets=2
+    )
+    first = (torch.tensor([0.1, 0.2, 0.3]) - 0.2) / math.sqrt(2 / 300)  # 1, 2 of the one, 3 of the other
+    second = (torch.tensor([0.9, 0.9, 0.5]) - 2.3 / 3) / math.sqrt(sum((v - 2.3 / 3) ** 2 for v in (0.9, 0.9, 0.5)) / 3)
+    expected = torch.tensor([[first[0], first[1], second[0], second[1]], [first[2], second[2], 0, 0]]).double()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    apart = erpo.progress(
+        logprobs_BT, torch.zeros_like(logprobs_BT), mask_BT, torch.tensor([0, 1]), scale=0.1, buckets=2
+    )
+    assert apart[1].abs().max() == 0, "a bucket of one token has no spread"
+
+
+@pytest.mark.parametrize(
+    ("power", "weights", "gini", "effective"),
+    [(1.0, [1, 2, 3], 0.2222, 0.8571), (2.0, [1, 4, 9], 0.3810, 0.6667)],
+)
+def test_residual_oracle(power, weights, gini, effective):
+    norm_BT = torch.tensor([[1.0, 2.0, 3.0, 7.0], [2.0, 2.0, 2.0, 2.0]])
+    mask_BT = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    got = token_weights.residual(norm_BT, mask_BT, power=power)
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    torch.testing.assert_close(got[0, :3], 3 * shares)
+    torch.testing.assert_close(got[1], torch.ones(4, dtype=torch.float64))
+    assert got[0, 3] == 0
+    assert token_weights.gini(got, mask_BT).tolist() == pytest.approx([gini, 0.0], abs=5e-5)
+    assert 1 / (3 * shares.square().sum().item()) == pytest.approx(effective, abs=5e-5)
+
+
+def test_residual_of_an_adapter_that_does_nothing_is_uniform():
+    mask_BT = torch.tensor([[True, True, False]])
+    torch.testing.assert_close(
+        token_weights.residual(torch.zeros(1, 3), mask_BT, power=2.0), mask_BT.double(), rtol=0, atol=0
+    )
+
+
+def test_leave_one_out_by_hand():
+    got = leave_one_out(torch.tensor([[1.0, 2.0, 6.0]]))
+    torch.testing.assert_close(got, torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5]]))
+    assert leave_one_out(torch.tensor([[5.0]])).item() == 0
+    assert group_mean(torch.tensor([[5.0]])).item() == 0
+
+
+def loss_and_streams(folder, *, adapter=True, **method):
+    made = Learner(folder, tiny.config(method=method), np.arange(12))
+    if adapter:
+        tiny.move_adapter(made)
+    result = made.update(tiny.groups())
+    parameters = torch.cat([p.detach().flatten() for p in made.policy.parameters()])
+    return result, parameters
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "adapter"),
+    [
+        ({"name": "sa-ah-grpo", "alpha": 0.0}, {"name": "ah-grpo", "alpha": 0.0}, True),
+        (
+            {"name": "sa-ah-grpo", "alpha": 0.0, "normaliser": "step"},
+            {"name": "grpo", "normaliser": "token-mean"},
+            True,
+        ),
+        ({"name": "erpo", "erpo_weight": 0.0}, {"name": "grpo"}, True),
+        ({"name": "erpo"}, {"name": "grpo"}, False),  # at the adapter's start policy and reference agree
+        ({"name": "arca"}, {"name": "grpo"}, False),
+        ({"name": "holder", "power_start": 0.0}, {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2}, True),
+        ({"name": "holder", "power_start": 2.0}, {"name": "holder", "power_start": -2.0}, True),  # at ratio 1
+        (
+            {"name": "entropy-mask", "top_entropy_fraction": 1.0},
+            {"name": "grpo", "normaliser": "token-mean", "clip_high": 0.28, "kl": "none", "group_filter": "accuracy"},
+            True,
+        ),
+        (
+            {"name": "cispo", "clip_low": 1.0},
+            {"name": "grpo", "normaliser": "token-mean", "kl": "none"},
+            True,
+        ),  # ratio 1
+    ],
+)
+def test_identities(folder, one, other, adapter):
+    """Two rows that must make the same step."""
+    (first, a), (second, b) = (loss_and_streams(folder, adapter=adapter, **method) for method in (one, other))
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+    for s, t in zip(first.streams, second.streams, strict=True):
+        assert (s is None) == (t is None)
+
+
+@pytest.mark.parametrize("method", [{"name": "grpo"}, {"name": "arca"}, {"name": "erpo", "erpo_weight": 5.0}])
+def test_the_identities_can_fail(folder, method):
+    """The rows that agree at the adapter's start part where the adapter does something."""
+    grpo = loss_and_streams(folder, name="grpo")[1]
+    same = torch.equal(loss_and_streams(folder, **method)[1], grpo)
+    assert same == (method == {"name": "grpo"})
+
+
+def test_each_row_shows_its_signal(folder):
+    def metrics(**method):
+        return loss_and_streams(folder, **method)[0].metrics
+
+    grpo = metrics(name="grpo")
+    assert grpo["advantage/spread_within_rollouts"] == pytest.approx(0, abs=1e-6)
+    assert grpo["weight/gini"] == pytest.approx(0, abs=1e-6)
+    asymmetric = metrics(name="asym-grpo")
+    # group 1: rewards 4 and 1.5 are right, p = 1/2, with 7 + 9 and 3 + 1 tokens; group 2: reward 2, p = 1/4, 8 and 12
+    assert asymmetric["advantage/positive_mean"] == pytest.approx((16 * 1 + 8 * 3**0.9) / 24)
+    assert asymmetric["advantage/negative_mean"] == pytest.approx(-(4 * 1 + 12 * 3**-0.4) / 16)
+    assert metrics(name="erpo")["advantage/spread_within_rollouts"] > 0.01
+    assert metrics(name="arca")["weight/gini"] > 0.05
+    assert metrics(name="holder")["ratio/power"] == 2
+    assert 0.2 <= metrics(name="entropy-mask")["weight/mean"] < 0.3  # first tokens of a group tie
+    assert metrics(name="entropy-mask")["groups/dropped"] == 1
+
+
+def test_importance_by_hand():
+    difference_BT = torch.tensor([[math.log(3), math.log(0.5), 9.0]], dtype=torch.float64)
+    mask_BT = torch.tensor([[True, True, False]])
+    for options, expected in (
+        ({"sequence_level": False, "mask_out": False}, [2.0, 0.5, 0.0]),
+        ({"sequence_level": False, "mask_out": True}, [0.0, 0.5, 0.0]),
+        ({"sequence_level": True, "mask_out": False}, [1.5, 1.5, 0.0]),
+        ({"sequence_level": True, "mask_out": True}, [1.5, 1.5, 0.0]),
+    ):
+        got = ratio.importance(difference_BT, mask_BT, cap=2.0, **options)
+        torch.testing.assert_close(got, torch.tensor([expected], dtype=torch.float64))
+
+
+def test_why_a_group_is_dropped():
+    def reason(rewards, **fields):
+        return drop_reason(tiny.group(0, [2] * len(rewards), rewards), METHODS["grpo"].model_copy(update=fields))
+
+    accuracy = {"group_filter": "accuracy"}  # a reward above 1 is right
+    assert reason([None, None]) == reason([None, None], **accuracy) == "unscored"
+    assert reason([4.0, 4.0]) is None
+    assert reason([4.0, 2.0], **accuracy) == "all-right"
+    assert reason([0.0, 0.5, None], **accuracy) == "all-wrong"
+    assert reason([4.0, 0.5], **accuracy) is None
+    assert reason([0.5, 0.5], group_filter="zero-variance") == "zero-variance"
+    assert reason([4.0, 2.0], group_filter="zero-variance") is None
+    assert reason([1.0, 1.2], reward_threshold=0.2) == "small-spread"
+    assert reason([1.0, 1.2], reward_threshold=0.05) is None
+
+
+def test_overlong_by_hand():
+    method = METHODS["dapo"].model_copy(update={"overlong_buffer": 20, "overlong_penalty": 0.5})
+    for tokens, expected in ((1, 0.0), (80, 0.0), (90, 0.25), (100, 0.5), (130, 0.5)):
+        assert overlong(tokens, method, max_tokens=100) == pytest.approx(expected)
+    assert overlong(100, METHODS["dapo"], max_tokens=100) == 0
+
+
+@pytest.mark.parametrize("name", ["arca", "erpo"])
+def test_methods_that_compare_with_the_reference_use_no_dropout(folder, name):
+    def update(dropout):
+        made = Learner(folder, tiny.config(method={"name": name}, dropout=dropout), np.arange(12))
+        with torch.no_grad():
+            for key, parameter in made.policy.peft_model.named_parameters():
+                if "lora_B" in key:
+                    parameter.fill_(0.02)
+        return made.update(tiny.groups()).metrics
+
+    with_dropout, without = update(0.5), update(0.0)
+    for key in without.keys() - {"memory/peak_bytes"}:
+        assert with_dropout[key] == without[key], key
+
+
+def test_the_power_runs_from_start_to_end(folder):
+    made = Learner(folder, tiny.config(method={"name": "holder"}, steps=5), np.arange(12))
+    assert [made.update(tiny.groups()).metrics["ratio/power"] for _ in range(5)] == [2, 1, 0, -1, -2]
