@@ -8,7 +8,8 @@ SHELL := bash
 .ONESHELL:
 MAKEFLAGS += --no-print-directory
 
-FLAVOUR := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+# CUDA_VISIBLE_DEVICES= (empty) hides the GPUs of a machine: an environment for its processor is made then.
+FLAVOUR := $(shell [ -n "$${CUDA_VISIBLE_DEVICES-all}" ] && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 LOCK := requirements-$(FLAVOUR).lock
 READY := .venv/ready-$(FLAVOUR)
 BIN := .venv/bin
@@ -38,6 +39,7 @@ $(READY): $(LOCK)
 	    fi
 	done
 	if [ -z "$$python" ]; then echo "Horizon needs Python 3.11, 3.12 or 3.13 with its venv module; found none" >&2; exit 1; fi
+	$$python launch/planning/checks.py
 	if [ ! -e $@ ]; then rm -rf .venv; fi
 	rm -f $@
 	echo "Setting up .venv from $(LOCK) (a few minutes, once; log: .venv/setup.log)" >&2

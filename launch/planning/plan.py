@@ -4,6 +4,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from warnings import catch_warnings
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from actor.rollout import prompt_tokens
 from actor.tasks import task_module
 from common.config import GONE, Config, dump
 from common.types import Prompt, UserError
-from launch.planning import memory_fit, model_folder
-from launch.planning.memory import Memory, Size
+from launch.planning import checks, memory_fit, model_folder
+from launch.planning.memory import GIB, Memory, Size
 from learner import checkpoint, head
 from learner.policy.policy import unsupported
 
@@ -73,6 +74,7 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
 
     With `saved`, a checkpoint to evaluate, the run folder is only read.
     """
+    _check_machine(config)
     config = _corrected(config)
     if torch.cuda.is_available() and config.actor.num_actors > torch.cuda.device_count():
         raise UserError(
@@ -106,6 +108,16 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
         dtype_reason=dtype_reason,
         memory=planned,
     )
+
+
+def _check_machine(config: Config) -> None:
+    """Refuse what would fail on the machine's GPUs only after minutes, or leave a run waiting."""
+    with catch_warnings(action="ignore"):  # torch's own lines on a driver that is too old
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    torch_here = checks.Torch(version=torch.__version__, cuda=torch.version.cuda, num_gpus=num_gpus)
+    planned = config.run.gpu_memory_gib
+    for problem in checks.problems(checks.here(), torch_here, None if planned is None else round(planned * GIB)):
+        raise UserError(problem)
 
 
 def _corrected(config: Config) -> Config:
