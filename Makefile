@@ -17,7 +17,7 @@ BIN := .venv/bin
 .PHONY: run test lint setup clean
 
 run: $(READY)
-	@exec $(BIN)/python -m launch.runtime.cluster submit $(ARGS)
+	@exec $(BIN)/python -m launch.runtime.submit $(ARGS)
 
 test: $(READY)
 	@exec $(BIN)/python -m pytest $(ARGS)

@@ -1,18 +1,14 @@
 """How Ray is started, joined and left: the only place that knows.
 
-    python -m launch.runtime.cluster submit [OPTIONS of launch/run.py]     what `make run` calls
-
 A Ray that is started here has a keeper, a process that starts it, adopts every orphan among its descendants and ends
 them all when the process that asked for it ends, however that ends: nothing else survives a `kill -9` of a driver
 without leaving agents of Ray or engines of vLLM behind.
 """
 
-import asyncio
 import contextlib
 import ctypes
 import logging
 import os
-import shlex
 import shutil
 import signal
 import socket
@@ -20,17 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import ray
 from ray._private.authentication import authentication_token_setup as authentication
 from ray._private.utils import read_ray_address
-from ray.job_submission import JobInfo, JobStatus, JobSubmissionClient
-
-from common.command_line import load
-from common.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = ROOT / "launch" / "configs" / "default.toml"
@@ -38,7 +30,6 @@ DEFAULT_CONFIG = ROOT / "launch" / "configs" / "default.toml"
 OBJECT_STORE_BYTES = 512 << 20  # a few adapter versions and groups; Ray's own default is 30 % of the memory
 JOB_STOP_SECONDS = 15  # what a stopped driver has to end its actors in before it is killed
 KEEPER_STOP_SECONDS = 20
-AGENT_START_SECONDS = 60
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
@@ -53,7 +44,7 @@ def connect() -> Iterator[None]:
     """
     if not sys.stdout.isatty():
         os.environ["RAY_COLOR_PREFIX"] = "0"
-    with _cluster(job_server=False) as address:
+    with ray_address(job_server=False) as address:
         interrupts: list[int] = []
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))  # Ray would lose it while it starts
@@ -68,31 +59,8 @@ def connect() -> Iterator[None]:
             ray.shutdown()
 
 
-def submit(options: Sequence[str]) -> int:
-    """Run launch/run.py with `options` as a Ray job, follow its log, and return the driver's exit status.
-
-    It is what `ray job submit` does, which turns every failure into status 1. The job is stopped when this call is
-    interrupted.
-    """
-    logging.disable(logging.WARNING)  # of Ray's job client
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _exit)
-    command = shlex.join([sys.executable, "launch/run.py", *options])
-    with _cluster(job_server=True) as address:
-        client = JobSubmissionClient(address)
-        job = _start(client, f"cd {shlex.quote(str(ROOT))} && exec {command}")
-        try:
-            asyncio.run(_follow(client, job))
-            return _exit_status(_ended(client, job))
-        finally:
-            for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(name, signal.SIG_IGN)  # what follows is bounded in time: no second Ctrl-C is needed
-            client.stop_job(job)
-            _ended(client, job)
-
-
 @contextlib.contextmanager
-def _cluster(*, job_server: bool) -> Iterator[str]:
+def ray_address(*, job_server: bool) -> Iterator[str]:
     """The address of the Ray that runs, or of a new one."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     named = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
@@ -128,7 +96,7 @@ def _keeper(*, job_server: bool) -> Iterator[str]:
         "RAY_ADDRESS": "",  # for Ray's own commands: "local" has been understood here
     }
     keeper = subprocess.Popen(
-        [sys.executable, "-m", "launch.runtime.cluster", "keep", str(os.getpid()), str(job_server).lower()],
+        [sys.executable, "-m", "launch.runtime.cluster", str(os.getpid()), str(job_server).lower()],
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -154,7 +122,7 @@ def keep(parent: int, job_server: str) -> None:
 
     The kernel sends that SIGTERM too when the process `parent`, which started this one, dies.
     """
-    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGTERM, exit_on_signal)
     prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -191,11 +159,21 @@ def _head_command(folder: Path, job_server: str) -> list[str]:
         "dashboard-agent-listen-port": 0,
         "ray-client-server-port": _free_port(),  # the one option that takes no 0
         "include-dashboard": job_server,
+        "num-gpus": _num_gpus(),
         "object-store-memory": OBJECT_STORE_BYTES,
         "temp-dir": folder,
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     return command + [f"--{name}={value}" for name, value in options.items()]
+
+
+def _num_gpus() -> int:
+    """As torch counts them. Ray's own count is 0 where NVML fails, and what asks for a GPU then waits for ever."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    count = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
+    counted = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True)
+    return int(counted.stdout)
 
 
 def _free_port() -> int:
@@ -213,78 +191,11 @@ def _kill_children() -> None:
         psutil.wait_procs(children, timeout=1)
 
 
-def _exit(number: int, _: object) -> None:
+def exit_on_signal(number: int, _: object) -> None:
     # Once: the kernel sends a dead parent's signal again for each thread of it that dies, into the cleaning up too.
     signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
-def _start(client: JobSubmissionClient, command: str) -> str:
-    """Submit the job; on a Ray that has only just started, the agent that is to run it may take a while to come."""
-    deadline = time.monotonic() + AGENT_START_SECONDS
-    while True:
-        try:
-            return client.submit_job(entrypoint=command)
-        except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise
-        time.sleep(0.5)
-
-
-async def _follow(client: JobSubmissionClient, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
-
-
-def _ended(client: JobSubmissionClient, job: str) -> JobInfo:
-    """What the job server says of the job once it has ended, or a little after it should have."""
-    deadline = time.monotonic() + JOB_STOP_SECONDS + 5
-    info = client.get_job_info(job)
-    while not info.status.is_terminal() and time.monotonic() < deadline:
-        time.sleep(0.2)
-        info = client.get_job_info(job)
-    return info
-
-
-def _exit_status(info: JobInfo) -> int:
-    if info.status == JobStatus.SUCCEEDED:
-        return 0
-    if not info.driver_exit_code or info.driver_exit_code < 0:  # never started, stopped, or killed by a signal
-        print(f"The job is {info.status}: {info.message}", file=sys.stderr)
-        return 1
-    return info.driver_exit_code
-
-
-def _check(options: Sequence[str]) -> int:
-    """The exit status of launch/run.py --dry-run, whose plan is shown only if it was asked for."""
-    others = [option for option in options if option != "--dry-run"]
-    load(others, DEFAULT_CONFIG)  # which alone tells a misspelt option at once, and answers --help
-    command = [sys.executable, "launch/run.py", "--dry-run", *others]
-    return subprocess.run(
-        command, cwd=ROOT, stdout=None if len(others) < len(options) else subprocess.DEVNULL
-    ).returncode
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit status."""
-    match list(argv):
-        case ["keep", parent, job_server]:
-            keep(int(parent), job_server)
-            return 0
-        case ["submit", *options]:
-            try:
-                status = _check(options)
-                return status if status or "--dry-run" in options else submit(options)
-            except UserError as error:
-                print(error, file=sys.stderr)
-                return 2
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
-                return 128 + signal.SIGINT
-        case _:
-            print("usage: python -m launch.runtime.cluster submit [OPTIONS of launch/run.py]", file=sys.stderr)
-            return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    keep(int(sys.argv[1]), sys.argv[2])

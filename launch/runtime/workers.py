@@ -8,12 +8,17 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actor.actor import Actor
 from common.config import Config
+from common.types import UserError
 from launch.planning.plan import Plan
 from launch.runtime.channel import Channel
 from learner.learner import Learner
+
+PLACEMENT_SECONDS = 60  # that other jobs have to free the GPUs in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,24 +35,58 @@ class Workers:
 def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Workers]:
     """Learner and actors for the length of the block, with a verified start and the learner's adapter published."""
     config = plan.config
-    actor_class = _remote(Actor, config, first_half=True)
-    actors = [actor_class.remote(plan.model_folder, config) for _ in range(config.actor.num_actors)]
-    try:
-        with learner(plan, learner_class) as learner_:
-            channel = Channel(actors, canary_bound_nats=config.actor.canary_bound_nats)
-            published = channel.verify(learner_)
-            yield Workers(learner=learner_, actors=actors, channel=channel, version=published.version)
-    finally:
-        with contextlib.suppress(ray.exceptions.RayError):  # what does not close in time is killed with its processes
-            ray.get([actor.close.remote() for actor in actors], timeout=20)
-        for actor in actors:
-            ray.kill(actor)
+    num_actors = config.actor.num_actors
+    with placed(num_actors if torch.cuda.is_available() else 0) as places:
+        actors = [
+            _remote(Actor, config, place, first_half=True).remote(plan.model_folder, config)
+            for place in places or [{}] * num_actors
+        ]
+        try:
+            with _learner(plan, learner_class, places[0] if places else {}) as learner:
+                channel = Channel(actors, canary_bound_nats=config.actor.canary_bound_nats)
+                published = channel.verify(learner)
+                yield Workers(learner=learner, actors=actors, channel=channel, version=published.version)
+        finally:
+            with contextlib.suppress(ray.exceptions.RayError):  # what does not close in time is killed
+                ray.get([actor.close.remote() for actor in actors], timeout=20)
+            for actor in actors:
+                ray.kill(actor)
 
 
 @contextlib.contextmanager
-def learner(plan: Plan, learner_class: type[Learner]) -> Iterator[Any]:
+def placed(num_gpus: int, *, wait_seconds: float = PLACEMENT_SECONDS) -> Iterator[list[dict[str, Any]]]:
+    """Ray's options that place a worker on each of `num_gpus` whole GPUs, held for the length of the block.
+
+    Raises UserError, with what is asked for and what the cluster has: at once where it has too few GPUs, and after
+    `wait_seconds` where others hold them.
+    """
+    if not num_gpus:
+        yield []
+        return
+    total = ray.cluster_resources().get("GPU", 0)
+    if total < num_gpus:
+        raise UserError(
+            f"the run asks for {num_gpus} GPUs (actor.num_actors), and the Ray cluster has {total:g}; start Ray with "
+            f"--num-gpus={num_gpus}, or lower actor.num_actors"
+        )
+    group = placement_group([{"GPU": 1}] * num_gpus)
+    try:
+        if not group.wait(wait_seconds):
+            free = ray.available_resources().get("GPU", 0)
+            raise UserError(
+                f"the run asks for {num_gpus} GPUs, and after {wait_seconds:g} s {free:g} of the Ray cluster's "
+                f"{total:g} are free; wait for its other jobs (`ray status` shows them), or lower actor.num_actors"
+            )
+        strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(num_gpus)]
+        yield [{"scheduling_strategy": strategy} for strategy in strategies]
+    finally:
+        remove_placement_group(group)
+
+
+@contextlib.contextmanager
+def _learner(plan: Plan, learner_class: type[Learner], place: dict[str, Any]) -> Iterator[Any]:
     """A learner for the length of the block, at the checkpoint of the plan if it has one."""
-    handle = _remote(learner_class, plan.config, first_half=False).remote(
+    handle = _remote(learner_class, plan.config, place, first_half=False).remote(
         plan.model_folder, plan.config, plan.canary_token_ids
     )
     try:
@@ -69,10 +108,10 @@ def half(processors: Sequence[int], *, first: bool) -> list[int]:
     return list(processors[: max(1, middle)] if first else processors[middle:])
 
 
-def _remote(side: type, config: Config, *, first_half: bool) -> Any:
-    """`side` as a Ray actor; on half of its processors where both sides work at the same time on a CPU."""
+def _remote(side: type, config: Config, place: dict[str, Any], *, first_half: bool) -> Any:
+    """`side` as a Ray actor at `place`; on half of its processors where both sides work at the same time on a CPU."""
     if not config.run.max_staleness or torch.cuda.is_available():
-        return ray.remote(side).options(**_options(len(cores())))
+        return ray.remote(side).options(**_options(side, len(cores())), **place)
 
     class Halved(side):
         def __init__(self, *arguments: Any) -> None:
@@ -80,20 +119,21 @@ def _remote(side: type, config: Config, *, first_half: bool) -> Any:
             super().__init__(*arguments)
 
     Halved.__name__ = side.__name__
-    return ray.remote(Halved).options(**_options(len(half(cores(), first=first_half))))
+    return ray.remote(Halved).options(**_options(side, len(half(cores(), first=first_half))), **place)
 
 
-def _options(num_threads: int) -> dict[str, Any]:
+def _options(side: type, num_threads: int) -> dict[str, Any]:
     """Ray's options for either side. They share each GPU: the fractions say so and reserve nothing."""
+    environment = {
+        "OMP_NUM_THREADS": str(num_threads),  # Ray would set it to 1
+        "GOMP_SPINCOUNT": "3000",  # waiting threads soon sleep: spinning steals the other side's cores
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
+    if issubclass(side, Learner):  # its micro-batches differ in length, and would leave holes of every size
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return {
         "num_cpus": 0,  # Ray must not queue one side behind the other: they take turns on the same cores
         "num_gpus": 0.5 if torch.cuda.is_available() else 0,
-        "runtime_env": {
-            "env_vars": {
-                "OMP_NUM_THREADS": str(num_threads),  # Ray would set it to 1
-                "GOMP_SPINCOUNT": "3000",  # waiting threads soon sleep: spinning steals the other side's cores
-                "TORCH_CPP_LOG_LEVEL": "ERROR",
-                "PYTHONWARNINGS": "ignore::FutureWarning",
-            }
-        },
+        "runtime_env": {"env_vars": environment},
     }

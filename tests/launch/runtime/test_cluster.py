@@ -49,7 +49,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 def submit(options: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.runtime.cluster", "submit", *options]
+    command = [sys.executable, "-m", "launch.runtime.submit", *options]
     return subprocess.run(
         command, cwd=folder, env={**environment, "PYTHONPATH": str(folder)}, capture_output=True, text=True
     )
