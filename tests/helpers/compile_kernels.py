@@ -1,15 +1,26 @@
 """Compiles every form of the head's Triton kernels for an A100 and an H100/H200, which needs no GPU; run by a test.
 
+Prints what each takes of a multiprocessor, so that a bad block size shows.
+
 A process of its own: where TRITON_INTERPRET is set, @triton.jit makes functions that cannot be compiled.
 """
 
 import itertools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from learner.head import triton_backend
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+REGISTERS = 65536  # of a multiprocessor
+SHARED_BYTES = {80: 164 << 10, 90: 228 << 10}
+LEAST_THREADS = 512  # of 2048: with 16 loads each in flight, a quarter hides the memory's latency
 
 STATISTICS = {
     "logits": "*fp32",
@@ -30,19 +41,39 @@ def compile_for(kernel, signature, constants, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": triton_backend.WARPS})
 
 
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG and SHARED of a kernel; STACK is what its spilled registers take. As NVIDIA's cuobjdump reads them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED):(\d+)", said)}
+
+
+def check(name: str, compiled, capability: int) -> None:
+    """No register is spilled to memory, and enough threads fit on a multiprocessor to keep its memory busy."""
+    used = resources(compiled.asm["cubin"])
+    threads = 32 * triton_backend.WARPS
+    registers = -(-used["REG"] // 8) * 8 * threads  # allocated in steps of 8 a thread
+    resident = (
+        min(2048 // threads, REGISTERS // registers, SHARED_BYTES[capability] // max(1, used["SHARED"])) * threads
+    )
+    print(f"sm_{capability} {name:40} {used['REG']:4} registers, {used['SHARED']:5} B shared, {resident:5} threads")
+    assert used["STACK"] == 0, f"{name} spills {used['STACK']} bytes a thread on sm_{capability}"
+    assert resident >= LEAST_THREADS, f"{name}: {resident} threads fit on a multiprocessor of sm_{capability}"
+
+
 for capability in (80, 90):
     for at_one in (False, True):
         constants = {"AT_ONE": at_one, "BLOCK": triton_backend.BLOCK}
-        assert "cubin" in compile_for(triton_backend._statistics, STATISTICS, constants, capability).asm
+        compiled = compile_for(triton_backend._statistics, STATISTICS, constants, capability)
+        check(f"statistics at_one={at_one}", compiled, capability)
     for dtype, entropy, softcap in itertools.product(("bf16", "fp16", "fp32"), (False, True), (False, True)):
-        constants = {
-            "SCALE": triton_backend.SCALE,
-            "ENTROPY": entropy,
-            "SOFTCAP": softcap,
-            "BLOCK": triton_backend.BLOCK,
-        }
+        constants = {"SCALE": triton_backend.SCALE, "BLOCK": triton_backend.BLOCK}
+        constants |= {"ENTROPY": entropy, "SOFTCAP": softcap}
         compiled = compile_for(triton_backend._weights, WEIGHTS | {"out": f"*{dtype}"}, constants, capability)
-        assert "cubin" in compiled.asm
+        check(f"weights {dtype} entropy={entropy} softcap={softcap}", compiled, capability)
         if dtype == "bf16":
             assert "cvt.rn.bf16" in compiled.asm["ptx"], "weights are rounded to the nearest, not truncated"
 print("compiled")

@@ -59,7 +59,7 @@ def test_any_chunk_gives_the_same(rows, tile, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_kernels_compile_for_a_gpu():
+def test_the_kernels_compile_for_a_gpu_and_fit_its_registers():
     """Triton's compiler, down to machine code; the interpreter of the other tests checks no types."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run(
@@ -69,7 +69,7 @@ def test_the_kernels_compile_for_a_gpu():
         text=True,
         check=False,
     )
-    assert ran.stdout == "compiled\n", ran.stderr
+    assert ran.stdout.endswith("compiled\n"), ran.stderr
 
 
 def test_auto_is_torch_but_on_a_gpu():
