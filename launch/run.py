@@ -6,11 +6,10 @@ python launch/run.py --methods      the table of methods and their parameters
 python launch/run.py --help         every option
 """
 
-import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,15 +17,12 @@ if not __package__:  # run as a script: import from the checkout, not from launc
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import ray
-
 from actor.rollout import Sampling
 from common import methods
 from common.command_line import load
-from common.config import Config, dump
+from common.config import dump
 from common.types import UserError
-from launch.evaluate import evaluate
-from launch.loop import RunFailed, train
+from launch.loop import RunFailed, position, train
 from launch.planning import plan
 from launch.planning.plan import Plan, warnings
 from launch.runtime import cluster, workers
@@ -34,8 +30,6 @@ from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.channel import AdapterMismatch
 from launch.runtime.console import Display
 from launch.runtime.recorder import Recorder, rewind
-from launch.runtime.workers import Workers
-from learner import checkpoint
 from learner.selection import drop_reason
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.toml"
@@ -50,7 +44,7 @@ def run(checked: Plan) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     first_step, cursor = 0, 0
     if checked.resume_from is not None:
-        first_step, cursor = _position(checked.resume_from)
+        first_step, cursor = position(checked.resume_from)
         rewind(folder, first_step)
     else:
         (folder / "config.toml").write_text(dump(config))
@@ -72,51 +66,10 @@ def run(checked: Plan) -> None:
                 drop_reason=partial(drop_reason, method=method),
                 refill_rounds=method.refill_rounds,
             )
-            after_step = _after_step(checked, started, buffer, recorder, cursor)
-            if first_step == 0:
-                after_step(0)
-            train(
-                config,
-                started.learner,
-                started.channel,
-                buffer,
-                recorder,
-                first_step=first_step,
-                after_step=after_step,
-            )
+            train(config, started, buffer, recorder, eval_prompts=checked.eval_prompts, first_step=first_step)
         display.note(f"finished {config.run.steps} steps; run folder {folder}")
     finally:
         recorder.close()
-
-
-def _after_step(
-    checked: Plan, started: Workers, buffer: Buffer, recorder: Recorder, cursor: int
-) -> Callable[[int], None]:
-    """What follows step `step`, where it is due: an evaluation, then a checkpoint."""
-    config = checked.config
-
-    def due(step: int, every: int) -> bool:
-        return step == config.run.steps or (every > 0 and step % every == 0)
-
-    def after_step(step: int) -> None:
-        if config.run.evaluate_every and due(step, config.run.evaluate_every):
-            recorder.evaluation(evaluate(started.actors, checked.eval_prompts, config, step=step))
-        if step and due(step, config.run.checkpoint_every):
-            _save(config, started, step=step, cursor=cursor + buffer.num_taken)
-
-    return after_step
-
-
-def _save(config: Config, started: Workers, *, step: int, cursor: int) -> None:
-    with checkpoint.written_whole(config.run.dir / "checkpoints" / checkpoint.name(step)) as folder:
-        ray.get(started.learner.save.remote(folder.resolve()))
-        (folder / "run_state.json").write_text(json.dumps({"step": step, "prompt_cursor": cursor}))
-
-
-def _position(folder: Path) -> tuple[int, int]:
-    """Step and prompt cursor of a checkpoint."""
-    state = json.loads((folder / "run_state.json").read_text())
-    return state["step"], state["prompt_cursor"]
 
 
 def main(argv: Sequence[str]) -> int:

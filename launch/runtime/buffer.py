@@ -58,7 +58,7 @@ class Buffer:
         self.drop_reason = drop_reason  # of a group from which nothing is learned, and which is sampled anew
         self.refill_rounds = refill_rounds  # times at most in a take
         self.discarded: list[Group] = []  # of the last take
-        self.num_taken = 0  # prompts, the discarded ones included
+        self.prompt_cursor = stream.cursor  # of the first prompt not yet taken: where a resumed run begins
         self.num_left = prompts_per_step * num_steps  # prompts to start yet: none is sampled in vain
         self.requests: deque[list[Any]] = deque()  # a step each: references to lists of groups, in prompt order
         for _ in range(max_staleness + 1):
@@ -80,7 +80,7 @@ class Buffer:
             self.discarded += dropped
             groups = [group for group in groups if not self.drop_reason(group)]
             groups += self._wait(self._start(self.stream.draw(len(dropped))))
-        self.num_taken += count + len(self.discarded)
+        self.prompt_cursor += count + len(self.discarded)
         return groups
 
     def wait_ahead(self) -> None:

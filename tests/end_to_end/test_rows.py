@@ -4,6 +4,7 @@ One vLLM serves them all; each has a learner of its own in this process, and sta
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import ray
@@ -94,6 +95,7 @@ def test_five_steps(running, tmp_path, name):
     several = {"inner_updates": 2} if "holder" in name or name == "gspo" else {}
     config = checked.config.model_copy(
         update={
+            "run": checked.config.run.model_copy(update={"dir": tmp_path, "evaluate_every": 0}),
             "method": MethodConfig(**MIXTURES.get(name, {"name": name})),
             "learner": checked.config.learner.model_copy(update=several),
         }
@@ -111,7 +113,7 @@ def test_five_steps(running, tmp_path, name):
         drop_reason=lambda group: drop_reason(group, method=method),
         refill_rounds=method.refill_rounds,
     )
-    train(config, learner, started.channel, buffer, recorder, first_step=0, after_step=lambda step: None)
+    train(config, replace(started, learner=learner), buffer, recorder, eval_prompts=(), first_step=0)
     recorder.close()
     got = metrics(tmp_path)
     assert len(got["step"]) == STEPS

@@ -13,12 +13,13 @@ from local_actor import Local
 from actor.actor import Receipt
 from common.metrics import read_lines
 from common.types import Prompt
+from launch import loop
 from launch.loop import RunFailed, train
 from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.channel import AdapterMismatch, Channel
 from launch.runtime.console import Display
 from launch.runtime.recorder import Recorder
-from launch.runtime.workers import half
+from launch.runtime.workers import Workers, half
 from learner.learner import Learner
 
 
@@ -53,9 +54,10 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "get", lambda references: references)
     folder = tiny.save_model(tmp_path / "model")
 
-    def run(rewards, lies=False):
+    def run(rewards, lies=False, **changes):
         config = tiny.config(steps=len(rewards))
-        config = config.model_copy(update={"run": config.run.model_copy(update={"prompts_per_step": 1})})
+        changes = {"prompts_per_step": 1, "dir": tmp_path, "evaluate_every": 0} | changes
+        config = config.model_copy(update={"run": config.run.model_copy(update=changes)})
         learner = Local(Learner(folder, config, np.arange(8, dtype=np.int32)))
         actor = ScriptedActor(rewards)
         actor.lies = lies
@@ -63,23 +65,36 @@ def run(tmp_path, monkeypatch):
         recorder = Recorder(tmp_path, tokenizer, Display("test", steps=len(rewards)), sample_every=1)
         stream = PromptStream([Prompt(messages=({"role": "user", "content": "?"},), answer="1")], seed=0)
         buffer = Buffer([Local(actor)], stream, None, prompts_per_step=1, num_steps=len(rewards))
-        after = []
+        channel = Channel([Local(actor)], canary_bound_nats=0.1)
+        workers = Workers(learner=learner, actors=[Local(actor)], channel=channel, version=0)
         try:
-            channel = Channel([Local(actor)], canary_bound_nats=0.1)
-            train(config, learner, channel, buffer, recorder, first_step=0, after_step=after.append)
+            train(config, workers, buffer, recorder, eval_prompts=(), first_step=0)
         finally:
             recorder.close()
-        return after
 
     return run
 
 
 def test_every_step_is_recorded_and_fresh(run, tmp_path, capsys):
-    assert run([1.0, 2.0, 3.0]) == [1, 2, 3]
+    run([1.0, 2.0, 3.0])
     metrics = read_lines(tmp_path / "metrics.jsonl")
     assert [m["adapter/version"] for m in metrics] == [1, 2, 3]
     assert [m["staleness/max"] for m in metrics] == [0, 0, 0]
     assert "step 3/3 reward 1.50 ± 1.50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("every", "evaluated", "saved"), [(0, [], [3]), (1, [0, 1, 2, 3], [1, 2, 3]), (2, [0, 2, 3], [2, 3])]
+)
+def test_evaluations_and_checkpoints_come_when_they_are_due(run, tmp_path, monkeypatch, every, evaluated, saved):
+    """The last step has both; an evaluation comes before the first step too; 0 evaluates never."""
+    steps = []
+    monkeypatch.setattr(loop, "evaluate", lambda actors, prompts, config, *, step: steps.append(step) or {"step": step})
+    monkeypatch.setattr(Recorder, "evaluation", lambda self, record: None)
+    run([1.0, 2.0, 3.0], evaluate_every=every, checkpoint_every=every)
+    assert steps == evaluated
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [loop.position(folder) for folder in folders] == [(step, step) for step in saved]
 
 
 def test_waiting_for_rollouts_and_for_those_of_the_next_step_are_told_apart(run, tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def test_bounds_and_order(num_actors, max_staleness):
     assert seen == list(range(24))
     assert stalest == max_staleness
     assert sum(len(r) for actor in actors for r in actor.requests) == 24  # none sampled in vain at the end
-    assert buffer.num_taken == 24
+    assert buffer.prompt_cursor == 24
 
 
 def test_nothing_is_being_sampled_after_wait_ahead(monkeypatch):
@@ -106,11 +106,11 @@ def test_refill(refill_rounds, kept):
     assert [group.prompt.index for group in groups] == kept
     discarded = [group.prompt.index for group in buffer.discarded]
     assert sorted(kept + discarded) == list(range(stream.cursor))
-    assert buffer.num_taken == stream.cursor, "a resumed run goes on with the next prompt"
+    assert buffer.prompt_cursor == stream.cursor, "a resumed run goes on with the next prompt"
     for actor in actors:
         actor.version = 1
     buffer.release(4)
     groups = buffer.take(4)
     assert {rollout.version for group in groups for rollout in group.rollouts} == {1}
     assert groups[0].prompt.index == len(kept + discarded) + (refill_rounds > 0 and len(kept + discarded) % 2 == 0)
-    assert buffer.num_taken == stream.cursor
+    assert buffer.prompt_cursor == stream.cursor
