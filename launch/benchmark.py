@@ -3,6 +3,7 @@
     python launch/benchmark.py train    whole steps, and TRL's beside them (launch/benchmarks/step.py)
     python launch/benchmark.py learn    the learner alone (launch/benchmarks/update.py): needs no Ray and no vLLM
     python launch/benchmark.py head     the head alone (launch/benchmarks/head.py): needs neither, nor a model
+    python launch/benchmark.py profile  a step's operations by time (launch/benchmarks/profile.py): needs no Ray
 
 Each has --help.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-MODULES = {"train": "step", "learn": "update", "head": "head"}
+MODULES = {"train": "step", "learn": "update", "head": "head", "profile": "profile"}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """Throughput of whole steps, side by side in one run and by turns.
 
-    python launch/benchmark.py train [--peer trl] [--steps 3] [--batches 2 4 8] [--rows reft erpo]
+    python launch/benchmark.py train [--peer trl [--peer-after]] [--steps 3] [--batches 2 4 8] [--rows reft erpo]
                                      [--model-shape qwen2.5-3b] [--out FOLDER] [--config FILE.toml]
                                      [OPTIONS of launch/run.py]
 
@@ -9,7 +9,7 @@ an order that turns around from round to round; the first round warms up and is 
 steps of each multiple of the prompts, counts the second, and fits how the cost grows with the tokens. Prints a table,
 and one JSON object as the last line; --out keeps that and a chart. --rows adds rows of the table of methods, without
 their group filter, refill and further inner updates, so that all of them learn the same; --model-shape takes random
-weights of a published shape.
+weights of a published shape. --peer-after runs the peer once ours has ended, where the two do not fit side by side.
 """
 
 import argparse
@@ -187,9 +187,33 @@ def _planned(config: Config, batch: int) -> Plan:
     return replace(planned, config=memory_fit.with_values(planned.config, {"run.prompts_per_step": number}))
 
 
+def _measure(
+    arguments: argparse.Namespace, checked: Plan, rows: dict[str, MethodConfig]
+) -> tuple[roofline.Rates, dict[str, list[Measured]], dict[int, Measured]]:
+    """The device's rates, the rounds of every contender, and a step of ours for each multiple of the prompts."""
+    with ExitStack() as stack:
+        stack.enter_context(cluster.connect())
+        horizon = Horizon(checked, stack)
+        contenders: dict[str, Callable[[], Measured]] = {
+            name: partial(horizon.step, method) for name, method in (CONTENDERS | rows).items()
+        }
+        if arguments.peer and not arguments.peer_after:
+            contenders["trl"] = Peer(checked, stack).step
+        measured = rounds(contenders, arguments.steps)
+        batches = {}
+        for batch in sorted({1, *arguments.batches}) if arguments.batches else []:
+            horizon.step(CONTENDERS["sa-ah-grpo"], batch)
+            batches[batch] = horizon.step(CONTENDERS["sa-ah-grpo"], batch)
+    if arguments.peer and arguments.peer_after:
+        with ExitStack() as stack:
+            measured |= rounds({"trl": Peer(checked, stack).step}, arguments.steps)
+    return horizon.rates, measured, batches
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["trl"])
+    parser.add_argument("--peer-after", action="store_true")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="*", default=[])
     parser.add_argument("--model-shape", choices=model_folder.SHAPES)
@@ -215,23 +239,12 @@ def main(argv: Sequence[str]) -> int:
                 raise UserError(f"run.max_staleness={config.run.max_staleness} changes from step to step; set it to 0")
             checked = _planned(config, max([1, *arguments.batches]))
             checked.refuse_absent_gpu()
-            stack.enter_context(cluster.connect())
-            horizon = Horizon(checked, stack)
-            contenders: dict[str, Callable[[], Measured]] = {
-                name: partial(horizon.step, method) for name, method in (CONTENDERS | rows).items()
-            }
-            if arguments.peer == "trl":
-                contenders["trl"] = Peer(checked, stack).step
-            measured = rounds(contenders, arguments.steps)
-            batches = {}
-            for batch in sorted({1, *arguments.batches}) if arguments.batches else []:
-                horizon.step(CONTENDERS["sa-ah-grpo"], batch)
-                batches[batch] = horizon.step(CONTENDERS["sa-ah-grpo"], batch)
+            rates, measured, batches = _measure(arguments, checked, rows)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     model = arguments.model_shape or checked.config.model.path
-    summary = step_results.summary(checked, model, horizon.rates, measured, batches)
+    summary = step_results.summary(checked, model, rates, measured, batches)
     Console(width=140).print(step_results.table(measured))
     if arguments.out:
         step_results.keep(arguments.out, summary)

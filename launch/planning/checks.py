@@ -19,7 +19,7 @@ MIN_CAPABILITY = 8.0  # sm_80: bfloat16 units and FlashAttention
 MIN_DRIVER = {12: 525, 13: 580}  # by CUDA's major version (NVIDIA's table of CUDA Toolkit and minimum driver versions)
 LOCKED_CUDA = 13  # of the torch in requirements-gpu.lock
 MIN_SHARED_BYTES = 640 << 20  # Ray's object store (launch/runtime/cluster.py) and a little
-MAX_USED_BYTES = 1 << 30  # by others, on a GPU that is planned whole: what a desktop takes
+SPARE_BYTES = 1 << 30  # what others may use of the memory that is planned: the plan leaves as much free
 GIB = 2**30
 
 
@@ -146,8 +146,13 @@ def problems(machine: Machine, torch: Torch | None, planned_bytes: int | None = 
                 f"GPU {gpu.index}, {gpu.name}, is sm_{gpu.capability * 10:.0f}; sm_80 or later is needed (bfloat16, "
                 f"FlashAttention): choose another with CUDA_VISIBLE_DEVICES, {hide}"
             )
-        planned = planned_bytes or gpu.total_bytes - MAX_USED_BYTES
-        if gpu.used_bytes + planned > gpu.total_bytes:
+        planned = gpu.total_bytes if planned_bytes is None else planned_bytes
+        if planned > gpu.total_bytes > 0:
+            yield (
+                f"run.gpu_memory_gib={planned / GIB:g} exceeds the {gpu.total_bytes / GIB:.1f} GiB of GPU {gpu.index}, "
+                f"{gpu.name}; lower it, or look at such a plan with CUDA_VISIBLE_DEVICES= and --dry-run"
+            )
+        elif gpu.used_bytes + planned > gpu.total_bytes + SPARE_BYTES:
             used, total = gpu.used_bytes / GIB, gpu.total_bytes / GIB
             yield (
                 f"GPU {gpu.index}, {gpu.name}, has {used:.1f} of its {total:.1f} GiB in use by other processes "

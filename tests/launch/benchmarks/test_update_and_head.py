@@ -4,9 +4,10 @@ import json
 
 import pytest
 import tiny
+import torch
 
 from launch import benchmark
-from launch.benchmarks import update
+from launch.benchmarks import profile, update
 
 
 def last_line(capsys) -> dict:
@@ -36,11 +37,21 @@ def test_learn_compares_methods_in_one_learner(capsys, tmp_path):
     assert said["sa_ah_over_grpo"] == said["seconds"]["sa-ah-grpo"][0] / said["seconds"]["grpo"][0]
 
 
+def test_profile_ranks_operations_by_their_own_time():
+    a = torch.randn(400, 400)
+    seconds = profile.operations(lambda: [a @ a for _ in range(20)] and a.sum())
+    assert next(iter(seconds)) == "aten::mm" and seconds["aten::sum"] < seconds["aten::mm"]
+    assert list(seconds.values()) == sorted(seconds.values(), reverse=True)
+    shown = profile.table("work", {"first": 3.0, "second": 1.0, "third": 0.5, "fourth": 0.5}, top=2)
+    assert list(shown.columns[0].cells) == ["first", "second", "2 others"]
+    assert list(shown.columns[2].cells) == ["60.0%", "20.0%", "20.0%"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "name a benchmark: train, learn, head"),
-        (["sleep"], "name a benchmark: train, learn, head"),
+        ([], "name a benchmark: train, learn, head, profile"),
+        (["sleep"], "name a benchmark: train, learn, head, profile"),
         (["head", "--rows", "0"], "--rows 0 measures nothing"),
         (["learn", "--pairs", "0"], "--pairs 0: give 1 or more"),
         (["learn", "--method.alpha", "x"], "method.alpha='x'"),

@@ -73,8 +73,11 @@ def test_without_a_gpu_only_the_set_up_needs_a_compiler() -> None:
 def test_memory_is_held_against_what_is_planned() -> None:
     shared = with_gpu(used_bytes=13 * GIB)
     assert not list(checks.problems(shared, TORCH, 27 * GIB))
-    assert list(checks.problems(shared, TORCH, 28 * GIB))
-    assert not list(checks.problems(with_gpu(used_bytes=GIB), TORCH)), "a desktop's"
+    assert not list(checks.problems(shared, TORCH, 28 * GIB)), "a gibibyte less than planned: the plan has it to spare"
+    assert list(checks.problems(shared, TORCH, 29 * GIB))
+    assert not list(checks.problems(with_gpu(used_bytes=GIB), TORCH)), "what a desktop takes"
+    [line] = checks.problems(SOUND, TORCH, 41 * GIB)
+    assert line.startswith("run.gpu_memory_gib=41 exceeds the 40.0 GiB of GPU 0, NVIDIA A100-SXM4-40GB; lower it")
 
 
 SMI = """#!/bin/sh

@@ -1,0 +1,116 @@
+"""Where the time of a step goes: the operations of one update and of one sampling, by their own time.
+
+    python launch/benchmark.py profile [--model-shape qwen2.5-3b] [--prompt-tokens 100] [--top 20]
+                                       [OPTIONS of launch/run.py]
+
+The learner updates on random rollouts (run.prompts_per_step prompts, actor.group_size completions each of
+actor.max_tokens tokens), then vLLM samples as many from random prompts, both in this process, each once to warm up and
+once under torch's profiler: kernels on a GPU, operators on a CPU. The profiler slows both; the shares are what counts.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from actor.vllm_engine import VLLMEngine
+from common.adapter import Adapter
+from common.command_line import load
+from common.config import Config
+from common.types import UserError
+from launch.benchmarks.update import CONFIG, random_groups
+from launch.planning import memory_fit, model_folder, plan
+from learner.learner import Learner
+
+
+def operations(work: Callable[[], object]) -> dict[str, float]:
+    """Own seconds of each operation in one call of `work`, longest first; after a call that warms up."""
+    on_gpu = torch.cuda.is_available()
+    work()
+    activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiled:
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+    microseconds = {
+        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in profiled.key_averages()
+    }
+    return {name: each / 1e6 for name, each in sorted(microseconds.items(), key=lambda item: -item[1]) if each > 0}
+
+
+def _update(folder: Path, config: Config, prompt_tokens: int) -> tuple[dict[str, float], Adapter]:
+    learner = Learner(folder, config, np.arange(8, dtype=np.int32))
+    groups = random_groups(config, learner.policy.vocab_size, prompt_tokens)
+    return operations(lambda: learner.update(groups)), learner.adapter()
+
+
+def _sampling(folder: Path, config: Config, prompts: list[list[int]], adapter: Adapter) -> dict[str, float]:
+    engine = VLLMEngine(str(folder), config.model, config.actor, seed=config.run.seed)
+    engine.load(adapter)
+    found = operations(
+        lambda: engine.sample(
+            prompts,
+            num_samples=config.actor.group_size,
+            temperature=config.actor.temperature,
+            max_tokens=config.actor.max_tokens,
+            stop=(),
+            seeds=range(len(prompts)),
+            fixed_length=True,
+        )
+    )
+    engine.close()
+    return found
+
+
+def table(title: str, seconds: dict[str, float], top: int) -> Table:
+    """The `top` longest operations, and what the others take together."""
+    whole = sum(seconds.values())
+    made = Table("operation", "s", "share", title=f"{title}: {whole:.2f} s")
+    shown = list(seconds.items())[:top]
+    shown.append((f"{len(seconds) - len(shown)} others", whole - sum(each for _, each in shown)))
+    for name, each in shown:
+        made.add_row(name[:90], f"{each:.4f}", f"{each / whole:.1%}")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-shape", choices=model_folder.SHAPES)
+    parser.add_argument("--prompt-tokens", type=int, default=100)
+    parser.add_argument("--top", type=int, default=20)
+    arguments, options = parser.parse_known_args(list(argv))
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            if arguments.model_shape:
+                made = model_folder.random_weights(arguments.model_shape, Path(temporary) / arguments.model_shape)
+                options += ["--model.path", str(made)]
+            config = load(options, CONFIG)
+            folder = model_folder.resolve(config.model.path)
+            model = plan.check_model(config, folder)
+            config, _ = memory_fit.resolve(config, model, longest_prompt_tokens=arguments.prompt_tokens)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
+        said: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+        said["update"], adapter = _update(folder, config, arguments.prompt_tokens)
+        gc.collect()  # the learner's tensors, before vLLM asks for its share
+        torch.cuda.empty_cache()
+        size = (config.run.prompts_per_step, arguments.prompt_tokens)
+        prompts = np.random.default_rng(config.run.seed).integers(model.config.get_text_config().vocab_size, size=size)
+        said["sampling"] = _sampling(folder, config, prompts.tolist(), adapter)
+    console = Console(width=140)
+    for name in ("update", "sampling"):
+        console.print(table(name, said[name], arguments.top))
+    print(json.dumps(said))
+    return 0
