@@ -1,9 +1,7 @@
 """vLLM as the actor's engine: samples with the adapter version that its worker holds (actor/vllm_worker.py)."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 # Read while the libraries below are loaded. On a CPU, OpenMP threads that wait by spinning take the cores from the
 # learner and from each other (7 times slower with other load); in a process that has torch already, set it earlier.
@@ -31,21 +29,11 @@ class VLLMEngine:
     def __init__(self, model_dir: str, model: ModelConfig, actor: ActorConfig, *, seed: int) -> None:
         """Start vLLM on the model folder `model_dir` with the frozen weights, as adapter version 0 would sample."""
         assert model.dtype != "auto", "the plan has resolved it"
-        self._llm = LLM(
-            model=model_dir,
-            dtype=model.dtype,
-            max_model_len=model.max_length,
-            seed=seed,
-            enable_prefix_caching=True,
-            use_tqdm_on_load=False,
-            logprobs_mode="processed_logprobs",  # after the temperature
-            max_logprobs=-1,  # first_tokens says how many
-            worker_cls="actor.vllm_worker.AdapterWorker",
-            additional_config={
-                "horizon": {"rank": model.lora_rank, "alpha": model.lora_alpha, "targets": list(model.lora_targets)}
-            },
-            **_device_options(actor),
-        )
+        on_gpu = not current_platform.is_cpu()
+        os.environ.update(gpu_share.environment(actor, on_gpu=on_gpu))
+        if not on_gpu:
+            torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray sets OMP_NUM_THREADS to 1
+        self._llm = LLM(**gpu_share.arguments(model_dir, model, actor, seed=seed, on_gpu=on_gpu))
 
     def load(self, adapter: Adapter) -> str:
         """See Engine.load. Raises ValueError for an adapter that the engine is not made for."""
@@ -122,24 +110,6 @@ class VLLMEngine:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
-
-
-def _device_options(actor: ActorConfig) -> dict[str, Any]:
-    """vLLM's options for this machine; sets the process environment where vLLM reads nothing else."""
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    # Scheduler and model stay in this process. All requests of a call are then queued before its first step, so that
-    # equal calls make equal batches; nothing can outlive the owner; nothing polls while the engine is idle.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    options: dict[str, Any] = {"distributed_executor_backend": "uni"}
-    if actor.num_sequences is not None:
-        options["max_num_seqs"] = actor.num_sequences
-    if not current_platform.is_cpu():
-        return options | gpu_share.options(actor)
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(actor.kv_cache_gib or 1))  # it reads whole GiB
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray sets OMP_NUM_THREADS to 1
-    # Compiling gains little here, and takes minutes. Prompts are whole: vLLM cannot take back the draw
-    # that follows a part of one, since a CPU's random generator has no offset.
-    return options | {"enforce_eager": True, "enable_chunked_prefill": False}
 
 
 def _request(token_ids: Sequence[int]) -> TokensPrompt:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from actor.gpu_share import PREFILL_TOKENS
+from actor.gpu_share import PREFILL_TOKENS, graph_sizes
 from common.config import Config, ModelConfig
 from common.types import Group, Prompt, Rollout
 from learner.batch import pack
@@ -28,13 +28,29 @@ ADAPTER_BYTES = 16  # a parameter: itself, its gradient and AdamW's two moments,
 LOGIT_BYTES = 16  # a logit while vLLM samples: logits, log-probabilities, probabilities, noise, all float32
 RESIDENT_FACTOR = 2  # vLLM's fused layers hold zeros beside B (actor/vllm_worker.py): 1.5 times at Qwen2.5's shapes
 
-# What only a GPU can tell; not measured yet.
-# PyTorch names some 300 MB a process since CUDA 11.7 (pytorch#107667), vLLM's logs 0.33 to 0.39 GiB beside torch's own
-# memory (vllm#11251, vllm#14452).
+# What only a GPU can tell: from others' reports, not measured by us yet.
+#
+# A process's CUDA context, with the kernels that it has loaded, grows with the number of multiprocessors: .10 GiB with
+# the 34 of an RTX 4060 Ti, .42 with the 142 of an RTX 6000 Ada, .54 with the 188 of an RTX PRO 6000 (llama.cpp#23604,
+# unsloth-zoo#1053); an A100 has 108, an H100 132.
+#
+# The driver of a run has none: it asks for the GPU's properties alone, which creates no context (seen in
+# unsloth-zoo#1053 with torch 2.10 on CUDA 13). The process of launch/benchmark.py has one, since it measures the GPU's
+# rates: that is no part of the plan, and takes a quarter of the 2 GiB that SPARE_FRACTION leaves on 40 GiB.
 CONTEXT_BYTES = GIB // 2
-# vLLM's logs name 0.36 GiB for 16 graphs (gpustack/runner#251) and 0.58 (wtdcode/vllm-backport#34).
-CUDA_GRAPH_BYTES = GIB
-# Kept out of the plan: what the allocators of both sides lose to rounding and fragments.
+
+# vLLM captures each of gpu_share.graph_sizes twice, whole and piecewise, into one pool. Reports agree on some 24 MiB a
+# graph (gpustack/runner#251: .36 GiB for 16; vllm#22897: 24 to 28 MiB each; vllm#50780: 24). The first graph takes the
+# pool's base, which later ones use too (vllm/v1/worker/gpu/cudagraph_utils.py). With 256 sequences, 9 sizes and 18
+# graphs, that is .81 GiB; vLLM's default of 51 sizes, 35 of them also whole, would be 2.9.
+GRAPH_POOL_BYTES, GRAPH_BYTES = GIB // 4, GIB // 32
+GRAPHS_A_SIZE = 2
+
+# Kept out of the plan, which counts the bytes of tensors: what the allocators of both sides lose to rounding and
+# fragments. vLLM asks for nearly all of its memory once. The learner asks for other sizes at each micro-batch; in
+# segments of fixed size it could lose a third of what it holds (torchtune#1185: 16.4 GiB, 10.8 without). 5 % can be
+# enough because its process grows its segments instead, by pages of 2 or 20 MiB
+# (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, launch/runtime/workers.py).
 SPARE_FRACTION = 0.05
 
 
@@ -143,11 +159,12 @@ def _learner(config: Config, work: Work) -> list[Part]:
 def _actor(config: Config, work: Work, gpu_bytes: int) -> list[Part]:
     side, actor, size, itemsize = "actor", config.actor, work.size, _itemsize(config)
     sequences = actor.num_sequences or rollouts_at_once(config)
+    graphs = GRAPHS_A_SIZE * len(graph_sizes(sequences))
     tokens = max(PREFILL_TOKENS, sequences)
     sampling = tokens * (2 * size.hidden + 3 * size.intermediate) * itemsize + sequences * size.vocab * LOGIT_BYTES
     parts = [
         Part(side, "frozen weights", size.num_parameters * itemsize),
-        Part(side, "CUDA graphs", 0 if actor.eager else CUDA_GRAPH_BYTES),
+        Part(side, "CUDA graphs", 0 if actor.eager else GRAPH_POOL_BYTES + graphs * GRAPH_BYTES, f"{graphs}"),
         Part(side, "CUDA context", CONTEXT_BYTES),
         Part(side, "workspace", sampling),
         Part(side, "adapter", size.num_adapter_parameters * itemsize * RESIDENT_FACTOR),

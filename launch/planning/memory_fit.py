@@ -23,7 +23,8 @@ GPU_TOKENS, CPU_TOKENS = 16384, 4096  # most of a micro-batch: beyond them it is
 SEQUENCES = (256, 128, 64, 32)  # sampled at once by an evaluation, where the memory is there
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them; the last on Arm
 CPU_FRACTION = 0.5  # of the available memory, for the learner's activations
-GPU, LARGEST_GIB = "run.gpu_memory_gib", 2**16  # that a refusal may name
+GPU = "run.gpu_memory_gib"
+SHARE = "actor.gpu_memory_fraction"
 
 # Set here where nothing else was asked for; a run that is resumed takes over what was set when it began.
 OPEN: dict[str, Any] = {
@@ -55,19 +56,22 @@ def resolve(config: Config, model: PreTrainedModel, *, longest_prompt_tokens: in
     `model` may lie on the meta device. Raises UserError for what does not fit.
     """
 
-    @cache
-    def activations(lengths: tuple[int, ...], recompute: str) -> Activations:
-        dropout = not config.method.resolve().needs_evaluation_mode
-        return measure(model.config, config.model, lengths=[lengths], recompute=recompute, dropout=dropout)
-
-    config = with_values(config, {"model.dtype": dtype(config)[0]})
-    size = Size.of(model, config.model)
-    work = Work(size=size, longest_prompt_tokens=longest_prompt_tokens, activations=activations)
+    gpu_bytes = None
     if config.run.gpu_memory_gib is not None:
         gpu_bytes = round(config.run.gpu_memory_gib * GIB)
     elif torch.cuda.is_available():
         gpu_bytes = torch.cuda.get_device_properties(0).total_memory
-    else:
+    gpu = gpu_bytes is not None
+
+    @cache
+    def activations(lengths: tuple[int, ...], recompute: str) -> Activations:
+        dropout = not config.method.resolve().needs_evaluation_mode
+        return measure(model.config, config.model, lengths=[lengths], recompute=recompute, gpu=gpu, dropout=dropout)
+
+    config = with_values(config, {"model.dtype": dtype(config)[0]})
+    size = Size.of(model, config.model)
+    work = Work(size=size, longest_prompt_tokens=longest_prompt_tokens, activations=activations)
+    if gpu_bytes is None:
         return on_cpu(config, work, psutil.virtual_memory().available), None
     config = on_gpu(config, work, gpu_bytes)
     return config, memory.plan(config, work, gpu_bytes)
@@ -171,7 +175,7 @@ def _with_share(config: Config, work: Work, gpu_bytes: int) -> Config:
         config = next(candidate for candidate in candidates if _fits(candidate, work, gpu_bytes))
     planned = memory.plan(config, work, gpu_bytes)
     share = math.ceil(planned.total("actor") / gpu_bytes * 1e4) / 1e4
-    chosen = {"actor.kv_cache_gib": planned.of("actor", memory.KV_CACHE) / GIB, "actor.gpu_memory_fraction": share}
+    chosen = {"actor.kv_cache_gib": planned.of("actor", memory.KV_CACHE) / GIB, SHARE: share}
     return with_values(config, {name: value for name, value in chosen.items() if get(config, name) is None})
 
 
@@ -185,20 +189,19 @@ def _refusal(config: Config, work: Work, gpu_bytes: int) -> str:
 
 
 def _remedy(config: Config, work: Work, gpu_bytes: int) -> str:
-    """The first single change, least harm first, with which the run fits."""
+    """The first change, least harm first, with which the run fits."""
 
     def works(values: Mapping[str, Any]) -> bool:
-        changed = with_values(config, values)
-        return _choose(changed, work, round(values[GPU] * GIB) if GPU in values else gpu_bytes) is not None
+        return _choose(with_values(config, values), work, gpu_bytes) is not None
 
     for values in _single_changes(config, work):
         if works(values):
             return _words(values)
-    for scale in _scales(config, gpu_bytes):
+    for scale in _scales(config):
         found = bisect.bisect_left(scale, True, key=works)
         if found < len(scale):
             return _words(scale[found])
-    return "take a smaller model"
+    return _larger_gpu(config, work)
 
 
 def _single_changes(config: Config, work: Work) -> Iterator[dict[str, Any]]:
@@ -210,17 +213,23 @@ def _single_changes(config: Config, work: Work) -> Iterator[dict[str, Any]]:
     yield from ({name: OPEN[name]} for name in OPEN if get(config, name) != OPEN[name])
 
 
-def _scales(config: Config, gpu_bytes: int) -> Iterator[list[dict[str, Any]]]:
+def _scales(config: Config) -> Iterator[list[dict[str, Any]]]:
     """Those that make it another run; each list from the smallest change to the largest."""
     yield [{"run.prompts_per_step": number} for number in range(config.run.prompts_per_step - 1, 0, -1)]
     shorter = [config.actor.max_tokens * eighths // 8 for eighths in range(7, 0, -1)]
     least = max(2, config.method.resolve().overlong_buffer)
     yield [{"actor.max_tokens": number} for number in shorter if number >= least]
-    yield [{GPU: float(number)} for number in range(math.ceil(gpu_bytes / GIB), LARGEST_GIB)]
+
+
+def _larger_gpu(config: Config, work: Work) -> str:
+    """The smallest one that all fits on, in whole GiB. A share of it that was set would grow with it, and is left."""
+    shareless = with_values(config, {SHARE: OPEN[SHARE]})
+    least = min(memory.plan(each, work, 0).total() for each in _learner_choices(shareless, work))
+    gib = math.ceil(least / (1 - memory.SPARE_FRACTION) / GIB)
+    also = "" if get(config, SHARE) is None else f" and leave out {SHARE}"
+    return f"use a GPU of {gib} GiB ({GPU}={gib}){also}"
 
 
 def _words(values: Mapping[str, Any]) -> str:
     [(name, value)] = values.items()
-    if name == GPU:
-        return f"use a GPU of {value:.0f} GiB ({name}={value})"
     return f"leave out {name}" if value is None else f"set {name}={value}"

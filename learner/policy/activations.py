@@ -1,8 +1,14 @@
 """What the policy's trunk keeps in memory for a micro-batch, found by running it on tensors that hold no data.
 
-The trunk runs on torch's fake tensors, which have a shape, a dtype and a device: a forward and a backward pass of any
-architecture take a second and no memory, and go through the same operators as real ones on a CPU. Each storage that
-they make is counted as long as it lives.
+A forward and a backward pass of any architecture then take a second and no memory. Each storage that their operators
+make is counted as long as it lives. Operators choose by device, so there are two kinds of such tensors:
+
+- for a CPU torch's fake tensors, which claim to lie on one;
+- for a GPU the meta device. Attention takes the GPU's path there (learner/policy/attention.py), which ends in the fake
+  kernel that torch registers for varlen_attn. Fake tensors that claim to lie on a GPU would need a torch built for one:
+  without, autograd aborts the process. What torch chooses by device elsewhere is the same, but for attention in
+  float32: on the meta device it is the plain product with all weights of a head, as on a GPU where query heads share
+  keys; where they do not, a GPU has a kernel that keeps less.
 """
 
 import copy
@@ -20,6 +26,7 @@ from transformers import PretrainedConfig
 
 from common.config import ModelConfig
 from learner.batch import Ends, MicroBatch
+from learner.policy.attention import KERNEL_BACKWARD, backward_scratch_bytes
 from learner.policy.policy import Policy
 
 FEW, MORE = 2, 3  # layers that are run; what a further one adds is their difference
@@ -39,14 +46,15 @@ def measure(
     *,
     lengths: Sequence[Sequence[int]],
     recompute: str,
+    gpu: bool,
     dropout: bool = True,
 ) -> Activations:
     """Of a micro-batch of rows with `lengths` (see MicroBatch), all of whose positions are scored.
 
-    `recompute` as learner.recompute says; `dropout` as Policy takes it.
+    `recompute` as learner.recompute says; `gpu`: on a GPU, otherwise on a CPU; `dropout` as Policy takes it.
     """
     num_layers = model.get_text_config().num_hidden_layers
-    options: dict[str, Any] = {"lengths": lengths, "recompute": recompute, "dropout": dropout}
+    options: dict[str, Any] = {"lengths": lengths, "recompute": recompute, "gpu": gpu, "dropout": dropout}
     if num_layers <= MORE:
         return _run(model, config, **options)
     few, more = (_run(_with_layers(model, number), config, **options) for number in (FEW, MORE))
@@ -68,11 +76,18 @@ def _with_layers(model: PretrainedConfig, number: int) -> PretrainedConfig:
 
 
 def _run(
-    model: PretrainedConfig, config: ModelConfig, *, lengths: Sequence[Sequence[int]], recompute: str, dropout: bool
+    model: PretrainedConfig,
+    config: ModelConfig,
+    *,
+    lengths: Sequence[Sequence[int]],
+    recompute: str,
+    gpu: bool,
+    dropout: bool,
 ) -> Activations:
-    policy = Policy(
-        model, config, device=torch.device("cpu"), recompute=recompute, head_backend="torch", dropout=dropout
-    )
+    device = torch.device("meta" if gpu else "cpu")
+    policy = Policy(model, config, device=device, recompute=recompute, head_backend="torch", dropout=dropout)
+    if gpu:
+        return observe(policy, lengths)
     mode = FakeTensorMode()
     _make_fake(policy.peft_model, mode)
     with mode:
@@ -83,7 +98,7 @@ def observe(policy: Policy, lengths: Sequence[Sequence[int]]) -> Activations:
     """What a forward and a backward pass of this policy take; it is left with a gradient."""
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    batch = scored_everywhere(lengths)
+    batch = scored_everywhere(lengths, policy.device)
     with LiveBytes() as memory:
         loss = policy.scored_states(batch).sum()
         kept = memory.live
@@ -91,9 +106,9 @@ def observe(policy: Policy, lengths: Sequence[Sequence[int]]) -> Activations:
     return Activations(kept=kept, peak=memory.peak)
 
 
-def scored_everywhere(lengths: Sequence[Sequence[int]]) -> MicroBatch:
+def scored_everywhere(lengths: Sequence[Sequence[int]], device: torch.device) -> MicroBatch:
     """A micro-batch of some tokens."""
-    positions_L = torch.arange(sum(map(sum, lengths)))
+    positions_L = torch.arange(sum(map(sum, lengths)), device=device)
     return MicroBatch(
         token_ids_L=torch.zeros_like(positions_L),
         position_ids_L=positions_L,
@@ -126,7 +141,10 @@ def _make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make inside of it, while they live."""
+    """Counts the storages that operators make inside of it, while they live.
+
+    What an operator takes for itself and returns before it ends is not seen, except the GPU attention's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,6 +155,8 @@ class LiveBytes(TorchDispatchMode):
         self._enter((args, kwargs), new=False)  # what is an argument first was there before
         result = operator(*args, **(kwargs or {}))
         self._enter(result, new=True)
+        if operator is KERNEL_BACKWARD:
+            self.peak = max(self.peak, self.live + backward_scratch_bytes(*args))
         return result
 
     def _enter(self, tree: Any, *, new: bool) -> None:

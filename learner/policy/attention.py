@@ -18,6 +18,8 @@ from learner.batch import Ends
 PACKED = "horizon_packed"
 # torch 2.11 takes fewer heads of keys and values as they are, 2.13 must be told.
 GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen.varlen_attn).parameters else {}
+KERNEL_BACKWARD = torch.ops.torch_attn._varlen_attn_backward.default  # what varlen_attn's gradient is made by
+KERNEL_ROWS = 128  # by which the kernel's backward pass keeps the sums of two sequences apart
 
 
 def packed_attention(
@@ -42,7 +44,8 @@ def packed_attention(
     lengths = lengths or ((query_1ALD.shape[2],),)
     pieces = _pieces(query_1ALD, key_1KLD, value_1KLD, lengths)
     half = query_1ALD.dtype in (torch.bfloat16, torch.float16)
-    if query_1ALD.is_cuda and half:
+    # The meta device stands for a GPU: what one would keep is counted on it (learner/policy/activations.py).
+    if (query_1ALD.is_cuda or query_1ALD.is_meta) and half:
         return _attend_packed(pieces, ends or Ends.of(lengths, query_1ALD.device), scaling), None
     return _attend_one_by_one(pieces, scaling), None
 
@@ -91,6 +94,20 @@ def _attend_packed(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], ends: Ends, 
         **GROUPED,
     )
     return output_LAD[None]
+
+
+def backward_scratch_bytes(grad: Tensor, query_MAD: Tensor, key_MKD: Tensor, *others: Any) -> int:
+    """Bytes that the kernel's backward pass, called with these arguments, takes on a GPU beside its results.
+
+    From mha_varlen_bwd of torch's flash_attn/flash_api.cpp: float32 sums of the queries' gradient, their row sums, and
+    the gradients of keys and values for each query head, where several share one.
+    """
+    _, _, _, query_ends, *_ = others
+    (queries, heads, size), (keys, key_heads, _) = query_MAD.shape, key_MKD.shape
+    rows = queries + KERNEL_ROWS * (len(query_ends) - 1)
+    rounded = -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64
+    expanded = 2 * keys * heads * size * key_MKD.element_size() if heads != key_heads else 0
+    return 4 * rows * heads * (rounded + 1) + expanded
 
 
 AttentionInterface.register(PACKED, packed_attention)

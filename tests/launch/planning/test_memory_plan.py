@@ -1,4 +1,7 @@
-"""The memory plan: its parts against numbers by hand, its choices for the paper's models, and what a refusal names."""
+"""The memory plan: its parts against numbers by hand, its choices for the paper's models, and what a refusal names.
+
+`pytest -k table` checks the tables of launch/planning/README.md, and prints what belongs there where they are old.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -8,7 +11,7 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from common.command_line import load
 from common.config import ActorConfig, Config, LearnerConfig, ModelConfig, RunConfig
@@ -19,18 +22,21 @@ from learner.learner import Learner
 from learner.policy import activations
 from learner.policy.activations import Activations, measure
 
-PAPER = Path(__file__).resolve().parents[3] / "launch" / "configs" / "paper_qwen2.5_3b.toml"
-QWEN = {  # hidden, layers, intermediate, heads, key-value heads, vocabulary, tied
+LAUNCH = Path(__file__).resolve().parents[3] / "launch"
+PAPER, NOTES = LAUNCH / "configs" / "paper_qwen2.5_3b.toml", LAUNCH / "planning" / "README.md"
+QWEN = {  # Qwen2.5: hidden, layers, intermediate, heads, key-value heads, vocabulary, tied
+    "0.5B": (896, 24, 4864, 14, 2, 151936, True),
     "1.5B": (1536, 28, 8960, 12, 2, 151936, True),
     "3B": (2048, 36, 11008, 16, 2, 151936, True),
     "7B": (3584, 28, 18944, 28, 4, 152064, False),
+    "14B": (5120, 48, 13824, 40, 8, 152064, False),
+    "32B": (5120, 64, 27648, 40, 8, 152064, False),
 }
 LONGEST_PROMPT = 249  # of the paper's 1,300 GSM8K problems, in tokens of SmolLM2
 
 
-@cache
-def qwen(name: str) -> Work:
-    """The plan's work for a published shape, whose activations are measured once for all tests."""
+def meta_model(name: str) -> PreTrainedModel:
+    """A published shape without data."""
     hidden, layers, intermediate, heads, kv_heads, vocab, tied = QWEN[name]
     config = Qwen2Config(
         hidden_size=hidden,
@@ -42,11 +48,17 @@ def qwen(name: str) -> Work:
         tie_word_embeddings=tied,
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+@cache
+def qwen(name: str) -> Work:
+    """The plan's work for a published shape, whose activations are measured once for all tests."""
+    model = meta_model(name)
 
     @cache
     def measured(lengths: tuple[int, ...], recompute: str) -> Activations:
-        return measure(config, ModelConfig(dtype="bfloat16"), lengths=[lengths], recompute=recompute)
+        return measure(model.config, ModelConfig(dtype="bfloat16"), lengths=[lengths], recompute=recompute, gpu=True)
 
     return Work(size=Size.of(model, ModelConfig()), longest_prompt_tokens=LONGEST_PROMPT, activations=measured)
 
@@ -65,6 +77,7 @@ def planned(config: Config, work: Work, gib: float) -> memory.Memory:
         ("1.5B", 1_543_714_304, 18_464_768, 2 * 28 * 2 * 128 * 2),
         ("3B", 3_085_938_688, 29_933_568, 2 * 36 * 2 * 128 * 2),
         ("7B", 7_615_616_512, 40_370_176, 2 * 28 * 4 * 128 * 2),
+        ("14B", 14_770_033_664, 68_812_800, 2 * 48 * 8 * 128 * 2),
     ],
 )
 def test_parts_that_can_be_counted_by_hand(name, parameters, adapter, kv_bytes) -> None:
@@ -80,6 +93,31 @@ def test_parts_that_can_be_counted_by_hand(name, parameters, adapter, kv_bytes) 
     resident = 2 * layers * (a + b)  # B of q, k and v three times as high as one alone, of gate and up twice
     assert 0.7 * made.of("actor", "adapter") < resident <= made.of("actor", "adapter")
     assert made.total() == made.total("learner") + made.total("actor")
+
+
+def test_each_captured_size_has_two_graphs() -> None:
+    config = memory_fit.with_values(paper(), {"learner.recompute": "layer", "learner.micro_batch_tokens": 4096})
+    for changes, mib in (
+        ({}, 256 + 2 * 5 * 32),  # sizes 1, 2, 4, 8 and the step's 16
+        ({"actor.num_sequences": 256}, 256 + 2 * 9 * 32),
+        ({"actor.eager": True}, 0),
+    ):
+        made = planned(memory_fit.with_values(config, changes), qwen("3B"), 40)
+        assert made.of("actor", "CUDA graphs") == mib * 2**20
+
+
+@pytest.mark.parametrize(("options", "gpu"), [(("--run.gpu_memory_gib", "80"), True), ((), False)])
+def test_attention_is_counted_as_the_device_computes_it(monkeypatch, options, gpu) -> None:
+    seen = []
+
+    def measured(*_, gpu: bool, **others) -> Activations:
+        seen.append(gpu)
+        return Activations(kept=1, peak=1)
+
+    monkeypatch.setattr(memory_fit, "measure", measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    memory_fit.resolve(paper(*options), meta_model("0.5B"), longest_prompt_tokens=LONGEST_PROMPT)
+    assert set(seen) == {gpu}
 
 
 def test_a_cache_holds_at_least_one_sequence_of_the_models_length() -> None:
@@ -99,10 +137,8 @@ def test_the_papers_models_fit_a_gpu_of_40_gb(name, gib) -> None:
     config = memory_fit.on_gpu(paper(), qwen(name), round(gib * GIB))
     made = planned(config, qwen(name), gib)
     assert made.total() <= 0.95 * gib * GIB
-    if config.learner.recompute == "none":  # 1.5B at 40 GiB: room for the fewest sequences that an evaluation takes
-        assert (name, gib, config.actor.num_sequences) == ("1.5B", 40.0, 32)
-    else:
-        assert (config.learner.recompute, config.actor.num_sequences) == ("layer", 256)
+    chosen = (config.learner.recompute, config.actor.num_sequences)  # 1.5B: none leaves room for fewer sequences
+    assert chosen == (("none", 64) if (name, gib) == ("1.5B", 40.0) else ("layer", 256))
 
 
 @pytest.mark.parametrize("gib", [40.0, 40e9 / GIB])
@@ -187,6 +223,9 @@ def test_a_run_fits_or_is_refused_with_a_change_that_fits(config: Config, work: 
         remedy = str(error).rsplit("; ", 1)[1]
         changed, gib = applied(config, remedy, gib)
         chosen = memory_fit.on_gpu(changed, work, gib * GIB)
+        if remedy.startswith("use a GPU of "):
+            with pytest.raises(UserError):  # the smallest of whole GiB
+                memory_fit.on_gpu(changed, work, (gib - 1) * GIB)
     made = planned(chosen, work, gib)
     assert made.total() <= made.usable_bytes
     assert all(memory_fit.get(chosen, name) != value for name, value in memory_fit.OPEN.items())
@@ -196,13 +235,15 @@ def test_a_run_fits_or_is_refused_with_a_change_that_fits(config: Config, work: 
 
 def applied(config: Config, remedy: str, gib: int) -> tuple[Config, int]:
     """What a refusal asks for, done."""
-    if remedy.startswith("leave out "):
-        name = remedy.removeprefix("leave out ")
-        return memory_fit.with_values(config, {name: None}), gib
-    if remedy.startswith("use a GPU of "):
-        return config, int(remedy.split()[4])
-    name, value = remedy.removeprefix("set ").split("=")
-    return memory_fit.with_values(config, {name: int(value) if value.isdigit() else value}), gib
+    for change in remedy.split(" and "):
+        if change.startswith("leave out "):
+            config = memory_fit.with_values(config, {change.removeprefix("leave out "): None})
+        elif change.startswith("use a GPU of "):
+            gib = int(change.split()[4])
+        else:
+            name, value = change.removeprefix("set ").split("=")
+            config = memory_fit.with_values(config, {name: int(value) if value.isdigit() else value})
+    return config, gib
 
 
 @pytest.mark.parametrize(("available", "recompute"), [(2.0, "none"), (1.99, "micro-batch")])
@@ -232,8 +273,28 @@ def test_a_whole_update_takes_what_was_planned(tmp_path, recompute, tokens) -> N
         assert learner.update(groups).refused is None
 
     def measured(lengths: tuple[int, ...], mode: str) -> Activations:
-        return measure(learner.policy.trunk.config, config.model, lengths=[lengths], recompute=mode)
+        return measure(learner.policy.trunk.config, config.model, lengths=[lengths], recompute=mode, gpu=False)
 
     size = Size.of(plan.check_model(config, folder), config.model)
     work = Work(size=size, longest_prompt_tokens=12, activations=measured)
     assert memory.step_activations(config, work).peak == pytest.approx(seen.peak, rel=0.08)
+
+
+def table_row(name: str, gib: int) -> str | None:
+    """Of the notes' table; None where the model does not fit."""
+    try:
+        config = memory_fit.on_gpu(paper(), qwen(name), gib * GIB)
+    except UserError:
+        return None
+    made = planned(config, qwen(name), gib)
+    chosen = (config.learner.recompute, config.learner.micro_batch_tokens, config.actor.num_sequences)
+    sizes = (made.total("learner"), made.total("actor"), made.gpu_bytes - made.total())
+    return "| " + " | ".join(map(str, (name, gib, *chosen, *(f"{size / GIB:.1f}" for size in sizes)))) + " |"
+
+
+def test_the_table_of_the_notes_is_what_the_plan_computes() -> None:
+    fits = {gib: {name: row for name in QWEN if (row := table_row(name, gib))} for gib in (40, 80)}
+    rows = [fits[gib][name] for name in QWEN if name != "0.5B" for gib in fits if name in fits[gib]]
+    largest = [f"{list(models)[-1]} on {gib} GiB" for gib, models in fits.items()]
+    expected = "\n".join([*rows, "", f"Largest published Qwen2.5 that fits: {', '.join(largest)}."])
+    assert expected in NOTES.read_text(), f"{NOTES} should say\n{expected}"

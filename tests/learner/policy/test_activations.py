@@ -31,6 +31,8 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 MODES = ("none", "layer", "micro-batch")
+CPU, META = torch.device("cpu"), torch.device("meta")
+CUDA = torch.cuda.is_available()
 
 
 def shape(layers: int = 3, architecture: type = LlamaConfig) -> LlamaConfig:
@@ -41,9 +43,9 @@ def settings(dtype: str = "bfloat16", dropout: float = 0.1) -> ModelConfig:
     return ModelConfig(dtype=dtype, lora_rank=4, lora_alpha=8, lora_dropout=dropout)
 
 
-def real_policy(folder: Path, config: ModelConfig, recompute: str, layers: int = 3) -> Policy:
-    LlamaForCausalLM(shape(layers)).save_pretrained(folder)
-    return Policy(folder, config, device=torch.device("cpu"), recompute=recompute, head_backend="torch")
+def real_policy(folder: Path, config: ModelConfig, recompute: str, device: torch.device = CPU) -> Policy:
+    LlamaForCausalLM(shape()).save_pretrained(folder)
+    return Policy(folder, config, device=device, recompute=recompute, head_backend="torch")
 
 
 @pytest.mark.parametrize("recompute", MODES)
@@ -51,7 +53,7 @@ def real_policy(folder: Path, config: ModelConfig, recompute: str, layers: int =
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_real_model_takes_what_was_measured_without_data(tmp_path, dtype, dropout, recompute) -> None:
     config = settings(dtype, dropout)
-    said = measure(shape(), config, lengths=LENGTHS, recompute=recompute)
+    said = measure(shape(), config, lengths=LENGTHS, recompute=recompute, gpu=False)
     assert said == observe(real_policy(tmp_path, config, recompute), LENGTHS)
 
 
@@ -64,7 +66,7 @@ def saved_bytes(policy: Policy) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = policy.scored_states(scored_everywhere(LENGTHS)).sum()
+        loss = policy.scored_states(scored_everywhere(LENGTHS, policy.device)).sum()
     own = {tensor.untyped_storage()._cdata for tensor in policy.peft_model.state_dict().values()}
     own |= {tensor.untyped_storage()._cdata for tensor in policy.peft_model.buffers()}
     kept = sum(storage.nbytes() for address, storage in storages.items() if address not in own)
@@ -76,8 +78,11 @@ def saved_bytes(policy: Policy) -> int:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_kept_is_what_autograd_saves(tmp_path, dtype, dropout) -> None:
     config = settings(dtype, dropout)
-    kept = measure(shape(), config, lengths=LENGTHS, recompute="none").kept
+    kept = measure(shape(), config, lengths=LENGTHS, recompute="none", gpu=False).kept
     assert kept == pytest.approx(saved_bytes(real_policy(tmp_path, config, "none")), rel=0.02)
+    without_data = Policy(shape(), config, device=META, recompute="none", head_backend="torch")
+    kept = measure(shape(), config, lengths=LENGTHS, recompute="none", gpu=True).kept
+    assert kept == pytest.approx(saved_bytes(without_data), rel=0.02)
 
 
 @pytest.mark.parametrize("recompute", MODES)
@@ -85,7 +90,7 @@ def test_the_peak_is_what_the_allocator_hands_out(tmp_path, recompute) -> None:
     policy = real_policy(tmp_path, settings(), recompute)
     said = observe(policy, LENGTHS)  # leaves gradients, which are not counted
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        policy.scored_states(scored_everywhere(LENGTHS)).sum().backward()
+        policy.scored_states(scored_everywhere(LENGTHS, CPU)).sum().backward()
     live = peak = 0
     events = profiler.profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
@@ -95,16 +100,18 @@ def test_the_peak_is_what_the_allocator_hands_out(tmp_path, recompute) -> None:
 
 
 @pytest.mark.parametrize("recompute", MODES)
-def test_what_three_layers_say_of_six_is_what_six_take(monkeypatch, recompute) -> None:
-    extended = measure(shape(6), settings(), lengths=LENGTHS, recompute=recompute)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_three_layers_say_of_six_is_what_six_take(monkeypatch, recompute, gpu) -> None:
+    extended = measure(shape(6), settings(), lengths=LENGTHS, recompute=recompute, gpu=gpu)
     monkeypatch.setattr(activations, "MORE", 6)
-    whole = measure(shape(6), settings(), lengths=LENGTHS, recompute=recompute)
+    whole = measure(shape(6), settings(), lengths=LENGTHS, recompute=recompute, gpu=gpu)
     assert extended.kept == whole.kept
     assert extended.peak == pytest.approx(whole.peak, rel=0.01)
 
 
-def test_recomputing_keeps_less_and_computing_in_steps_peaks_lower() -> None:
-    none, layer, whole = (measure(shape(6), settings(), lengths=LENGTHS, recompute=mode) for mode in MODES)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_recomputing_keeps_less_and_computing_in_steps_peaks_lower(gpu) -> None:
+    none, layer, whole = (measure(shape(6), settings(), lengths=LENGTHS, recompute=mode, gpu=gpu) for mode in MODES)
     assert whole.kept < layer.kept < none.kept
     assert layer.peak < none.peak
 
@@ -113,15 +120,17 @@ def test_recomputing_keeps_less_and_computing_in_steps_peaks_lower() -> None:
 @pytest.mark.parametrize("recompute", MODES)
 def test_any_architecture_can_be_measured(tmp_path, architecture, recompute) -> None:
     model = shape(3, architecture)
-    said = measure(model, settings(), lengths=LENGTHS, recompute=recompute)
+    said = measure(model, settings(), lengths=LENGTHS, recompute=recompute, gpu=False)
     AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path)
-    policy = Policy(tmp_path, settings(), device=torch.device("cpu"), recompute=recompute, head_backend="torch")
+    policy = Policy(tmp_path, settings(), device=CPU, recompute=recompute, head_backend="torch")
     assert said == observe(policy, LENGTHS)
+    on_gpu = measure(model, settings(), lengths=LENGTHS, recompute=recompute, gpu=True)
+    assert 0 < on_gpu.kept <= said.kept, "a CPU keeps the masks of its sequences too"
 
 
 def test_a_large_model_is_measured_without_its_memory() -> None:
     large = Qwen2Config(hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64)
     before = psutil.Process().memory_info().rss
-    said = measure(large, settings(), lengths=[[4096, 4096]], recompute="none")
+    said = measure(large, settings(), lengths=[[4096, 4096]], recompute="none", gpu=True)
     assert said.kept > 100 * 2**30
     assert psutil.Process().memory_info().rss - before < 2**30
