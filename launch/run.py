@@ -24,7 +24,7 @@ from common.config import dump
 from common.types import UserError
 from launch.loop import RunFailed, position, train
 from launch.planning import plan
-from launch.planning.plan import Plan, warnings
+from launch.planning.plan import Plan
 from launch.runtime import cluster, workers
 from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.channel import AdapterMismatch
@@ -51,7 +51,7 @@ def run(checked: Plan) -> None:
     display = Display(f"{config.method.name} in {folder}", steps=config.run.steps, first_step=first_step)
     recorder = Recorder(folder, checked.tokenizer, display, sample_every=config.run.sample_every)
     try:
-        for warning in warnings(config):
+        for warning in checked.warnings():
             display.note(f"warning: {warning}")
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
         with cluster.connect(), workers.start(checked) as started:

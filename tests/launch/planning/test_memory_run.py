@@ -46,7 +46,12 @@ def test_a_dry_run_prints_the_plan_of_a_gpu_that_is_not_there(folder, tmp_path, 
     assert 'recompute = "auto"' not in printed
     assert "kv_cache_gib = " in printed
     assert "gpu_memory_fraction = 0." in printed
-    assert "# overlap (run.max_staleness=1) does not pay on one GPU" in printed
+    assert "max_staleness=1 on one GPU" not in printed
+    gpu = ("--run.gpu_memory_gib", "80", "--run.max_staleness", "1", "--dry-run")
+    assert main([*options(folder, tmp_path), *gpu]) == 0
+    assert "# warning: run.max_staleness=1 on one GPU: the kernels of its two processes take turns" in (
+        capsys.readouterr().out
+    )
 
 
 def test_what_does_not_fit_ends_with_status_2_and_one_line(folder, tmp_path, capsys) -> None:
