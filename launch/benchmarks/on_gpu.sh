@@ -115,7 +115,7 @@ overlap)
         fi
         work+=(--model.path "$folder" --model.max_length 1024)
     fi
-    work+=(--run.steps 6 --run.evaluate_every 0 --actor.fixed_length true "${task[@]}")
+    work+=(--run.steps 6 --run.evaluate_every 0 --actor.fixed_length "${task[@]}")
     part overlap-0 run overlap-0 "${work[@]}"
     part overlap-1 run overlap-1 --run.max_staleness 1 "${work[@]}"
     if command -v nvidia-cuda-mps-control >/dev/null; then
