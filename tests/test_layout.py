@@ -1,6 +1,7 @@
 """The layering and the budgets of the design, read from the source."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ ONLY_IN = {
     "ray": {"actor/actor.py", "learner/learner.py", *(str(path) for path in FILES if path.parts[0] == "launch")},
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LOOP_LINES = 300, 60, 120
-MAX_FILES, MAX_LEARNER_FILES = 12, 14
+MAX_FILES, MAX_LEARNER_FILES, MAX_README_LINES = 12, 14, 150
 
 
 def imports(path: Path) -> set[str]:
@@ -77,3 +78,10 @@ def test_a_folder_reads_as_a_table_of_contents() -> None:
     for room in sorted(rooms):
         files = [path for path in FILES if path.parent == room and path.name != "__init__.py"]
         assert len(files) <= (MAX_LEARNER_FILES if str(room) == "learner" else MAX_FILES), room
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert num_lines(Path("README.md")) <= MAX_README_LINES
+    for readme in [ROOT / "README.md", *(path for package in PACKAGES for path in (ROOT / package).rglob("*.md"))]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", readme.read_text()):
+            assert (readme.parent / target).exists(), f"{readme.relative_to(ROOT)} links to {target}"

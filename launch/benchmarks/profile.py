@@ -25,11 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from actor.vllm_engine import VLLMEngine
 from common.adapter import Adapter
-from common.command_line import load
 from common.config import Config
 from common.types import UserError
-from launch.benchmarks.update import CONFIG, random_groups
-from launch.planning import memory_fit, model_folder, plan
+from launch.benchmarks.update import planned, random_groups
+from launch.planning import model_folder
 from learner.learner import Learner
 
 
@@ -95,10 +94,7 @@ def main(argv: Sequence[str]) -> int:
             if arguments.model_shape:
                 made = model_folder.random_weights(arguments.model_shape, Path(temporary) / arguments.model_shape)
                 options += ["--model.path", str(made)]
-            config = load(options, CONFIG)
-            folder = model_folder.resolve(config.model.path)
-            model = plan.check_model(config, folder)
-            config, _ = memory_fit.resolve(config, model, longest_prompt_tokens=arguments.prompt_tokens)
+            config, folder, model = planned(options, arguments.prompt_tokens)
         except UserError as error:
             print(error, file=sys.stderr)
             return 2

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from common.command_line import load
 from common.config import Config, MethodConfig
@@ -53,6 +54,18 @@ def random_groups(config: Config, vocab_size: int, prompt_tokens: int) -> list[G
         ]
         groups.append(Group(prompt=Prompt(messages=(), answer="", index=index), rollouts=tuple(rollouts)))
     return groups
+
+
+def planned(options: Sequence[str], prompt_tokens: int) -> tuple[Config, Path, PreTrainedModel]:
+    """The configuration of benchmark.toml and `options` with its unset choices made, the model's folder, and the model.
+
+    The model has no weights. Raises UserError for what is invalid or does not fit.
+    """
+    config = load(options, CONFIG)
+    folder = model_folder.resolve(config.model.path)
+    model = plan.check_model(config, folder)
+    config, _ = memory_fit.resolve(config, model, longest_prompt_tokens=prompt_tokens)
+    return config, folder, model
 
 
 def measure(learner: Learner, groups: Sequence[Group], pairs: int) -> dict[str, list[float]]:
@@ -91,10 +104,7 @@ def main(argv: Sequence[str]) -> int:
         for name in ("pairs", "prompt_tokens"):
             if getattr(arguments, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give 1 or more")
-        config = load(options, CONFIG)
-        folder = model_folder.resolve(config.model.path)
-        model = plan.check_model(config, folder)
-        config, _ = memory_fit.resolve(config, model, longest_prompt_tokens=arguments.prompt_tokens)
+        config, folder, _ = planned(options, arguments.prompt_tokens)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,7 +1,5 @@
 """The memory plan in the program: what --dry-run prints, what is refused, what a resumed run takes over."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -102,22 +100,3 @@ def test_a_gpu_run_resumes_with_its_share(folder, tmp_path) -> None:
     resumed = plan.make(load(options(folder, run, *gpu, "--run.resume"), DEFAULT_CONFIG)).config
     assert resumed.actor == begun.actor
     assert resumed.learner == begun.learner
-
-
-@pytest.mark.slow
-def test_vllm_knows_the_options_that_it_gets_on_a_gpu() -> None:
-    code = (
-        "from dataclasses import fields\nfrom vllm.engine.arg_utils import EngineArgs\n"
-        "from common.config import ActorConfig\nfrom actor.gpu_share import options as _gpu_options\n"
-        "actor = ActorConfig(gpu_memory_fraction=0.375, kv_cache_gib=1.5, num_sequences=3000)\n"
-        "options = _gpu_options(actor)\n"
-        "assert set(options) <= {field.name for field in fields(EngineArgs)}, options\n"
-        "print(*sorted(options.items()))\nprint(*sorted(_gpu_options(ActorConfig())))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
-    *_, planned, alone = ran.stdout.splitlines()
-    assert planned == (
-        "('enforce_eager', False) ('gpu_memory_utilization', 0.375) ('kv_cache_memory_bytes', 1610612736) "
-        "('max_num_batched_tokens', 3000)"
-    )
-    assert alone == "enforce_eager max_num_batched_tokens"

@@ -1,11 +1,15 @@
 """Which GPU a worker gets, on a Ray that is told of two GPUs; and what is said where there are too few."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 
+from common.config import ActorConfig, Config
 from common.types import UserError
+from launch.runtime import workers
 from launch.runtime.workers import placed
 
 pytestmark = pytest.mark.slow
@@ -18,20 +22,40 @@ def _two_gpus() -> Iterator[None]:
     ray.shutdown()
 
 
-@ray.remote(num_cpus=0, num_gpus=0.5)
-class Worker:
+class Side:
+    """Stands in for an actor and for a learner: it says which GPU Ray gave it."""
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
     def gpus(self) -> list[str]:
         return ray.get_runtime_context().get_accelerator_ids()["GPU"]
 
+    def close(self) -> None:
+        pass
 
-def test_the_learner_shares_the_first_actors_gpu_and_each_further_actor_has_its_own() -> None:
-    with placed(2) as places:
-        actors = [Worker.options(**place).remote() for place in places]
-        learner = Worker.options(**places[0]).remote()
-        first, second, learners = ray.get([worker.gpus.remote() for worker in (*actors, learner)])
-        assert first == learners != second
-        for worker in (*actors, learner):
-            ray.kill(worker)
+
+class Unverified:
+    """Stands in for the channel, which would compare log-probabilities."""
+
+    def __init__(self, actors: object, **options: object) -> None:
+        pass
+
+    def verify(self, learner: object) -> SimpleNamespace:
+        return SimpleNamespace(version=0)
+
+
+def test_the_learner_shares_the_first_actors_gpu_and_each_further_actor_has_its_own(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(workers, "Actor", Side)
+    monkeypatch.setattr(workers, "Channel", Unverified)
+    config = Config(actor=ActorConfig(num_actors=2))
+    plan = SimpleNamespace(config=config, model_folder=None, canary_token_ids=None, resume_from=None)
+    with workers.start(plan, learner_class=Side) as started:
+        first, second, learners = ray.get(
+            [side.gpus.remote() for side in (*started.actors, started.learner)], timeout=60
+        )
+    assert first == learners != second
 
 
 def test_more_gpus_than_the_cluster_has_are_refused_at_once() -> None:
