@@ -1,4 +1,4 @@
-"""The report of runs: one HTML file with the paper's tables and figures, and with what there is to look at.
+"""The report of runs as one HTML file: reward and accuracy, learning curves, samples, tables, settings.
 
 python launch/report.py RUN [RUN ...] [--out FILE.html] [--export FOLDER] [--watch [PORT]]
 """
@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; raises UserError for anything wrong with it."""
+    """The parsed command line. Raises UserError if it is invalid."""
     parser = _Parser(
         usage="launch/report.py RUN [RUN ...] [--out FILE.html] [--export FOLDER] [--watch [PORT]]",
         description="Write the report of run folders as one self-contained HTML file.",
@@ -45,13 +45,13 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         nargs="?",
         const=DEFAULT_PORT,
-        help=f"serve the report on 127.0.0.1 and keep it new (default port {DEFAULT_PORT}; 0: any free one)",
+        help=f"serve the report on 127.0.0.1 and keep it current (default port {DEFAULT_PORT}; 0: any free one)",
     )
     return parser.parse_args(list(argv))
 
 
 def write(folders: Sequence[Path], out: Path) -> Report:
-    """Read the runs and write the report of them to `out`."""
+    """Read the runs and write their report to `out`."""
     report = make(read_all(folders))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a figure of the report is: panels of one size, one legend, words where there is nothing to draw."""
+"""Figures: panels of one size, one legend, and a reason in each empty panel."""
 
 import math
 from collections.abc import Iterable
@@ -34,9 +34,9 @@ def panels(
 
 
 def empty(axes: Axes, words: str) -> None:
-    """Say in a panel why nothing is drawn in it."""
+    """Write in a panel why nothing is drawn in it."""
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, wrap=True)
-    axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)  # its ticks may be others' too
+    axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)  # shared axes keep their ticks
     axes.grid(visible=False)
 
 

@@ -1,10 +1,10 @@
-"""The report: claims, tables, figures, samples, timeline and settings of some runs in one HTML file of its own."""
+"""The report of runs as one self-contained HTML file: first the runs, then samples, tables, settings, the paper."""
 
 import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import matplotlib as mpl
 from markupsafe import Markup
 
 from common.types import UserError
+from launch.reporting import overview
+from launch.reporting.curves import learning_curves
 from launch.reporting.data.groups import Group, differences, group, settings_of
 from launch.reporting.data.runs import Run
 from launch.reporting.figure import Drawn
 from launch.reporting.paper import claims, figures_accuracy, figures_training, numbers, tables
-from launch.reporting.paper.verdicts import Verdict
+from launch.reporting.paper.verdicts import Verdict, decided
 from launch.reporting.samples import Samples, all_samples
 from launch.reporting.style import COLOURS, RC, inline, method_of, png, svg
 from launch.reporting.table import ABSENT, Table
@@ -31,7 +33,7 @@ PHASES = ("rollout", "reward", "wait", "learn", "ahead", "publish", "step")  # t
 class Report:
     html: str
     tables: tuple[Table, ...]
-    figures: tuple[Drawn, ...]
+    groups: tuple[Group, ...]
 
     def export(self, folder: Path) -> None:
         """Tables as CSV; figures as SVG and PNG. Raises UserError where they cannot be written."""
@@ -46,42 +48,53 @@ class Report:
             out = io.StringIO()
             csv.writer(out, lineterminator="\n").writerows(table.lines())
             (folder / f"{table.key}.csv").write_text(out.getvalue(), encoding="utf-8")
-        for drawn in self.figures:
+        for drawn in [*_draw(self.groups), *_draw_paper(self.groups)]:
             (folder / f"{drawn.key}.svg").write_text(svg(drawn.figure, drawn.key), encoding="utf-8")
             (folder / f"{drawn.key}.png").write_bytes(png(drawn.figure))
 
 
 def make(runs: Sequence[Run]) -> Report:
-    """The report of the runs."""
+    """The report of the runs; the paper's claims, tables and figures only if the runs decide one of its claims."""
     groups = group(runs)
-    made = tables.all_tables(groups)
+    compared = tables.all_tables(groups)
+    own = [_own_rows(table) for table in compared if table.key != "table-5"]  # whose numbers stand in the others
     verdicts = claims.verdicts(settings_of(groups))
+    paper = decided(verdicts)
+    shown = [*own, *(compared if paper else [])]
+    marked = {note for table in shown for row in table.rows for cell in row.cells for note in cell.notes}
     settings = _settings_table(runs)
-    drawn = draw(groups)
     samples = all_samples(runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined
     )
     html = environment.get_template("report.html.j2").render(
-        css=Markup(_asset("report.css")),
-        js=Markup(_asset("report.js")),
+        claims=paper,
         colours=COLOURS,
+        css=Markup(_asset("report.css")),
+        curves=_inlined(_draw(groups)),
         data=Markup(embedded(page_data(runs, samples))),
-        differences=settings,
-        figures=[(each, Markup(inline(svg(each.figure, each.key), each.key, escape(each.title)))) for each in drawn],
-        footnotes=list(numbers.FOOTNOTES.items()),
-        groups=[(each, method_of(each)) for each in groups],
-        note_number={key: place for place, key in enumerate(numbers.FOOTNOTES, start=1)},
-        runs=runs,
+        experiments=[(each, method_of(each), overview.facts(each)) for each in groups],
+        footnotes={key: words for key, words in numbers.FOOTNOTES.items() if key in marked},
+        js=Markup(_asset("report.js")),
         num_recorded=sum(each.num_recorded for each in samples),
         num_shown=sum(each.num_shown for each in samples),
-        tables=made,
-        verdicts=verdicts,
+        paper_figures=_inlined(_draw_paper(groups)) if paper else [],
+        paper_tables=compared,
+        runs=runs,
+        settings=settings,
+        setup=overview.setup(runs),
+        tables=own,
+        title=overview.title(groups),
     )
-    return Report(html=html, tables=(*made, _claims_table(verdicts), settings), figures=tuple(drawn))
+    return Report(html=html, tables=(*compared, _claims_table(verdicts), settings), groups=tuple(groups))
 
 
-def draw(groups: Sequence[Group]) -> list[Drawn]:
+def _draw(groups: Sequence[Group]) -> list[Drawn]:
+    with mpl.rc_context(RC):
+        return learning_curves(groups)
+
+
+def _draw_paper(groups: Sequence[Group]) -> list[Drawn]:
     """Every figure of the paper, in its order, and the training variance after its summary."""
     with mpl.rc_context(RC):
         return [
@@ -97,8 +110,21 @@ def draw(groups: Sequence[Group]) -> list[Drawn]:
         ]
 
 
+def _inlined(figures: Sequence[Drawn]) -> list[tuple[Drawn, Markup]]:
+    return [(each, Markup(inline(svg(each.figure, each.key), each.key, escape(each.title)))) for each in figures]
+
+
+def _own_rows(table: Table) -> Table:
+    """The table without the paper's rows, and without columns that are empty then or have one model for all."""
+    rows = [row for row in table.rows if not row.of_paper]
+    texts = [{row.cells[i].text for row in rows} for i in range(len(table.columns))]
+    kept = [i for i, found in enumerate(texts) if found != {ABSENT} and (len(found) > 1 or table.columns[i] != "model")]
+    cut = tuple(replace(row, cells=tuple(row.cells[i] for i in kept)) for row in rows)
+    return replace(table, columns=tuple(table.columns[i] for i in kept), rows=cut)
+
+
 def page_data(runs: Sequence[Run], samples: Sequence[Samples]) -> dict[str, Any]:
-    """What the page's script draws from: samples, times and settings of each run."""
+    """Samples, times and settings of each run, for the page's script."""
     return {
         "runs": [
             {
@@ -117,7 +143,7 @@ def page_data(runs: Sequence[Run], samples: Sequence[Samples]) -> dict[str, Any]
 
 
 def embedded(data: Any) -> str:
-    """JSON for a script element: nothing in it can end the element, whatever a model wrote."""
+    """JSON for a script element: no completion can end the element."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
@@ -127,12 +153,12 @@ def _plain(values: Any) -> list[float | None]:
 
 
 def _settings_table(runs: Sequence[Run]) -> Table:
-    """The settings in which the runs differ, a row a run."""
+    """The settings in which the runs differ, one row per run."""
     keys = differences(runs)
     rows = []
     for run in runs:
-        planned = run.settings["run.steps"]
-        words = [run.name, f"{run.num_steps} of {planned}", *(str(run.settings.get(key, ABSENT)) for key in keys)]
+        steps = f"{run.num_steps} of {run.settings['run.steps']}"
+        words = [run.name, steps, *(str(run.settings.get(key, ABSENT)) for key in keys)]
         rows.append(tables.words_row(words))
     return Table(
         key="settings",

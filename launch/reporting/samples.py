@@ -1,4 +1,4 @@
-"""Some groups of rollouts out of rollouts.jsonl, however large it is: for looking at."""
+"""A sample of the groups in rollouts.jsonl, however large it is, for inspection."""
 
 import json
 import random
@@ -10,13 +10,15 @@ from typing import Any
 
 from launch.reporting.data.runs import Run, is_step, number
 
-MAX_BYTES = 3_000_000  # of the records shown in one report, all runs together: what a browser opens at once
-HEAD = re.compile(rb'\{"step": (\d{1,15}), "prompt_index": (\d{1,15}), ')  # how the recorder begins a line
+MAX_BYTES = 3_000_000  # of records in one report, all runs together: a browser opens that at once
+HEAD = re.compile(
+    rb'\{"step": (\d{1,15}), "prompt_index": (\d{1,15}), '
+)  # the beginning of a line that the recorder wrote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """The chosen rollouts of one run, whole groups only, in order of steps; and how many there were."""
+    """The chosen rollouts of one run, whole groups only, in order of steps; and how many were recorded."""
 
     groups: tuple[tuple[dict[str, Any], ...], ...]
     num_recorded: int
@@ -27,7 +29,7 @@ class Samples:
 
 
 def _head(line: bytes) -> tuple[int, int] | None:
-    """Step and prompt of a line, without reading the rest of it where that can be avoided; None of a foreign line."""
+    """Step and prompt of a line, if possible without parsing the rest of it; None for a foreign line."""
     if not line.endswith(b"}\n"):
         return None
     if found := HEAD.match(line):
@@ -40,7 +42,7 @@ def _head(line: bytes) -> tuple[int, int] | None:
     return (step, prompt) if is_step(step) and is_step(prompt) else None
 
 
-def _places(path: Path) -> dict[tuple[int, int], list[tuple[int, int]]]:
+def _positions(path: Path) -> dict[tuple[int, int], list[tuple[int, int]]]:
     """(step, prompt) -> (offset, length) of its lines, in bytes."""
     found: dict[tuple[int, int], list[tuple[int, int]]] = {}
     if path.is_file():
@@ -53,8 +55,8 @@ def _places(path: Path) -> dict[tuple[int, int], list[tuple[int, int]]]:
     return found
 
 
-def _spread(items: Sequence[int]) -> list[int]:
-    """The items so ordered that every beginning of the list is spread over all of them: the ends, then halves."""
+def _bisected(items: Sequence[int]) -> list[int]:
+    """The items in an order whose every prefix covers their whole range evenly: the ends, then midpoints."""
     queue, order = [(0, len(items) - 1)], [0, len(items) - 1]
     for low, high in queue:
         if high - low > 1:
@@ -65,34 +67,34 @@ def _spread(items: Sequence[int]) -> list[int]:
 
 
 def choose(path: Path, max_bytes: int) -> Samples:
-    """Groups spread over all steps, one of each step before a second of any, up to `max_bytes` of records."""
-    places = _places(path)
+    """Groups over the whole range of steps, one per step before a second of any, up to `max_bytes` of records."""
+    positions = _positions(path)
     by_step: dict[int, list[tuple[int, int]]] = {}
-    for key in places:
+    for key in positions:
         by_step.setdefault(key[0], []).append(key)
     generator = random.Random(0)  # the same file gives the same samples
     for keys in by_step.values():
         generator.shuffle(keys)
     chosen: list[tuple[int, int]] = []
     rounds = range(max(map(len, by_step.values()), default=0))
-    steps = _spread(sorted(by_step))
-    for key in (by_step[step][turn] for turn in rounds for step in steps if turn < len(by_step[step])):
-        size = sum(length for _, length in places[key])
+    steps = _bisected(sorted(by_step))
+    for key in (by_step[step][i] for i in rounds for step in steps if i < len(by_step[step])):
+        size = sum(length for _, length in positions[key])
         if size > max_bytes and chosen:
             continue  # a smaller one may still fit
         max_bytes -= size
         chosen.append(key)
-    groups = _read(path, [places[key] for key in sorted(chosen)])
-    return Samples(groups=groups, num_recorded=sum(map(len, places.values())))
+    groups = _read(path, [positions[key] for key in sorted(chosen)])
+    return Samples(groups=groups, num_recorded=sum(map(len, positions.values())))
 
 
 def _read(path: Path, groups: Sequence[Sequence[tuple[int, int]]]) -> tuple[tuple[dict[str, Any], ...], ...]:
-    """The records at the given places; one that no run has written is left out."""
+    """The records at the given positions; foreign ones are skipped."""
     made = []
-    for places in groups:
+    for positions in groups:
         records = []
         with path.open("rb") as file:
-            for offset, length in places:
+            for offset, length in positions:
                 file.seek(offset)
                 try:
                     record = json.loads(file.read(length).decode("utf-8", errors="replace"))
@@ -105,7 +107,7 @@ def _read(path: Path, groups: Sequence[Sequence[tuple[int, int]]]) -> tuple[tupl
 
 
 def _is_rollout(record: Any) -> bool:
-    """Whether what is there has the types of a rollout's record."""
+    """Whether its fields have the types of a rollout's record."""
     lists = ("tokens", "entropies", "weights")
     return (
         isinstance(record, dict)
@@ -119,7 +121,7 @@ def _is_rollout(record: Any) -> bool:
 
 def _tidy(record: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of a rollout; a number that is missing or not finite becomes null."""
-    streams = {key: [_rounded(x) for x in record.get(key) or ()] for key in ("entropies", "weights")}
+    per_token = {key: [_rounded(x) for x in record.get(key) or ()] for key in ("entropies", "weights")}
     return {
         "step": record.get("step"),
         "prompt": str(record.get("prompt", "")),
@@ -132,7 +134,7 @@ def _tidy(record: dict[str, Any]) -> dict[str, Any]:
         "correct": record.get("correct"),
         "parts": {str(name): _rounded(value) for name, value in (record.get("parts") or {}).items()},
         "advantage": _rounded(record.get("advantage")),
-        **streams,
+        **per_token,
     }
 
 
@@ -142,5 +144,5 @@ def _rounded(value: Any) -> float | None:
 
 
 def all_samples(runs: Sequence[Run], max_bytes: int = MAX_BYTES) -> list[Samples]:
-    """Samples of every run; they share the room evenly."""
+    """Samples of every run; each run gets the same share of the bytes."""
     return [choose(run.folder / "rollouts.jsonl", max_bytes // max(len(runs), 1)) for run in runs]

@@ -1,4 +1,4 @@
-"""Colours and lines of the figures, the same for a method everywhere, and their way into a page of two themes."""
+"""Colours and lines of the figures, the same per method everywhere; figures as SVG for both themes, and as PNG."""
 
 import io
 import re
@@ -14,8 +14,8 @@ from launch.reporting.data.groups import PAPER_ALPHA, Group
 
 INK, GRID = "#1c2430", "#d8dde4"
 
-# On a light and on a dark ground. The paper's three are grey, orange and blue, which colour-blind eyes tell apart;
-# the others differ in line and marker too.
+# On a light and on a dark background. The paper's three are grey, orange and blue, which colour-blind readers can
+# distinguish; the others differ in line and marker too.
 COLOURS = {
     "grpo": ("#5b6470", "#b4bdc8"),
     "ah-grpo": ("#c65200", "#ff9d4d"),
@@ -37,8 +37,8 @@ LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0
 MARKERS = "osD^vPX"
 
 RC: Any = {  # Any: matplotlib types its keys one by one
-    "svg.fonttype": "none",  # text stays text: it can be searched, read aloud, and takes the theme's colour
-    "text.parse_math": False,  # a label is a run's own words, and $ is one of them
+    "svg.fonttype": "none",  # text stays text: searchable, read aloud, in the theme's colour
+    "text.parse_math": False,  # a label may contain $
     "font.size": 9,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -69,29 +69,29 @@ class Style:
 
 
 def method_of(group: Group) -> str:
-    """Whose colour a group has: the recipe's GRPO (alpha 0) has GRPO's, not that of the row it is made with."""
+    """The method whose colour a group has: alpha 0 of sa-ah-grpo is the recipe's GRPO and has GRPO's."""
     name = group.role.lower() or group.method
     return name if name in COLOURS else "other"
 
 
 def styles(groups: Sequence[Group]) -> dict[str, Style]:
-    """Label -> style: the method's colour, and a line and a marker that tell its groups apart."""
+    """Label -> style: the method's colour, and for each of its groups another line and marker."""
     found: dict[str, Style] = {}
     order = list(METHODS)
     for group in sorted(groups, key=lambda g: (g.alpha != PAPER_ALPHA, abs(g.alpha))):
         if group.label in found:
             continue
         colour = COLOURS[method_of(group)][0]
-        place = sum(style.colour == colour for style in found.values())
+        index = sum(style.colour == colour for style in found.values())
         first = order.index(group.method) if group.method in order and not group.role else 0
         found[group.label] = Style(
-            colour=colour, line=LINES[place % len(LINES)], marker=MARKERS[(first + place) % len(MARKERS)]
+            colour=colour, line=LINES[index % len(LINES)], marker=MARKERS[(first + index) % len(MARKERS)]
         )
     return found
 
 
 def svg(figure: Figure, salt: str) -> str:
-    """The figure as SVG, the same bytes for the same figure."""
+    """The figure as SVG; the same figure gives the same bytes."""
     out = io.StringIO()
     with mpl.rc_context({**RC, "svg.hashsalt": salt}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -107,7 +107,7 @@ def png(figure: Figure) -> bytes:
 
 
 def inline(drawn: str, key: str, title: str) -> str:
-    """An SVG for a page: ids of its own, the theme's colours, its size left to the page, and a name to read aloud."""
+    """An SVG for the page: unique ids, the theme's colours, the page's width, and an accessible name."""
     body = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", body)
     head, rest = body.split(">", 1)

@@ -1,4 +1,4 @@
-"""The report of running jobs on loopback: made anew when their files change, and loaded anew by the page."""
+"""The report of running jobs on loopback: rendered again when their files change, and reloaded by the page."""
 
 import sys
 import threading
@@ -19,7 +19,7 @@ FILES = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
 
 
 def fingerprint(folders: Sequence[Path]) -> str:
-    """Changes when a file that the report is made of has changed: sizes and times of all of them."""
+    """Of the sizes and times of all files that the report is made from: changes when one of them has changed."""
     marks = [(str(path), *_mark(path)) for folder in expanded(folders) for name in FILES for path in [folder / name]]
     return f"{hash(tuple(marks)) & (2**64 - 1):016x}"
 
@@ -41,16 +41,16 @@ class Server(ThreadingHTTPServer):
         self.folders = folders
         self.render = render
         self.made = "", b""  # the newest page's version, and the page
-        self.failed_of = ""  # of the version that last could not be made
+        self.failed_of = ""  # the last version that could not be rendered
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", port), Handler)
 
     def page(self) -> bytes:
-        """The report of the files as they are now; the newest one there is while another is made, or if none can be.
+        """The report of the files as they are now; the last good one during another rendering, or if that fails.
 
-        Raises UserError or OSError if there is none yet and none can be made.
+        Raises UserError or OSError if there is none yet and rendering fails.
         """
-        if not self.lock.acquire(blocking=not self.made[1]):  # two open pages are one rendering
+        if not self.lock.acquire(blocking=not self.made[1]):  # two open pages share one rendering
             return self.made[1]
         try:
             current = fingerprint(self.folders)
@@ -62,17 +62,17 @@ class Server(ThreadingHTTPServer):
 
     def _make(self, version: str) -> None:
         try:
-            asking = self.render().replace("<body>", f'<body data-version="{version}">', 1)  # for a newer one
-            self.made = version, asking.encode("utf-8", errors="replace")
+            page = self.render().replace("<body>", f'<body data-version="{version}">', 1)  # which the page polls
+            self.made = version, page.encode("utf-8", errors="replace")
         except (UserError, OSError) as error:
             if version != self.failed_of:
-                print(f"the report stays as it was: {error}", file=sys.stderr, flush=True)
+                print(f"the last report is kept: {error}", file=sys.stderr, flush=True)
             self.failed_of = version
             if not self.made[1]:
                 raise
 
     def version(self) -> str:
-        """Of the page that there is to load: the newest one's while another is made, or when that has failed."""
+        """The version of the page to load: the last good one's during another rendering, or if that failed."""
         current = fingerprint(self.folders)
         stays = self.made[1] and (self.lock.locked() or current == self.failed_of)
         return self.made[0] if stays else current
@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        # A foreign name may resolve to this machine. The port may be another: that of a tunnel's other end.
+        # A foreign name may resolve to this machine. The port may differ: that of a tunnel's other end.
         if (self.headers.get("Host") or "").partition(":")[0].lower() not in NAMES:
             self.send_error(HTTPStatus.FORBIDDEN)
         elif self.path == "/":
@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a page that asks every two seconds would fill the terminal."""
+        """Nothing: a page that polls every two seconds would fill the terminal."""
 
 
 def serve(folders: Sequence[Path], render: Callable[[], str], port: int) -> None:

@@ -1,10 +1,12 @@
-"""Run folders as launch/run.py writes them, made of chosen numbers: for tests of the report."""
+"""Run folders as launch/run.py writes them, with chosen numbers: for tests of the report."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
+
+from launch import report
 
 
 def write(
@@ -21,7 +23,7 @@ def write(
     rollouts_per_step: int = 0,
     settings: dict[str, dict] | None = None,
 ) -> Path:
-    """A run with one mean reward a step; it is finished unless it was to make more `steps`."""
+    """A run with one mean reward per step; it is finished unless it was to make more `steps`."""
     folder.mkdir(parents=True)
     fields = {"name": method} | ({} if alpha is None else {"alpha": alpha})
     planned = len(rewards) if steps is None else steps
@@ -61,10 +63,10 @@ def steady(steps: int) -> dict[str, list[float]]:
     return {name: [value] * steps for name, value in values.items()}
 
 
-def rollout(step: int, prompt: int, place: int) -> dict:
-    """The fourth of each group is right; the others have weights that fall below a half at their fourth token."""
-    right = place % 4 == 3
-    tokens = ["The", " sum", " is", "\n", str(place), ".", "</", "S", ">", "<|im_end|>"] * 3
+def rollout(step: int, prompt: int, index: int) -> dict:
+    """The fourth of each group is correct; the others have weights that fall below a half at their fourth token."""
+    correct = index % 4 == 3
+    tokens = ["The", " sum", " is", "\n", str(index), ".", "</", "S", ">", "<|im_end|>"] * 3
     count = len(tokens)
     return {
         "step": step,
@@ -76,14 +78,21 @@ def rollout(step: int, prompt: int, place: int) -> dict:
         "finish_reason": "stop",
         "reward_error": None,
         "tokens": tokens,
-        "reward": 4.1 if right else 0.1,
-        "correct": right,
-        "parts": {"correct": 4.0 * right, "format": 0.0, "present": 0.0, "steps": 0.1},
-        "advantage": 1.73 if right else -0.58,
+        "reward": 4.1 if correct else 0.1,
+        "correct": correct,
+        "parts": {"correct": 4.0 * correct, "format": 0.0, "present": 0.0, "steps": 0.1},
+        "advantage": 1.73 if correct else -0.58,
         "entropies": [0.25] * count,
-        "weights": [1.0] * count if right else [round(0.8 ** (i + 1), 4) for i in range(count)],
+        "weights": [1.0] * count if correct else [round(0.8 ** (i + 1), 4) for i in range(count)],
     }
 
 
 def lines(path: Path, records: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def report_of(*folders: Path) -> str:
+    """The page that launch/report.py writes of them."""
+    out = folders[0].parent / "out.html"
+    assert report.main([*map(str, folders), "--out", str(out)]) == 0
+    return out.read_text(encoding="utf-8")

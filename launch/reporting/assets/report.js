@@ -1,7 +1,7 @@
 "use strict";
 const { runs } = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
-const state = { run: 0, step: null, group: 0, colour: "entropy", theme: "system", ...remembered() };
+const state = { run: 0, step: null, group: 0, colour: "entropy", theme: "system", paper: false, ...remembered() };
 const ABSENT = "-";
 
 function remembered() {
@@ -20,8 +20,8 @@ function make(tag, attributes = {}, ...children) {
 }
 const shown = (value, digits = 2) => (value == null ? ABSENT : value.toFixed(digits));
 
-// --- what is looked at ----------------------------------------------------------------------------------------------
-// Steps with samples; of a run that has none, every step that has times.
+// --- selection ------------------------------------------------------------------------------------------------------
+// Steps with samples; for a run without samples, every step that has times.
 function stepsOf(run) {
   const sampled = [...new Set(run.groups.map((group) => group[0].step))];
   return sampled.length ? sampled : run.steps;
@@ -46,16 +46,16 @@ function choose(change) {
 function move(what, by) {
   if (what === "step") {
     const steps = stepsOf(runs[state.run]);
-    const place = Math.min(Math.max(steps.indexOf(state.step) + by, 0), steps.length - 1);
-    choose({ step: steps[place] ?? null, group: 0 });
+    const index = Math.min(Math.max(steps.indexOf(state.step) + by, 0), steps.length - 1);
+    choose({ step: steps[index] ?? null, group: 0 });
   } else {
     choose({ [what]: state[what] + by });
   }
 }
 
 // --- samples --------------------------------------------------------------------------------------------------------
-function largest(group, stream) {
-  return group.reduce((most, rollout) => rollout[stream].reduce((m, x) => Math.max(m, x ?? 0), most), 0);
+function largest(group, key) {
+  return group.reduce((max, rollout) => rollout[key].reduce((m, x) => Math.max(m, x ?? 0), max), 0);
 }
 
 function drawScale(group) {
@@ -65,27 +65,27 @@ function drawScale(group) {
   if (state.colour === "entropy") {
     scale.append("0", ramp("transparent", "var(--entropy)"), `${shown(largest(group, "entropies"))} nats of entropy`);
   } else if (state.colour === "weight") {
-    const most = Math.max(1, largest(group, "weights"));
-    scale.append("0", ramp("transparent", "var(--weight)"), `${shown(most)} token weight before normalising`);
+    const max = Math.max(1, largest(group, "weights"));
+    scale.append("0", ramp("transparent", "var(--weight)"), `${shown(max)} token weight before normalising`);
   } else {
     scale.append("negative", ramp("var(--negative)", "transparent"), "0", ramp("transparent", "var(--positive)"), "positive advantage of the rollout");
   }
 }
 
 function tokenSpans(rollout, group) {
-  const most = { entropy: largest(group, "entropies") || 1, weight: Math.max(1, largest(group, "weights")) };
+  const max = { entropy: largest(group, "entropies") || 1, weight: Math.max(1, largest(group, "weights")) };
   const widest = Math.max(...group.map((each) => Math.abs(each.advantage ?? 0))) || 1;
   const closes = closing(rollout);
   const tokens = rollout.tokens.length ? rollout.tokens : [rollout.text];
-  return tokens.flatMap((token, place) => {
-    const entropy = rollout.entropies[place], weight = rollout.weights[place];
-    const share = { entropy: entropy / most.entropy, weight: weight / most.weight, advantage: Math.abs(rollout.advantage) / widest };
+  return tokens.flatMap((token, index) => {
+    const entropy = rollout.entropies[index], weight = rollout.weights[index];
+    const share = { entropy: entropy / max.entropy, weight: weight / max.weight, advantage: Math.abs(rollout.advantage) / widest };
     const title = `entropy ${shown(entropy, 3)} nats, weight ${shown(weight, 3)}, advantage ${shown(rollout.advantage)}`;
     const span = make("span", { title }, token);
     span.style.setProperty("--share", Number.isFinite(share[state.colour]) ? share[state.colour].toFixed(3) : 0);
     if (token.includes("\n")) span.className = "newline";
     const mark = make("span", { class: "closes", title: "from here on a token counts less than half" }, "horizon closes: w < ½");
-    return place === closes ? [mark, span] : [span];
+    return index === closes ? [mark, span] : [span];
   });
 }
 
@@ -105,22 +105,22 @@ function horizonWords(rollout) {
 }
 
 function partsList(parts) {
-  const most = Math.max(1, ...Object.values(parts).map((value) => Math.abs(value ?? 0)));
+  const max = Math.max(1, ...Object.values(parts).map((value) => Math.abs(value ?? 0)));
   const rows = Object.entries(parts).flatMap(([name, value]) => {
-    const bar = make("i", { style: `width: ${(100 * Math.abs(value ?? 0)) / most}%${value < 0 ? "; background: var(--fails)" : ""}` });
+    const bar = make("i", { style: `width: ${(100 * Math.abs(value ?? 0)) / max}%${value < 0 ? "; background: var(--fails)" : ""}` });
     return [make("dt", {}, name), make("dd", { class: "bar", "aria-hidden": "true" }, bar), make("dd", {}, shown(value))];
   });
   return make("dl", { class: "parts", "aria-label": "parts of the reward" }, ...rows);
 }
 
-function card(rollout, place, group) {
-  const right = rollout.correct == null ? ABSENT : rollout.correct ? "✓ right" : "✗ wrong";
+function card(rollout, index, group) {
+  const correct = rollout.correct == null ? ABSENT : rollout.correct ? "✓ correct" : "✗ incorrect";
   const sign = rollout.advantage > 0 ? "+" : "";
-  const head = make("h4", {}, `${place + 1}. reward ${shown(rollout.reward)}`,
-    make("span", {}, right), make("span", {}, `advantage ${sign}${shown(rollout.advantage)}`), make("span", {}, rollout.finish ?? ABSENT));
+  const head = make("h4", {}, `${index + 1}. reward ${shown(rollout.reward)}`,
+    make("span", {}, correct), make("span", {}, `advantage ${sign}${shown(rollout.advantage)}`), make("span", {}, rollout.finish ?? ABSENT));
   const hue = state.colour === "advantage" ? (rollout.advantage < 0 ? "negative" : "positive") : state.colour;
   const body = make("div", { class: `tokens by-${hue}` }, ...tokenSpans(rollout, group));
-  const made = make("article", { class: "card", "aria-label": `rollout ${place + 1}` }, head, partsList(rollout.parts), body);
+  const made = make("article", { class: "card", "aria-label": `rollout ${index + 1}` }, head, partsList(rollout.parts), body);
   if (rollout.error) made.append(make("p", { class: "horizon" }, `The reward failed: ${rollout.error}`));
   const words = horizonWords(rollout);
   if (words) made.append(make("p", { class: "horizon" }, words));
@@ -154,11 +154,11 @@ function starts(time, early) {
 }
 
 function drawTimeline(run) {
-  const place = run.steps.indexOf(state.step);
-  const time = Object.fromEntries(Object.entries(run.times).map(([phase, values]) => [phase, values[place] ?? null]));
-  byId("timeline-of").textContent = `${run.name}, step ${state.step ?? ABSENT}: ${shown(time.step)} s in all, of which ${shown(time.wait)} s waiting for rollouts${time.ahead >= 0.005 ? ` and ${shown(time.ahead)} s for those of the next step` : ""}.`;
-  const sampledAhead = Number(run.settings["run.max_staleness"]) > 0 && place > 0;
-  const at = starts(time, sampledAhead ? run.times.publish[place - 1] ?? 0 : 0);
+  const index = run.steps.indexOf(state.step);
+  const time = Object.fromEntries(Object.entries(run.times).map(([phase, values]) => [phase, values[index] ?? null]));
+  byId("timeline-of").textContent = `${run.name}, step ${state.step ?? ABSENT}: ${shown(time.step)} s, of which ${shown(time.wait)} s waiting for rollouts${time.ahead >= 0.005 ? ` and ${shown(time.ahead)} s draining those in flight` : ""}.`;
+  const prefetched = Number(run.settings["run.max_staleness"]) > 0 && index > 0;
+  const at = starts(time, prefetched ? run.times.publish[index - 1] ?? 0 : 0);
   const known = PHASES.filter(([phase]) => time[phase] != null);
   if (!known.length) { byId("gantt").replaceChildren("No times of this step."); return; }
   const first = Math.min(0, ...known.map(([phase]) => at[phase]));
@@ -185,7 +185,7 @@ function drawSettings(run) {
   byId("all-settings").tBodies[0].replaceChildren(...rows);
 }
 
-// --- the whole ------------------------------------------------------------------------------------------------------
+// --- page -----------------------------------------------------------------------------------------------------------
 function fill(select, options, chosen) {
   select.replaceChildren(...options.map(([value, label]) => make("option", { value }, label)));
   select.value = String(chosen);
@@ -193,7 +193,7 @@ function fill(select, options, chosen) {
 
 function draw() {
   const run = runs[state.run], steps = stepsOf(run);
-  fill(byId("run"), runs.map((each, place) => [place, each.name]), state.run);
+  fill(byId("run"), runs.map((each, index) => [index, each.name]), state.run);
   fill(byId("step"), steps.map((step) => [step, step]), state.step);
   byId("step-back").disabled = steps.indexOf(state.step) <= 0;
   byId("step-on").disabled = steps.indexOf(state.step) >= steps.length - 1;
@@ -216,13 +216,13 @@ function nextTheme() {
   drawTheme();
 }
 
-const SECTIONS = ["claims", "tables", "figures", "look", "timeline", "settings-section", "notes"];
+const SECTIONS = [...document.querySelectorAll("main > section")];
 const KEYS = {
   ArrowLeft: () => move("step", -1), ArrowRight: () => move("step", 1),
   k: () => move("group", -1), j: () => move("group", 1), p: () => move("run", -1), n: () => move("run", 1),
   e: () => choose({ colour: "entropy" }), w: () => choose({ colour: "weight" }), a: () => choose({ colour: "advantage" }),
   t: nextTheme, "?": () => byId("keys").showModal(),
-  ...Object.fromEntries(SECTIONS.map((id, place) => [String(place + 1), () => byId(id).scrollIntoView()])),
+  ...Object.fromEntries(SECTIONS.map((section, index) => [String(index + 1), () => section.scrollIntoView()])),
 };
 
 document.addEventListener("keydown", (event) => {
@@ -241,8 +241,13 @@ for (const what of ["step", "group"]) {
 for (const input of document.getElementsByName("colour")) input.addEventListener("change", () => choose({ colour: input.value }));
 byId("theme").addEventListener("click", nextTheme);
 byId("help").addEventListener("click", () => byId("keys").showModal());
+const paper = byId("paper-details"); // whether it is open outlives the reload of a watched page
+if (paper) {
+  paper.open = state.paper;
+  paper.addEventListener("toggle", () => { state.paper = paper.open; remember(); });
+}
 
-// A watched page asks for the newest report's version, and loads that report when it has changed.
+// A watched page polls the report's version, and reloads when it has changed.
 async function watch() {
   for (;;) {
     await new Promise((wake) => setTimeout(wake, 2000));
@@ -250,7 +255,7 @@ async function watch() {
       const answer = await fetch("version");
       if (answer.ok && (await answer.text()) !== document.body.dataset.version) {
         location.reload();
-        return; // the page stands until the new one comes: it must not ask for a third
+        return; // the old page stays until the new one is loaded: it must not reload again
       }
       byId("watch").textContent = "watching";
     } catch {

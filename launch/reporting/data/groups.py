@@ -10,17 +10,16 @@ from common.methods import METHODS
 from launch.reporting.data.runs import OF_ONE_RUN, Run
 
 PAPER_ALPHA = 0.5
-IDEAS = (  # the fields of a method that make it what it is; a row with another of them is a mixture
-    *("opening", "advantage", "token_advantage", "token_weight", "selective", "top_entropy_fraction", "ratio"),
-)
+# The fields that make a method what it is: with another value of one of them it is a composition of methods.
+IDEAS = ("opening", "advantage", "token_advantage", "token_weight", "selective", "top_entropy_fraction", "ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """Runs that differ in their seed alone."""
 
-    label: str  # method and alpha, and whatever tells it from the other groups of its setting
-    setting: str  # model, and whatever tells apart what must not be compared
+    label: str  # method and alpha, and whatever else differs from the other groups of its setting
+    setting: str  # model, and whatever else differs between runs that must not be compared
     runs: tuple[Run, ...]
 
     @property
@@ -39,7 +38,7 @@ class Group:
 
         Whatever the normaliser, of which the paper has two.
         """
-        if _mixed_in(self.runs[0].settings):
+        if _composed(self.runs[0].settings):
             return ""
         if self.method == "grpo" or (self.method in ("ah-grpo", "sa-ah-grpo") and self.alpha == 0):
             return "GRPO"
@@ -54,6 +53,12 @@ class Group:
         return all(run.finished for run in self.runs)
 
     @property
+    def progress(self) -> str:
+        """Steps done by the slowest run, of those planned where they are fewer: "30", "12 of 30"."""
+        planned = self.runs[0].settings["run.steps"]
+        return str(planned) if self.finished else f"{min(run.num_steps for run in self.runs)} of {planned}"
+
+    @property
     def steps(self) -> list[int]:
         """Every step that a run recorded."""
         return sorted({int(step) for run in self.runs for step in run.steps})
@@ -63,7 +68,7 @@ class Group:
         return sorted({step for run in self.runs for step in run.pass_at_1()})
 
     def per_seed(self, measure: Callable[[Run], float]) -> np.ndarray:
-        """float [seeds], one number a seed: runs of the same seed repeat each other and are averaged."""
+        """float [seeds], one number per seed: runs of the same seed repeat each other and are averaged."""
         values = {seed: [measure(run) for run in self.runs if run.seed == seed] for seed in self.seeds}
         return np.array([np.nanmean(v) if np.isfinite(v).any() else np.nan for v in map(np.array, values.values())])
 
@@ -78,7 +83,7 @@ class Group:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """The runs grouped: by setting, then in the order of the table of methods and of alpha."""
+    """The runs grouped: by setting, then in the order of METHODS and of alpha."""
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
         by_settings.setdefault(_key(_identity(run)), []).append(run)
@@ -88,7 +93,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     for found, identity, setting in zip(by_settings.values(), identities, around, strict=True):
         name = identity["method.name"]
         peers = [other for other in identities if other["method.name"] == name]
-        extra = {k.removeprefix("method.") for k in _varying(peers) if _is_extra(k)} | set(_mixed_in(identity))
+        extra = {k.removeprefix("method.") for k in _varying(peers) if _is_extra(k)} | set(_composed(identity))
         changed = [f"{field}={identity.get(f'method.{field}')}" for field in sorted(extra)]
         elsewhere = [f"{k}={setting.get(k)}" for k in _varying(around) if k != "model.path"]
         alpha = [f"α {identity['method.alpha']:g}"] if identity.get("method.token_weight") == "horizon" else []
@@ -112,7 +117,7 @@ def settings_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """The settings in which the runs differ, their folders aside; what names an experiment comes first."""
+    """The settings in which the runs differ, except their folders; what names an experiment comes first."""
     keys = [key for key in _varying([run.settings for run in runs]) if key not in ("run.dir", "run.resume")]
     first = ("model.path", "method.name", "method.alpha", "run.seed")
     return sorted(keys, key=lambda key: (first.index(key) if key in first else len(first), key))
@@ -123,14 +128,14 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _key(identity: Mapping[str, Any]) -> str:
-    """The same text for the same settings: in TOML somebody may have written 0 for 0.0."""
+    """The same text for the same settings: a TOML file may have 0 for 0.0."""
     return repr([(k, float(v) if isinstance(v, int) else v) for k, v in sorted(identity.items())])
 
 
-def _mixed_in(settings: Mapping[str, Any]) -> list[str]:
-    """The ideas of a run that are not its row's own; none for a method that is not in the table."""
-    row = METHODS.get(str(settings["method.name"]))
-    return [field for field in IDEAS if row and settings[f"method.{field}"] != getattr(row, field)]
+def _composed(settings: Mapping[str, Any]) -> list[str]:
+    """The fields of IDEAS that are not the method's defaults; none for a method that is not in METHODS."""
+    method = METHODS.get(str(settings["method.name"]))
+    return [field for field in IDEAS if method and settings[f"method.{field}"] != getattr(method, field)]
 
 
 def _is_extra(key: str) -> bool:
@@ -138,6 +143,6 @@ def _is_extra(key: str) -> bool:
 
 
 def _varying(tables: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all tables, in order of their names."""
+    """The keys whose values differ between the tables, sorted."""
     keys = sorted({key for table in tables for key in table})
     return [key for key in keys if any(table.get(key) != tables[0].get(key) for table in tables)]

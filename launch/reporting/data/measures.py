@@ -1,4 +1,4 @@
-"""Single numbers of a run, and Pass@1 of a group: what tables, figures and claims are about; NaN where absent."""
+"""Single numbers of a run, and Pass@1 of a group, for tables, figures and claims; NaN where absent."""
 
 import math
 
@@ -15,7 +15,7 @@ from launch.reporting.data.statistics import (
     training_variance,
 )
 
-EDGE_STEPS = 5  # the first and the last steps that "at the start" and "at the end" are means of
+EDGE_STEPS = 5  # "at the start" and "at the end" are means of so many steps, of at most half of them in a short run
 
 
 def final(run: Run) -> float:
@@ -24,7 +24,7 @@ def final(run: Run) -> float:
 
 
 def peak(run: Run) -> float:
-    """The best Pass@1 of all checkpoints (of the trained model: step 0 does not count)."""
+    """The highest Pass@1 of all checkpoints (step 0, the model before training, does not count)."""
     return max((v for step, v in run.pass_at_1().items() if step > 0 and math.isfinite(v)), default=math.nan)
 
 
@@ -38,8 +38,8 @@ def variance(run: Run) -> float:
     return training_variance(run.series("reward/mean"))
 
 
-def variance_around_trend(run: Run) -> float:
-    """The training variance without what the run still learns meanwhile: around a straight line."""
+def detrended(run: Run) -> float:
+    """The detrended training variance: around a straight line, so without what the run still learns."""
     return detrended_variance(run.series("reward/mean"))
 
 
@@ -50,12 +50,16 @@ def mean_kl(run: Run) -> float:
 
 def at_start(run: Run, metric: str) -> float:
     """Mean of a metric over the first steps."""
-    return _mean(run.series(metric)[:EDGE_STEPS])
+    return _mean(run.series(metric)[: _edge(run)])
 
 
 def at_end(run: Run, metric: str) -> float:
     """Mean of a metric over the last steps."""
-    return _mean(run.series(metric)[-EDGE_STEPS:])
+    return _mean(run.series(metric)[-_edge(run) :])
+
+
+def _edge(run: Run) -> int:
+    return min(EDGE_STEPS, max(len(run.steps) // 2, 1))
 
 
 def change(run: Run, metric: str) -> float:
@@ -65,7 +69,7 @@ def change(run: Run, metric: str) -> float:
 
 
 def lowest(run: Run, metric: str) -> float:
-    """The least value of a metric over all steps."""
+    """The smallest value of a metric over all steps."""
     values = finite(run.series(metric))
     return float(values.min()) if len(values) else math.nan
 
@@ -83,7 +87,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def evaluated(group: Group, values: np.ndarray) -> Estimate:
-    """Pass@1 over seeds; of a single seed, or equal ones, with the interval of one evaluation."""
+    """Pass@1 over seeds; for one seed, or equal values, with the binomial interval of one evaluation."""
     estimate = bootstrap(values)
     if not estimate.has_interval:
         return binomial(estimate.value, max(run.num_problems for run in group.runs))

@@ -1,4 +1,4 @@
-"""Run folders as the report sees them: whatever is there is read, and told apart by name."""
+"""Run folders as the report reads them: torn or missing files are no error, and every run has a unique name."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from common.config import Config
 from common.methods import FACTS, Method, find
 from common.types import UserError
 
-# Settings in which repetitions of one experiment may differ: they name, seed, save and look at a run, or say how much
-# of a GPU's memory it takes (what the memory plan sets, launch/planning/memory_fit.py).
+# Settings in which repetitions of one experiment may differ: a run's name, seed, saving and logging, and how much of a
+# GPU's memory it takes (what the memory plan sets, launch/planning/memory_fit.py).
 OF_ONE_RUN = frozenset(
     (
         *("run.dir", "run.seed", "run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"),
@@ -28,12 +28,12 @@ OF_ONE_RUN = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run folder. Whatever a file lacks is NaN or absent, never an error: the run may be old, or still going on."""
+    """One run folder. Whatever a file lacks is NaN or absent, never an error: the run may be old, or not finished."""
 
     folder: Path
     name: str  # of the folder, made unique within a report
-    settings: Mapping[str, Any]  # "section.key" -> value, with the method's row and the defaults filled in
-    metrics: tuple[Mapping[str, Any], ...]  # one record a step, in order of the steps
+    settings: Mapping[str, Any]  # "section.key" -> value, with the method's and the configuration's defaults filled in
+    metrics: tuple[Mapping[str, Any], ...]  # one record per step, in order of the steps
     evaluations: tuple[Mapping[str, Any], ...]  # in order of the steps; step 0 is the base model
 
     @property
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """How far the run came."""
+        """The last recorded step."""
         return int(self.steps[-1]) if len(self.steps) else 0
 
     @property
@@ -73,7 +73,7 @@ class Run:
 
 
 def number(value: Any) -> float:
-    """The value as a float, NaN for anything that is no finite number."""
+    """The value as a float, NaN for anything that is not a finite number."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     try:
         return float(value) if good else math.nan
@@ -87,7 +87,7 @@ def is_step(value: Any) -> bool:
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, read as a stream; none if there is no file. Torn or foreign lines are left out."""
+    """The JSON objects of a file, read as a stream; none if there is no file. Torn or foreign lines are skipped."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -116,8 +116,8 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(name: str) -> Method | None:
-    """The method's row; None if it is not at hand: it may be an older one, or a module that is elsewhere."""
+def _method(name: str) -> Method | None:
+    """The method; None if it is not available: it may be an older one, or a module that is elsewhere."""
     try:
         return find(name)
     except (ValueError, SyntaxError):
@@ -125,11 +125,11 @@ def _row(name: str) -> Method | None:
 
 
 def read(folder: Path) -> Run:
-    """The run in `folder`. Raises UserError, in one line, where there is none."""
+    """The run in `folder`. Raises UserError, in one line, if there is none."""
     file = folder / "config.toml"
     if not file.is_file():
         raise UserError(
-            f"{folder} is no run folder (it has no config.toml, nor folders with one); name a folder that "
+            f"{folder} is not a run folder (no config.toml in it, nor in a folder in it); name a folder that "
             "launch/run.py wrote, or a grid's"
         )
     try:
@@ -137,12 +137,12 @@ def read(folder: Path) -> Run:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid TOML: {error}; name a folder that launch/run.py wrote") from None
     defaults = flat(Config().model_dump(mode="json", exclude_none=True))
-    row = _row(str(written.get("method.name", defaults["method.name"])))
-    fields = row.model_dump(mode="json", exclude=set(FACTS)) if row else {}
+    method = _method(str(written.get("method.name", defaults["method.name"])))
+    fields = method.model_dump(mode="json", exclude=set(FACTS)) if method else {}
     settings = defaults | {f"method.{key}": value for key, value in fields.items()} | written
     for key in ("run.seed", "run.steps", "method.alpha"):
         if math.isnan(number(settings.get(key, 0))):
-            raise UserError(f"{file}: {key}={settings[key]!r} is no number; name a folder that launch/run.py wrote")
+            raise UserError(f"{file}: {key}={settings[key]!r} is not a number; name a folder that launch/run.py wrote")
     return Run(
         folder=folder,
         name=folder.resolve().name,
@@ -153,7 +153,7 @@ def read(folder: Path) -> Run:
 
 
 def expanded(folders: Sequence[Path]) -> list[Path]:
-    """The folders, with those of the runs in it for a grid's folder; any other stays, for `read` to say what is off."""
+    """The folders; a grid's folder becomes those of its runs, any other stays for `read` to reject."""
     found: list[Path] = []
     for folder in folders:
         inside = [] if (folder / "config.toml").is_file() else sorted(folder.glob("*/config.toml"))
@@ -162,7 +162,7 @@ def expanded(folders: Sequence[Path]) -> list[Path]:
 
 
 def read_all(folders: Sequence[Path]) -> list[Run]:
-    """The runs of the folders, each once, under names that tell them apart."""
+    """The runs of the folders, each once, under unique names."""
     runs = [read(folder) for folder in {folder.resolve(): folder for folder in expanded(folders)}.values()]
     for depth in range(2, 20):
         if len({run.name for run in runs}) == len(runs):

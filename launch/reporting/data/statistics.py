@@ -18,7 +18,7 @@ STUDENT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A number with its 95 % interval; low and high are NaN where one cannot be told."""
+    """A number with its 95 % interval; low and high are NaN where there is none."""
 
     value: float
     low: float = math.nan
@@ -45,8 +45,8 @@ def bootstrap(values: Sequence[float] | np.ndarray) -> Estimate:
     """Mean over seeds with its bootstrap interval: percentiles of the means of resampled seeds.
 
     The percentiles are those of Hesterberg (2015), Phi(-sqrt(n / (n - 1)) t): a plain 2.5 % is far too narrow for
-    few seeds. Nothing widens it beyond the least and the largest seed: of 2, 3 or 4 seeds it is that range, which
-    covers about 50, 75 or 87 %. There is none of fewer than two seeds, nor of seeds that do not differ.
+    few seeds. Limit: it never reaches beyond the smallest and the largest seed. For 2, 3 or 4 seeds it is that range,
+    which covers about 50, 75 or 87 %. There is none for fewer than two seeds, nor for seeds that do not differ.
     """
     seeds = finite(values)
     if len(seeds) < 2 or np.ptp(seeds) == 0:
@@ -59,7 +59,7 @@ def bootstrap(values: Sequence[float] | np.ndarray) -> Estimate:
 
 
 def mean(values: Sequence[float] | np.ndarray) -> Estimate:
-    """Mean over seeds with Student's interval, which is honest for few seeds too; none where `bootstrap` has none."""
+    """Mean over seeds with Student's interval, which holds its level for few seeds; none where `bootstrap` has none."""
     seeds = finite(values)
     if len(seeds) < 2 or np.ptp(seeds) == 0:
         return Estimate(value=float(seeds.mean()) if len(seeds) else math.nan, num=len(seeds))
@@ -71,7 +71,7 @@ def mean(values: Sequence[float] | np.ndarray) -> Estimate:
 def difference(left: Sequence[float] | np.ndarray, right: Sequence[float] | np.ndarray) -> Estimate:
     """mean(left) - mean(right) over independent seeds with Welch's interval.
 
-    None for fewer than two seeds a side, or without any spread. `num` is the smaller number of seeds.
+    None for fewer than two seeds per side, or if neither side's seeds differ. `num` is the smaller number of seeds.
     """
     a, b = finite(left), finite(right)
     value = float(a.mean() - b.mean()) if len(a) and len(b) else math.nan
@@ -87,7 +87,7 @@ def difference(left: Sequence[float] | np.ndarray, right: Sequence[float] | np.n
 def ratio(left: Sequence[float] | np.ndarray, right: Sequence[float] | np.ndarray) -> Estimate:
     """Ratio of the geometric means of positive numbers over independent seeds; Welch's interval of the logarithms.
 
-    NaN where a number is not positive: a geometric mean without it would be that of other seeds.
+    NaN if a number is not positive: dropping its seed would give the ratio of the remaining seeds.
     """
     a, b = finite(left), finite(right)
     if (a <= 0).any() or (b <= 0).any():
@@ -112,9 +112,9 @@ def training_variance(rewards: np.ndarray) -> float:
 
 
 def detrended_variance(rewards: np.ndarray) -> float:
-    """Variance (population) of the same numbers around their least-squares line, so never above the training variance.
+    """Variance (population) of the same numbers around their least-squares line: at most the training variance.
 
-    That also counts what a run still learns in its second half; this does not.
+    The training variance also counts what a run still learns in its second half; this one does not.
     rewards: float [steps], NaN where a step has none. NaN if its second half has fewer than three numbers.
     """
     second_half = rewards[len(rewards) // 2 :]

@@ -1,4 +1,4 @@
-"""The claims of the paper, and what is measured for each: their numbers there, and of the runs given."""
+"""The claims of the paper, its own numbers for each, and what is measured for it in the runs given."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ from launch.reporting.data.groups import Group
 from launch.reporting.data.measures import at_end, base, change, final, highest, lowest, mean_kl, peak, variance
 from launch.reporting.data.runs import Run
 from launch.reporting.data.statistics import difference, mean, ratio
-from launch.reporting.paper.verdicts import Claim, Finished, Measured, Untold, Verdict, judge, refuse_unlike
+from launch.reporting.paper.verdicts import Claim, Finished, Measured, Missing, Verdict, judge, require_comparable
 
 MARGIN = 0.02  # of Pass@1; the paper's section 7 asks for caution below it
 KL_BOUND = 0.010
@@ -20,7 +20,7 @@ def variance_ratio(high: str, low: str) -> Callable[[Finished], Measured]:
         a, b = runs.pair(high, low)
         for group in (a, b):
             if (group.per_seed(variance) == 0).any():
-                raise Untold(f"a seed of {group.label} has no training variance at all, so that no ratio can be told")
+                raise Missing(f"a seed of {group.label} has a training variance of 0: no ratio")
         return f"training variance, {_name(a)} / {_name(b)}", ratio(a.per_seed(variance), b.per_seed(variance))
 
     return measure
@@ -32,7 +32,7 @@ def gain(value: Callable[[Run], float], words: str, left: str, right: str) -> Ca
     def measure(runs: Finished) -> Measured:
         a, b = runs.pair(left, right)
         if value is peak and a.evaluated_steps != b.evaluated_steps:
-            raise Untold(f"{a.label} and {b.label} were not evaluated at the same steps, so their peaks do not compare")
+            raise Missing(f"{a.label} and {b.label} were not evaluated at the same steps: peaks are not comparable")
         return f"{words}, {_name(a)} − {_name(b)}", difference(a.per_seed(value), b.per_seed(value))
 
     return measure
@@ -49,10 +49,10 @@ def own(value: Callable[[Run], float], words: str, role: str = "SA-AH-GRPO") -> 
 
 
 def largest_kl(runs: Finished) -> Measured:
-    """The mean KL of that one of the paper's methods which speaks most against a bound on all of them."""
+    """The mean KL of the one of the paper's methods that is the strongest evidence against a bound on all of them."""
     measured = [(f"mean KL, {g.label}", mean(g.per_seed(mean_kl))) for g in runs.groups if g.role]
     if not measured:
-        raise Untold("no finished run of the paper's methods")
+        raise Missing("no finished run of the paper's methods")
     above = [pair for pair in measured if pair[1].low > KL_BOUND]
     unsure = [pair for pair in measured if not pair[1].has_interval]
     return (above or unsure or [max(measured, key=lambda pair: pair[1].high)])[0]
@@ -68,8 +68,8 @@ def positive_over_negative(runs: Finished) -> Measured:
     sweep = runs.sweep("AH-GRPO")
     above, below = ([g for g in sweep if sign * g.alpha > 0] for sign in (1, -1))
     if not above or not below:
-        raise Untold("no finished sweep of AH-GRPO with alphas of both signs")
-    refuse_unlike([*above, *below])
+        raise Missing("no finished sweep of AH-GRPO with alphas of both signs")
+    require_comparable([*above, *below])
     estimate = difference(_pooled(above).per_seed(final), _pooled(below).per_seed(final))
     return "final Pass@1, AH-GRPO with α > 0 − α < 0", estimate
 
@@ -77,13 +77,13 @@ def positive_over_negative(runs: Finished) -> Measured:
 def negative_over_base(runs: Finished) -> Measured:
     """Final Pass@1 of AH-GRPO with negative alphas against the model before training."""
     if not (negative := [g for g in runs.sweep("AH-GRPO") if g.alpha < 0]):
-        raise Untold("no finished run of AH-GRPO with a negative α")
-    refuse_unlike(negative)
+        raise Missing("no finished run of AH-GRPO with a negative α")
+    require_comparable(negative)
     return "final − base Pass@1, AH-GRPO with α < 0", mean(_pooled(negative).per_seed(_gain_over_base))
 
 
 def _name(group: Group) -> str:
-    """A group's label; of a baseline with another reduction than the paper's own, with a warning."""
+    """A group's label; a baseline with another reduction than the paper's own is marked."""
     return f"{group.label} (Eq. 2, another reduction)" if group.method == "grpo" else group.label
 
 
@@ -156,9 +156,9 @@ CLAIMS = (
         below=True,
     ),
     Claim(
-        words="The rewards of a step spread by less than 0.25 in later training",
-        paper="3B: .115 to .240 in its table, but .488 at step 120; 1.5B: .255 to 1.57",
-        measure=own(lambda run: highest(run, "reward/std", later_half=True), "largest spread, second half"),
+        words="The standard deviation of a step's rewards stays below 0.25 in later training",
+        paper="3B: .163 to .240 from step 90 on, but .488 at step 120; 1.5B: .255 to 1.571",
+        measure=own(lambda run: highest(run, "reward/std", later_half=True), "largest reward std, second half"),
         threshold=0.25,
         below=True,
     ),
@@ -176,14 +176,14 @@ CLAIMS = (
         digits=4,
     ),
     Claim(
-        words="So the discount weakens by itself: the weight of negative rollouts rises",
+        words="The discount weakens by itself: the weight of negative rollouts rises",
         paper="3B: w̄₋ .174 → .619; 1.5B: .143 → .340",
         measure=own(lambda run: change(run, "weight/negative_mean"), "w̄₋, last − first steps"),
     ),
     Claim(
         words="The mean weight stays above 0.5 at every step",
-        paper="3B: least .516 of the steps shown; 1.5B: .580",
-        measure=own(lambda run: lowest(run, "weight/mean"), "least w̄ of a run"),
+        paper="smallest of the steps shown, 3B: .516; 1.5B: .580",
+        measure=own(lambda run: lowest(run, "weight/mean"), "smallest w̄ of a run"),
         threshold=0.5,
     ),
     Claim(
@@ -211,6 +211,5 @@ CLAIMS = (
 
 
 def verdicts(settings: dict[str, list[Group]]) -> list[Verdict]:
-    """Every claim in every setting that has a method of the paper; in all if none has."""
-    of_paper = {setting: groups for setting, groups in settings.items() if any(group.role for group in groups)}
-    return [judge(claim, setting, groups) for setting, groups in (of_paper or settings).items() for claim in CLAIMS]
+    """Every claim in every setting."""
+    return [judge(claim, setting, groups) for setting, groups in settings.items() for claim in CLAIMS]

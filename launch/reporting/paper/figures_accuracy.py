@@ -1,4 +1,4 @@
-"""Figures of Pass@1, made from runs, the paper's own curves beside them: 1 to 4, and the appendix's first."""
+"""Figures of Pass@1, of runs and of the paper: 1 to 4, and the appendix's first."""
 
 import math
 from collections.abc import Sequence
@@ -7,68 +7,22 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from launch.reporting.curves import BANDS, accuracy_panel, base_line, base_of, curve
 from launch.reporting.data.groups import PAPER_ALPHA, Group, settings_of
-from launch.reporting.data.measures import base, evaluated, final, pass_at, peak
+from launch.reporting.data.measures import evaluated, final, peak
 from launch.reporting.data.statistics import Estimate, binomial
 from launch.reporting.figure import Drawn, empty, legend, panels, step_axis
 from launch.reporting.paper import numbers
-from launch.reporting.style import COLOURS, INK, Style, styles
+from launch.reporting.style import COLOURS, Style, styles
 
 PAPER_STYLES = {
     name: Style(colour=COLOURS[name.lower()][0], line="-", marker=marker)
     for name, marker in (("GRPO", "o"), ("AH-GRPO", "s"), ("SA-AH-GRPO", "D"))
 }
-BANDS = (
-    "Bands: 95 %; of two seeds or more the bootstrap interval over seeds, of one seed (and of the paper's) the "
-    "binomial interval of the evaluation."
-)
-
-
-def curve(
-    axes: Axes, steps: Sequence[int], estimates: Sequence[Estimate], style: Style, label: str, *, crowded: bool = False
-) -> None:
-    """Pass@1 over steps with its 95 % band, fainter in a crowd; a single point has a bar instead."""
-    known = [(step, e) for step, e in zip(steps, estimates, strict=True) if math.isfinite(e.value)]
-    if not known:
-        return
-    at, found = zip(*known, strict=True)
-    low, high = [e.low for e in found], [e.high for e in found]
-    if len(known) > 1:
-        axes.fill_between(at, low, high, color=style.colour, alpha=0.06 if crowded else 0.15, linewidth=0)
-    else:
-        axes.vlines(at, low, high, color=style.colour, linewidth=1)
-    values = [e.value for e in found]
-    axes.plot(at, values, color=style.colour, linestyle=style.line, marker=style.marker, label=label)
-
-
-def base_line(axes: Axes, value: float) -> None:
-    """The base model's Pass@1, dashed."""
-    if math.isfinite(value):
-        axes.axhline(value, color=INK, linestyle=(0, (4, 3)), linewidth=1, label="base model (zero-shot)")
-
-
-def base_of(groups: Sequence[Group]) -> float:
-    """The base model's Pass@1 as the first run that measured it has it."""
-    return next((v for g in groups for v in map(base, g.runs) if math.isfinite(v)), math.nan)
-
-
-def pass_panel(axes: Axes, title: str, groups: Sequence[Group], looks: dict[str, Style]) -> None:
-    """Pass@1 of groups of one setting."""
-    axes.set_title(title)
-    for group in groups:
-        steps = [step for step in group.evaluated_steps if step > 0]  # step 0 is the base model's line
-        estimates = [pass_at(group, step) for step in steps]
-        curve(axes, steps, estimates, looks[group.label], group.label, crowded=len(groups) > 3)
-    if not axes.lines:
-        empty(axes, "no evaluation in these runs" if groups else "no run of it given")
-        return
-    base_line(axes, base_of(groups))
-    step_axis(axes)
-    axes.set_ylabel("greedy Pass@1")
 
 
 def paper_panel(axes: Axes, model: str, methods: Sequence[str]) -> None:
-    """Pass@1 as the paper has it."""
+    """Pass@1 in the paper."""
     axes.set_title(f"paper, {model}")
     for result in numbers.RESULTS[model]:
         if result.method in methods:
@@ -81,7 +35,7 @@ def paper_panel(axes: Axes, model: str, methods: Sequence[str]) -> None:
 
 
 def _chosen(groups: Sequence[Group], roles: Sequence[str]) -> list[Group]:
-    """The groups of some of the paper's methods; of a sweep those at the paper's alpha, if it has them."""
+    """The groups of some of the paper's methods; of a sweep those at the paper's alpha, if there are any."""
     found = []
     for role in roles:
         of_role = [g for g in groups if g.role == role]
@@ -93,11 +47,11 @@ def _trajectories(key: str, title: str, groups: Sequence[Group], roles: Sequence
     settings, looks = settings_of(groups), styles(groups)
     figure, axes = panels(len(settings) + len(models))
     for each, (setting, members) in zip(axes, settings.items(), strict=False):
-        pass_panel(each, setting, _chosen(members, roles), looks)
+        accuracy_panel(each, setting, _chosen(members, roles), looks)
     for each, model in zip(axes[len(settings) :], models, strict=True):
         paper_panel(each, model, roles)
     legend(figure, axes)
-    caption = f"{' and '.join(roles)}: these runs, and the paper's numbers. {BANDS}"
+    caption = f"{' and '.join(roles)}: these runs, and the paper's. {BANDS}"
     return Drawn(key=key, title=title, caption=caption, figure=figure)
 
 
@@ -116,7 +70,7 @@ def all_methods(groups: Sequence[Group]) -> Drawn:
     settings, looks = settings_of(groups), styles(groups)
     figure, axes = panels(len(settings) + 1, columns=2, width=4.9, height=3.6)
     for each, (setting, members) in zip(axes, settings.items(), strict=False):
-        pass_panel(each, setting, members, looks)
+        accuracy_panel(each, setting, members, looks)
     paper_panel(axes[-1], "Qwen2.5-3B", tuple(PAPER_STYLES))
     legend(figure, axes)
     return Drawn(key="figure-a1", title="Figure A1. Pass@1 of all methods on one panel", caption=BANDS, figure=figure)
@@ -129,7 +83,7 @@ def ablation(groups: Sequence[Group], key: str, title: str, roles: Sequence[str]
     figure, axes = panels(len(shown) + 1)
     for each, (setting, role) in zip(axes, shown, strict=False):
         sweep = sorted((g for g in settings[setting] if g.role in (role, "GRPO")), key=lambda g: g.alpha)
-        sweep = [g for g in sweep if g.method != "grpo"]  # α 0 of the sweep keeps its reduction; Eq. 2 does not
+        sweep = [g for g in sweep if g.method != "grpo"]  # Eq. 2 is another reduction than the sweep's
         for measure, look, side in ((peak, PEAK, -DODGE), (final, FINAL, DODGE)):
             points = [(g.alpha + side, evaluated(g, g.per_seed(measure))) for g in sweep]
             _points(each, points, look, COLOURS[role.lower()][0])
@@ -163,8 +117,8 @@ def _points(axes: Axes, points: Sequence[tuple[float, Estimate]], look: dict[str
         x, found = zip(*known, strict=True)
         values = np.array([e.value for e in found])
         low, high = (np.array([getattr(e, end) for e in found]) for end in ("low", "high"))
-        spread = np.nan_to_num([values - low, high - values])
-        axes.errorbar(x, values, yerr=spread, color=colour, capsize=2.5, elinewidth=0.9, **look)
+        bars = np.nan_to_num([values - low, high - values])
+        axes.errorbar(x, values, yerr=bars, color=colour, capsize=2.5, elinewidth=0.9, **look)
 
 
 def figure_4(groups: Sequence[Group]) -> Drawn:

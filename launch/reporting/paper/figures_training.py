@@ -1,4 +1,4 @@
-"""Figures of the training itself: reward, variance, entropy and weight over steps; and the diagram of the methods."""
+"""Figures of training: reward, variance, entropy and weight over steps; and the diagram of the methods."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from launch.reporting.curves import over_seeds
 from launch.reporting.data.groups import PAPER_ALPHA, Group, settings_of
 from launch.reporting.data.measures import variance
 from launch.reporting.data.statistics import Estimate, bootstrap
@@ -14,27 +15,12 @@ from launch.reporting.figure import Drawn, empty, legend, panels, step_axis
 from launch.reporting.paper import numbers
 from launch.reporting.style import COLOURS, INK, Style, styles
 
-MAX_BANDS = 4  # that one can still tell apart on one panel
-
-
-def _over_seeds(curves: np.ndarray) -> np.ndarray:
-    """float [steps], mean over seeds of [seeds, steps]; NaN where no seed has a number."""
-    known = np.isfinite(curves)
-    return np.where(
-        known.any(axis=0), np.where(known, curves, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1), np.nan
-    )
-
 
 def rewards(groups: Sequence[Group]) -> Drawn:
-    """Reward mean +- standard deviation over steps: all groups of a setting on one panel, then a panel each."""
+    """Reward mean +- standard deviation over steps, one panel per group."""
     looks, settings = styles(groups), settings_of(groups)
-    overlays = {setting: members for setting, members in settings.items() if len(members) > 1}
-    figure, axes = panels(max(len(overlays) + len(groups), 1), width=3.1, height=2.3, sharex=True, sharey=True)
-    for each, (setting, members) in zip(axes, overlays.items(), strict=False):
-        each.set_title("all" if len(settings) == 1 else f"all\n{setting}")
-        for group in members:
-            _reward(each, group, looks[group.label], band=0.08 if len(members) <= MAX_BANDS else 0.0)
-    for each, group in zip(axes[len(overlays) :], groups, strict=False):
+    figure, axes = panels(max(len(groups), 1), width=3.1, height=2.3, sharex=True, sharey=True)
+    for each, group in zip(axes, groups, strict=False):
         style = looks[group.label]
         each.set_title(group.label if len(settings) == 1 else f"{group.label}\n{group.setting}", color=style.colour)
         if not group.steps:
@@ -43,7 +29,9 @@ def rewards(groups: Sequence[Group]) -> Drawn:
         curves = group.curve("reward/mean")
         for seed in curves if len(curves) > 1 else ():
             each.plot(group.steps, seed, color=style.colour, linewidth=0.6, alpha=0.6)
-        _reward(each, group, style, band=0.18)
+        centre, std = over_seeds(curves), over_seeds(group.curve("reward/std"))
+        each.fill_between(group.steps, centre - std, centre + std, color=style.colour, alpha=0.18, linewidth=0)
+        each.plot(group.steps, centre, color=style.colour, linestyle=style.line)
         each.axvline(group.steps[len(group.steps) // 2], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     for each in axes:
         each.set_ylabel("reward")
@@ -54,20 +42,10 @@ def rewards(groups: Sequence[Group]) -> Drawn:
     return Drawn(
         key="figure-a3",
         title="Figure A3. Training reward over steps",
-        caption="Mean reward of a step's rollouts (thin: single seeds) ± their standard deviation. First, if there are "
-        "several, the methods of a setting together, in the colours of their own panels (many: without deviation). "
-        "Right of the dotted line: the second half of the steps, whose variance is the training variance.",
+        caption="Mean reward of a step's rollouts (thin: single seeds) ± their standard deviation. Right of the dotted "
+        "line: the second half of the steps, whose variance is the training variance.",
         figure=figure,
     )
-
-
-def _reward(axes: Axes, group: Group, style: Style, *, band: float) -> None:
-    """The mean over seeds, and a band of this opacity around it."""
-    if not group.steps:
-        return
-    centre, spread = _over_seeds(group.curve("reward/mean")), _over_seeds(group.curve("reward/std"))
-    axes.fill_between(group.steps, centre - spread, centre + spread, color=style.colour, alpha=band, linewidth=0)
-    axes.plot(group.steps, centre, color=style.colour, linestyle=style.line)
 
 
 def variances(groups: Sequence[Group]) -> Drawn:
@@ -93,7 +71,7 @@ def variances(groups: Sequence[Group]) -> Drawn:
         key="training-variance",
         title="Training variance",
         caption="Variance of the mean step reward over the second half of the steps (logarithmic). Circles: seeds; "
-        "diamond and bar: mean and bootstrap 95 % interval over seeds. A variance of 0 has no place on this scale.",
+        "diamond and bar: mean and bootstrap 95 % interval over seeds. Limit: a variance of 0 is not on this scale.",
         figure=figure,
     )
 
@@ -103,11 +81,11 @@ def _dots(axes: Axes, title: str, rows: Sequence[tuple[str, np.ndarray, Style]])
     if not any((values > 0).any() for _, values, _ in rows):
         empty(axes, "no run has a variance yet")
         return
-    for place, (_, values, style) in enumerate(rows):
+    for row, (_, values, style) in enumerate(rows):
         estimate: Estimate = bootstrap(values)
-        axes.plot([estimate.low, estimate.high], [place, place], color=style.colour, linewidth=2.2)
-        axes.plot(values, [place] * len(values), "o", color=style.colour, markerfacecolor="none", markersize=4)
-        axes.plot([estimate.value], [place], "D", color=style.colour, markersize=5)
+        axes.plot([estimate.low, estimate.high], [row, row], color=style.colour, linewidth=2.2)
+        axes.plot(values, [row] * len(values), "o", color=style.colour, markerfacecolor="none", markersize=4)
+        axes.plot([estimate.value], [row], "D", color=style.colour, markersize=5)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -121,21 +99,21 @@ NEGATIVE: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (1, 1)), "marker"
 
 
 def entropy_and_weight(groups: Sequence[Group]) -> Drawn:
-    """Normalised entropy and mean token weight over steps, of the methods that discount and of their baseline."""
+    """Normalised entropy and mean token weight over steps, of the discounting methods and their baseline."""
     looks = styles(groups)
     chosen = [g for g in groups if g.role and (g.alpha in (0, PAPER_ALPHA))] or list(groups)
     settings = settings_of(chosen)
     figure, axes = panels(2 * len(settings) + 2, columns=2, width=4.9)
-    for place, (setting, members) in enumerate(settings.items()):
-        entropy, weight = axes[2 * place : 2 * place + 2]
+    for row, (setting, members) in enumerate(settings.items()):
+        entropy, weight = axes[2 * row : 2 * row + 2]
         for group in (g for g in members if g.steps):
             style = looks[group.label]
             look = {"color": style.colour, "linestyle": style.line}
-            entropy.plot(group.steps, _over_seeds(group.curve("entropy/normalized_mean")), label=group.label, **look)
-            weight.plot(group.steps, _over_seeds(group.curve("weight/mean")), label=group.label, **look)
+            entropy.plot(group.steps, over_seeds(group.curve("entropy/normalized_mean")), label=group.label, **look)
+            weight.plot(group.steps, over_seeds(group.curve("weight/mean")), label=group.label, **look)
             if group.alpha:
                 weight.plot(
-                    group.steps, _over_seeds(group.curve("weight/negative_mean")), color=style.colour, **NEGATIVE
+                    group.steps, over_seeds(group.curve("weight/negative_mean")), color=style.colour, **NEGATIVE
                 )
         entropy.set_title(setting)
         weight.set_title(setting)
@@ -145,21 +123,21 @@ def entropy_and_weight(groups: Sequence[Group]) -> Drawn:
         each.plot(published[:, 0], published[:, column], **published_look)
         each.set_title("paper, Qwen2.5-3B")
     axes[-1].plot(published[:, 0], published[:, 7], color=published_look["color"], **NEGATIVE)
-    for place, each in enumerate(axes):
-        each.set_ylabel("mean token weight w̄" if place % 2 else "mean normalised entropy H̄")
+    for index, each in enumerate(axes):
+        each.set_ylabel("mean token weight w̄" if index % 2 else "mean normalised entropy H̄")
         step_axis(each)
     legend(figure, axes)
     return Drawn(
         key="figure-a4",
         title="Figure A4. Entropy and token weight over steps",
-        caption="Means over seeds; dotted: the weight of tokens in rollouts of negative advantage (in the paper's "
-        "Table 6 it is 0 where a step has none).",
+        caption="Means over seeds; dotted: the weight of tokens in rollouts of negative advantage (0 in the paper's "
+        "Table 6 where a step has none).",
         figure=figure,
     )
 
 
 def diagram() -> Drawn:
-    """Token weights of one rollout under the paper's three methods, of positive and of negative advantage."""
+    """Token weights of a rollout of positive and of negative advantage under the paper's three methods."""
     entropies = np.array([0.02, 0.05, 0.30, 0.04, 0.02, 0.45, 0.10, 0.03, 0.35, 0.05, 0.02, 0.20])
     discounted = np.exp(-PAPER_ALPHA * np.cumsum(entropies))
     uniform = np.ones_like(discounted)
@@ -181,7 +159,7 @@ def diagram() -> Drawn:
         key="figure-a5",
         title="Figure A5. What the methods do to a token's weight",
         caption="The same made-up entropies in a rollout of positive (above) and of negative advantage (below), α 0.5: "
-        "wₜ = exp(−α (H̃₁ + … + H̃ₜ)). AH-GRPO discounts both, SA-AH-GRPO only what went wrong; each uncertain token "
-        "lowers the weight of all that follow.",
+        "wₜ = exp(−α (H̃₁ + … + H̃ₜ)). AH-GRPO discounts both, SA-AH-GRPO only negative advantages; each uncertain "
+        "token lowers the weight of all that follow.",
         figure=figure,
     )

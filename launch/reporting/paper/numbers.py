@@ -1,4 +1,4 @@
-"""The numbers of the paper (arXiv 2606.05434), and the notes that a reader of them needs."""
+"""The numbers of the paper (arXiv 2606.05434), and remarks on them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,18 +8,17 @@ import numpy as np
 NUM_PROBLEMS = 500  # of its evaluations; its ± are 1.96 sqrt(p (1 - p) / 500)
 STEPS = (30, 60, 90, 120, 150, 180)  # its evaluated checkpoints
 
-# Remarks on single numbers, by key; the tables mark the numbers, the report prints the remarks in this order.
+# Remarks on single numbers, by key: the tables mark the numbers, the report prints the remarks in this order.
 FOOTNOTES: Mapping[str, str] = {
     "token-mean": "α = 0 in the paper's Eq. 6 and 9 is a mean over tokens, not Eq. 2, which is a mean of each "
     "sequence's mean. A fair baseline keeps one reduction: sa-ah-grpo with alpha 0. Eq. 2 is the method grpo.",
     "denominator": "The denominator Σ w̃ of Eq. 9 also scales the tokens of positive rollouts up (×1.081 for two "
-    "rollouts of 3 tokens, one positive, H̃ .1, .2, .3, α .5): SA-AH-GRPO does not leave them as they are.",
-    "repeated": "The paper's 1.5B rows of GRPO and AH-GRPO repeat the variance and the KL of its 3B rows digit "
-    "for digit.",
-    "one-seed": "The paper's 3.6× is one seed (123), and 180 steps of SA-AH-GRPO against 150 of the others: the second "
-    "halves are not the same steps, and no interval over seeds is known.",
+    "rollouts of 3 tokens, one positive, H̃ .1, .2, .3, α .5): SA-AH-GRPO does not leave them unchanged.",
+    "repeated": "The paper's 1.5B rows of GRPO and AH-GRPO have exactly the variance and the KL of its 3B rows.",
+    "one-seed": "The paper's 3.6× comes from one seed (123), without an interval, and compares 180 steps of SA-AH-GRPO "
+    "with 150 of the others: the second halves are not the same steps.",
     "base": "The paper lowers its measured base by 1.5 points (.846 → .831 for 3B, .652 → .637 for 1.5B). Against the "
-    "measured base the gain at 3B is nil.",
+    "measured base the gain at 3B is 0.",
     "partial": "The paper calls its run at α 0.25 partial (steps 30 and 60 only) and yet prints five checkpoints.",
     "peak-order": "The paper's text says that α 0.10 has the highest peak (.670); its own table has .676 at α 0.25 "
     "and 0.50.",
@@ -60,7 +59,7 @@ def _row(method: str, alpha: float, curve: tuple[float, ...], variance: float, k
     )
 
 
-TWICE = {"variance": "repeated", "kl": "repeated"}
+REPEATED = {"variance": "repeated", "kl": "repeated"}
 
 # Tables 2, 3 and 4.
 RESULTS: Mapping[str, tuple[Result, ...]] = {
@@ -76,8 +75,8 @@ RESULTS: Mapping[str, tuple[Result, ...]] = {
     ),
     "Qwen2.5-1.5B": (
         _base(0.637),
-        _row("GRPO", 0.0, (0.656, 0.666, 0.650, 0.668, 0.660), 0.0885, 0.00537, method="token-mean", **TWICE),
-        _row("AH-GRPO", 0.5, (0.654, 0.676, 0.674, 0.660, 0.650), 0.0630, 0.00512, **TWICE),
+        _row("GRPO", 0.0, (0.656, 0.666, 0.650, 0.668, 0.660), 0.0885, 0.00537, method="token-mean", **REPEATED),
+        _row("AH-GRPO", 0.5, (0.654, 0.676, 0.674, 0.660, 0.650), 0.0630, 0.00512, **REPEATED),
         _row(
             *("SA-AH-GRPO", 0.5, (0.648, 0.644, 0.664, 0.682, 0.670, 0.686), 0.1718, 0.00986),
             method="denominator",

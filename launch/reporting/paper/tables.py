@@ -1,4 +1,4 @@
-"""Tables 2 to 7 of the paper, made from runs, with the paper's own rows beside them."""
+"""Tables 2 to 7 of the paper, of the runs given, followed by the paper's own rows."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from launch.reporting.data.groups import Group
 from launch.reporting.data.measures import (
     base,
+    detrended,
     evaluated,
     final,
     mean_kl,
     pass_at,
     peak,
     variance,
-    variance_around_trend,
 )
 from launch.reporting.data.runs import Run
 from launch.reporting.data.statistics import Estimate, binomial, bootstrap
@@ -43,13 +43,6 @@ def _seeds(group: Group) -> Cell:
     return _word(f"{len(group.seeds)}" + ("" if group.finished else " (not finished)"))
 
 
-def _steps(group: Group) -> Cell:
-    """Steps done, of those planned where they are fewer."""
-    done = {run.num_steps for run in group.runs}
-    planned = group.runs[0].settings["run.steps"]
-    return _word(planned if group.finished else f"{min(done)} of {planned}")
-
-
 def summary(groups: Sequence[Group]) -> Table:
     """Table 2."""
     rows = []
@@ -62,12 +55,12 @@ def summary(groups: Sequence[Group]) -> Table:
         cells = (
             _word(group.setting),
             _word(group.label, _method_note(group)),
-            _steps(group),
+            _word(group.progress),
             _seeds(group),
             Cell(value=evaluated(group, group.per_seed(final))),
             Cell(value=evaluated(group, group.per_seed(peak))),
             Cell(value=bootstrap(group.per_seed(variance)), digits=4),
-            Cell(value=bootstrap(group.per_seed(variance_around_trend)), digits=4),
+            Cell(value=bootstrap(group.per_seed(detrended)), digits=4),
             Cell(value=bootstrap(group.per_seed(mean_kl)), digits=5),
         )
         rows.append(Row(cells=cells))
@@ -75,23 +68,23 @@ def summary(groups: Sequence[Group]) -> Table:
         rows += [_paper_row(model, result) for result in results]
     return Table(
         key="table-2",
-        title="Table 2. Summary",
-        caption="Pass@1 at the last checkpoint and the best of all checkpoints (the best of several noisy numbers is "
-        "too high by nature); training variance: of the mean step reward over the second half of the steps, which "
-        "also counts what a run still learns in them; around its trend: around a straight line through them (ours, not "
-        "the paper's). An unfinished run counts with the steps that it has. ± is the binomial 95 % interval of one "
-        "evaluation, [ ] the bootstrap 95 % interval over seeds; of fewer than five seeds it is their range, from the "
-        "least to the largest, which covers less than 95 %.",
+        number="Table 2",
+        title="Summary",
+        caption="Pass@1 after the last step, and the peak of all checkpoints (biased upwards: the maximum of several "
+        "noisy numbers). Train variance: of the mean step reward over the second half of the steps, which also counts "
+        "what a run still learns in them; detrended: around a straight line through them. An unfinished run counts "
+        "with the steps that it has.",
+        paper_caption="The detrended variance is ours, not the paper's.",
         columns=(
             *("model", "method", "steps", "seeds", "Pass@1 final ↑", "Pass@1 peak ↑"),
-            *("train variance ↓", "around its trend ↓", "mean KL"),
+            *("train variance ↓", "detrended ↓", "mean KL"),
         ),
         rows=tuple(rows),
     )
 
 
 def _base_row(setting: str, runs: Sequence[Run]) -> Row:
-    """The model before training: greedy, so that all runs of a setting measure the same number."""
+    """The model before training: greedy, so all runs of a setting measure the same number."""
     measured = [(base(run), run.num_problems) for run in runs if math.isfinite(base(run))]
     value, num = measured[0] if measured else (math.nan, 0)
     words = (_word(setting), _word("base (zero-shot)"), _word(None), _word(None))
@@ -135,16 +128,17 @@ def checkpoints(groups: Sequence[Group]) -> Table:
             rows.append(Row(cells=(*words, *passes), of_paper=True))
     return Table(
         key="tables-3-4",
-        title="Tables 3 and 4. Pass@1 at each evaluated checkpoint",
-        caption="Greedy decoding; step 0 is the base model. The paper's rows: Table 3 (3B) and Table 4 (1.5B); "
-        "their ± by its formula.",
+        number="Tables 3 and 4",
+        title="Pass@1 at each evaluated checkpoint",
+        caption="Greedy decoding; step 0 is the base model.",
+        paper_caption="The paper's rows: Table 3 (3B) and Table 4 (1.5B); their ± by its formula.",
         columns=("model", "method", *(f"step {step}" for step in steps)),
         rows=tuple(rows),
     )
 
 
 def ablation(groups: Sequence[Group]) -> Table:
-    """Table 5; the sweep of SA-AH-GRPO, which the paper leaves to future work, stands in it too."""
+    """Table 5, and the sweep of SA-AH-GRPO, which the paper leaves to future work."""
     chosen = [group for group in groups if group.role and group.method != "grpo"]  # Eq. 2: another loss
     steps = sorted({step for group in chosen for step in group.evaluated_steps if step} | set(numbers.STEPS[:-1]))
     rows = [
@@ -175,9 +169,10 @@ def ablation(groups: Sequence[Group]) -> Table:
         rows.append(Row(cells=cells, of_paper=True))
     return Table(
         key="table-5",
-        title="Table 5. α ablation",
-        caption="Pass@1 at each checkpoint; peak and final. α 0: the recipe's GRPO. The paper sweeps AH-GRPO alone; "
-        "peak and final of its last row are those of 180 steps.",
+        number="Table 5",
+        title="α ablation",
+        caption="Pass@1 at each checkpoint; peak and final. α 0: the recipe's GRPO.",
+        paper_caption="The paper sweeps AH-GRPO alone; peak and final of its last row are those of 180 steps.",
         columns=("model", "method", "α", *(f"step {step}" for step in steps), "peak ↑", "final ↑"),
         rows=tuple(rows),
     )
@@ -198,8 +193,9 @@ def diagnostics(groups: Sequence[Group]) -> Table:
             rows.append(Row(cells=cells, of_paper=True))
     return Table(
         key="tables-6-7",
-        title="Tables 6 and 7. Diagnostics at selected steps",
-        caption="Of single steps, means over seeds: reward mean and standard deviation over the step's rollouts; KL: "
+        number="Tables 6 and 7",
+        title="Diagnostics at selected steps",
+        caption="Single steps, means over seeds. Reward: mean and standard deviation over the step's rollouts; KL: "
         "mean per token (k3 here); H̄: mean normalised entropy; w̄: mean token weight, w̄₋: on rollouts of negative "
         "advantage; f₋: fraction of these; len: mean completion length in tokens.",
         columns=("model", "method", "step", "Pass@1", "reward", "reward std", "KL", "H̄", "w̄", "w̄₋", "f₋", "len"),

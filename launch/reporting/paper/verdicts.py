@@ -1,6 +1,6 @@
-"""How a claim is decided by an interval over seeds: it holds, does not hold, or cannot be told.
+"""How an interval over seeds decides a claim: it holds, does not hold, or is inconclusive.
 
-Verdicts use Student's and Welch's intervals, which stay honest for few seeds; only finished runs count.
+Verdicts use Student's and Welch's intervals, which hold their level for few seeds; only finished runs count.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,26 +12,26 @@ import numpy as np
 from launch.reporting.data.groups import PAPER_ALPHA, Group, differences
 from launch.reporting.data.statistics import Estimate
 
-HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told with these runs"
+HOLDS, FAILS, INCONCLUSIVE = "holds", "does not hold", "inconclusive"
 IN_WHICH_METHODS_DIFFER = {"method.name", "method.alpha", "method.token_weight", "method.selective"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What these runs say about one claim, in words and with the numbers behind them."""
+    """What these runs show of one claim, and the numbers behind it."""
 
     claim: str
     paper: str  # the paper's own numbers
     setting: str
-    verdict: str  # one of HOLDS, FAILS, UNKNOWN
+    verdict: str  # one of HOLDS, FAILS, INCONCLUSIVE
     reason: str
 
 
-class Untold(Exception):
-    """A claim for which the runs hold no numbers; the message says what is missing."""
+class Missing(Exception):
+    """The runs hold no numbers for a claim; the message names what is missing."""
 
 
-Measured = tuple[str, Estimate]  # what was measured, in words, and how it came out
+Measured = tuple[str, Estimate]  # what was measured, in words, and its value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Claim:
 
 
 class Finished:
-    """The finished runs of one setting, grouped, by their name in the paper. Raises Untold for what is not there."""
+    """The finished runs of one setting, grouped, by their name in the paper. Raises Missing for what is not there."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         whole = [replace(group, runs=tuple(run for run in group.runs if run.finished)) for group in groups]
@@ -57,15 +57,15 @@ class Finished:
         return [group for group in self.groups if group.role == role]
 
     def candidates(self, role: str) -> list[Group]:
-        """The groups that may stand for a method: at the paper's alpha; GRPO's best with the others' reduction."""
+        """The groups that may stand for a method: at the paper's alpha; of GRPO those of the others' reduction."""
         found = self.sweep(role)
         if not found:
-            raise Untold(f"no finished run of {role}")
+            raise Missing(f"no finished run of {role}")
         if role == "GRPO":
             return [g for g in found if g.method != "grpo"] or found
         at_alpha = [g for g in found if g.alpha == PAPER_ALPHA]
         if not at_alpha:
-            raise Untold(f"no finished run of {role} at the paper's α {PAPER_ALPHA:g}")
+            raise Missing(f"no finished run of {role} at the paper's α {PAPER_ALPHA:g}")
         return at_alpha
 
     def one(self, role: str) -> Group:
@@ -75,7 +75,7 @@ class Finished:
         """Two methods that differ in nothing else."""
         pairs = list(product(self.candidates(left), self.candidates(right)))
         found = next((pair for pair in pairs if not other_differences(pair)), pairs[0])
-        refuse_unlike(found)
+        require_comparable(found)
         return found
 
 
@@ -85,30 +85,38 @@ def other_differences(groups: Sequence[Group]) -> list[str]:
     return [key for key in differences([g.runs[0] for g in groups]) if key.startswith("method.") and key not in known]
 
 
-def refuse_unlike(groups: Sequence[Group]) -> None:
-    """Raise Untold if something else differs between the groups too."""
+def require_comparable(groups: Sequence[Group]) -> None:
+    """Raise Missing if the groups differ in more than their methods."""
     if keys := other_differences(groups):
         names = " and ".join(dict.fromkeys(g.label for g in groups))
-        raise Untold(f"{names} differ in {', '.join(keys)} too, so they do not compare")
+        raise Missing(f"{names} also differ in {', '.join(keys)}: not comparable")
 
 
 def judge(claim: Claim, setting: str, groups: Sequence[Group]) -> Verdict:
-    """Holds or fails if the whole interval is on one side of the threshold; otherwise it cannot be told."""
+    """Holds or fails if the whole interval is on one side of the threshold; otherwise inconclusive."""
     try:
         words, estimate = claim.measure(Finished(groups))
         if not np.isfinite(estimate.value):
-            raise Untold(f"{words}: not recorded in these runs")
+            raise Missing(f"{words}: not recorded in these runs")
         found = f"{words}: {estimate.value:.{claim.digits}f}"
         if not estimate.has_interval:
-            raise Untold(f"{found}, without an interval: {_seeds(estimate.num)}, and a spread needs two that differ")
-    except Untold as missing:
-        return Verdict(claim=claim.words, paper=claim.paper, setting=setting, verdict=UNKNOWN, reason=str(missing))
+            raise Missing(f"{found} ({_seeds(estimate.num)}); an interval needs two seeds that differ")
+    except Missing as missing:
+        return Verdict(claim=claim.words, paper=claim.paper, setting=setting, verdict=INCONCLUSIVE, reason=str(missing))
     above, under = estimate.low > claim.threshold, estimate.high < claim.threshold
-    verdict = UNKNOWN if not (above or under) else HOLDS if above != claim.below else FAILS
+    verdict = INCONCLUSIVE if not (above or under) else HOLDS if above != claim.below else FAILS
     interval = f"[{estimate.low:.{claim.digits}f}, {estimate.high:.{claim.digits}f}]"
     relation = "lies above" if above else "lies below" if under else "contains"
     reason = f"{found}, 95 % {interval} {relation} {claim.threshold:g} ({_seeds(estimate.num)})"
     return Verdict(claim=claim.words, paper=claim.paper, setting=setting, verdict=verdict, reason=reason)
+
+
+def decided(found: Sequence[Verdict]) -> dict[str, list[Verdict]]:
+    """Setting -> its verdicts, inconclusive ones last; only settings in which at least one claim is decided."""
+    by_setting: dict[str, list[Verdict]] = {}
+    for each in sorted(found, key=lambda verdict: verdict.verdict == INCONCLUSIVE):
+        by_setting.setdefault(each.setting, []).append(each)
+    return {setting: of_it for setting, of_it in by_setting.items() if of_it[0].verdict != INCONCLUSIVE}
 
 
 def _seeds(num: int) -> str:

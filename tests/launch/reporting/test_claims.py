@@ -1,4 +1,4 @@
-"""Which runs are compared, what the tables say of them, and when a claim of the paper holds."""
+"""Which runs are compared, what the tables show of them, and when a claim of the paper holds."""
 
 import pytest
 import run_folders
@@ -8,7 +8,7 @@ from launch.reporting.data.groups import group, settings_of
 from launch.reporting.data.runs import OF_ONE_RUN, read_all
 from launch.reporting.paper import tables
 from launch.reporting.paper.claims import CLAIMS, verdicts
-from launch.reporting.paper.verdicts import FAILS, HOLDS, UNKNOWN, judge
+from launch.reporting.paper.verdicts import FAILS, HOLDS, INCONCLUSIVE, decided, judge
 
 QUIET, WILD = (1.0, 1.0, 2.0, 2.2), (1.0, 1.0, 2.0, 6.0)
 
@@ -42,10 +42,10 @@ def verdict(runs, words):
 LESS = "less variance than GRPO"
 
 
-def test_a_mixture_is_none_of_the_papers_methods_and_says_what_it_mixes(tmp_path):
+def test_a_composition_is_none_of_the_papers_methods_and_its_label_has_the_fields(tmp_path):
     asymmetric = {"method": {"advantage": "asymmetric", "beta_pos": 0.9}}
     for seed in (1, 2, 3):
-        run_folders.write(tmp_path / f"mixed-{seed}", seed=seed, passes={0: 0.1, 4: 0.9}, settings=asymmetric)
+        run_folders.write(tmp_path / f"composed-{seed}", seed=seed, passes={0: 0.1, 4: 0.9}, settings=asymmetric)
     (alone,) = group(read_all([tmp_path]))
     assert (alone.role, alone.label) == ("", "sa-ah-grpo, α 0.5, advantage=asymmetric")
     run_folders.write(tmp_path / "plain", passes={0: 0.5, 4: 0.5})
@@ -60,19 +60,26 @@ def test_both_of_the_papers_reductions_are_grpo(tmp_path):
     assert [g.role for g in group(read_all([tmp_path]))] == ["GRPO", "AH-GRPO"]
 
 
-def test_claims_are_about_settings_that_have_a_method_of_the_paper(tmp_path):
-    run_folders.write(tmp_path / "ah", method="ah-grpo")
-    run_folders.write(tmp_path / "holder", method="holder", alpha=None, settings={"learner": {"inner_updates": 2}})
-    settings = settings_of(group(read_all([tmp_path])))
-    assert len(settings) == 2
-    assert len(verdicts(settings)) == len(CLAIMS)
-    assert len(verdicts({k: v for k, v in settings.items() if v[0].method == "holder"})) == len(CLAIMS)
+def test_only_settings_that_decide_a_claim_are_kept_and_its_decided_claims_come_first(tmp_path):
+    grid(tmp_path, lambda name: QUIET if name == "SA-AH-GRPO" else WILD)
+    for seed in (1, 2, 3):  # another setting, with a method that the paper does not have
+        other = {"learner": {"inner_updates": 2}}
+        run_folders.write(tmp_path / f"holder-{seed}", method="holder", alpha=None, seed=seed, settings=other)
+    found = verdicts(settings_of(group(read_all([tmp_path]))))
+    assert len(found) == 2 * len(CLAIMS)
+    ((setting, kept),) = decided(found).items()
+    assert "inner_updates=1" in setting
+    words = [each.verdict for each in kept]
+    num_decided = len(CLAIMS) - words.count(INCONCLUSIVE)
+    assert 0 < num_decided < len(CLAIMS)
+    assert INCONCLUSIVE not in words[:num_decided]
+    assert decided([each for each in found if each.setting != setting]) == {}
 
 
 def test_a_claim_holds(tmp_path):
     found = verdict(grid(tmp_path, lambda name: QUIET if name == "SA-AH-GRPO" else WILD), LESS)
     assert found.verdict == HOLDS
-    assert "sa-ah-grpo, α 0 / sa-ah-grpo, α 0.5: 400.00" in found.reason  # spreads 0.1 and 2 around their means
+    assert "sa-ah-grpo, α 0 / sa-ah-grpo, α 0.5: 400.00" in found.reason  # standard deviations 2 and 0.1
     assert "lies above 1 (3 seeds)" in found.reason
 
 
@@ -82,23 +89,25 @@ def test_a_claim_does_not_hold(tmp_path):
     assert "lies below 1" in found.reason
 
 
-def test_a_claim_is_not_told_by_overlapping_seeds(tmp_path):
-    """GRPO's variance is larger in the mean, but the seeds lie so far apart that this may be chance."""
+def test_overlapping_seeds_are_inconclusive(tmp_path):
+    """GRPO's variance is larger in the mean, but the seeds differ so much that this may be chance."""
 
     def scaled(rewards):
         return lambda name: [reward * (0.9 if name == "SA-AH-GRPO" else 1) for reward in rewards]
 
     runs = grid(tmp_path / "a", scaled(QUIET)) + grid(tmp_path / "b", scaled(WILD), seeds=(4, 5, 6))
     found = verdict(runs, LESS)
-    assert found.verdict == UNKNOWN
+    assert found.verdict == INCONCLUSIVE
     assert ": 1.23, 95 % [" in found.reason
     assert "contains 1 (6 seeds)" in found.reason
 
 
 @pytest.mark.parametrize("seeds", [(1,), (7,)])
-def test_nothing_is_told_by_one_seed(tmp_path, seeds):
+def test_one_seed_decides_nothing(tmp_path, seeds):
     runs = grid(tmp_path, lambda name: QUIET if name == "SA-AH-GRPO" else WILD, seeds=seeds, passes={0: 0.2, 4: 0.6})
-    assert {each.verdict for each in verdicts(settings_of(group(runs)))} == {UNKNOWN}
+    found = verdicts(settings_of(group(runs)))
+    assert {each.verdict for each in found} == {INCONCLUSIVE}
+    assert decided(found) == {}
 
 
 def test_repeats_of_a_seed_are_one_seed(tmp_path):
@@ -107,12 +116,12 @@ def test_repeats_of_a_seed_are_one_seed(tmp_path):
         for part in ("a", "b", "c")
         for run in grid(tmp_path / part, lambda name: QUIET if name == "SA-AH-GRPO" else WILD, seeds=(1,))
     ]
-    assert verdict(runs, LESS).verdict == UNKNOWN
+    assert verdict(runs, LESS).verdict == INCONCLUSIVE
 
 
-def test_unfinished_runs_tell_nothing(tmp_path):
+def test_unfinished_runs_decide_nothing(tmp_path):
     found = verdict(grid(tmp_path, lambda name: QUIET if name == "SA-AH-GRPO" else WILD, steps=9), LESS)
-    assert (found.verdict, found.reason) == (UNKNOWN, "no finished run of GRPO")
+    assert (found.verdict, found.reason) == (INCONCLUSIVE, "no finished run of GRPO")
 
 
 def test_other_settings_are_not_compared(tmp_path):
@@ -123,11 +132,11 @@ def test_other_settings_are_not_compared(tmp_path):
         for seed in (1, 2, 3)
     ]
     found = [each for each in verdicts(settings_of(group(read_all(folders)))) if LESS in each.claim]
-    assert [(each.setting, each.verdict) for each in found] == [("large", UNKNOWN), ("small", UNKNOWN)]
+    assert [(each.setting, each.verdict) for each in found] == [("large", INCONCLUSIVE), ("small", INCONCLUSIVE)]
 
 
 def test_the_baseline_keeps_the_reduction(tmp_path):
-    """With both at hand, alpha 0 (a token mean, as the two others) is GRPO, not Eq. 2."""
+    """If both are there, alpha 0 (a token mean, as the two others) is GRPO, not Eq. 2."""
     runs = grid(tmp_path, lambda name: QUIET)
     eq2 = read_all([run_folders.write(tmp_path / f"eq2-{s}", method="grpo", alpha=None, seed=s) for s in (1, 2, 3)])
     assert "sa-ah-grpo, α 0 / sa-ah-grpo" in verdict(runs + eq2, LESS).reason
@@ -147,7 +156,7 @@ def test_peaks_of_different_checkpoints_do_not_compare(tmp_path):
 def test_a_bound_from_above(tmp_path):
     low = {"kl/mean": [0.001] * 4}
     runs = grid(tmp_path / "low", lambda name: QUIET, metrics=low)
-    assert verdict(runs, "KL stays below").verdict == UNKNOWN  # seeds that do not differ have no interval
+    assert verdict(runs, "KL stays below").verdict == INCONCLUSIVE  # seeds that do not differ have no interval
     folders = [
         run_folders.write(tmp_path / f"{seed}", seed=seed, metrics={"kl/mean": [level * (1 + seed / 100)] * 4})
         for seed, level in ((1, 0.001), (2, 0.001), (3, 0.001))
@@ -160,12 +169,12 @@ def test_a_bound_from_above(tmp_path):
     [
         (
             {"ah-grpo": (0.0062, 0.0065, 0.0068), "sa-ah-grpo": (0.0065, 0.008, 0.0095)},
-            UNKNOWN,
+            INCONCLUSIVE,
         ),
         ({"ah-grpo": (0.0062, 0.0065, 0.0068), "sa-ah-grpo": (0.004, 0.0041, 0.0042)}, HOLDS),
         ({"ah-grpo": (0.0062, 0.0065, 0.0068), "sa-ah-grpo": (0.012, 0.0121, 0.0122)}, FAILS),
         ({"ah-grpo": (0.001, 0.001, 0.001), "sa-ah-grpo": (0.012, 0.0121, 0.0122)}, FAILS),
-        ({"ah-grpo": (0.001, 0.001, 0.001), "sa-ah-grpo": (0.004, 0.0041, 0.0042)}, UNKNOWN),  # the first has none
+        ({"ah-grpo": (0.001, 0.001, 0.001), "sa-ah-grpo": (0.004, 0.0041, 0.0042)}, INCONCLUSIVE),  # the first has none
     ],
 )
 def test_a_bound_on_every_method_is_that_of_the_least_certain(tmp_path, levels, expected):
@@ -178,7 +187,7 @@ def test_a_bound_on_every_method_is_that_of_the_least_certain(tmp_path, levels, 
 
 
 def test_a_negative_alpha_against_the_model_before(tmp_path):
-    """A seed's value is the mean over the negative alphas: -.2 and -.1 below its base."""
+    """A seed's value is the mean over the negative alphas: .2 and .1 below its base."""
     folders = [
         run_folders.write(
             tmp_path / f"{alpha}-{seed}",
@@ -193,17 +202,17 @@ def test_a_negative_alpha_against_the_model_before(tmp_path):
     found = verdict(read_all(folders), "negative α ends below the base")
     assert found.verdict == HOLDS
     assert "AH-GRPO with α < 0: -0.148" in found.reason
-    assert verdict(read_all(folders[6:]), "negative α ends below the base").verdict == UNKNOWN
+    assert verdict(read_all(folders[6:]), "negative α ends below the base").verdict == INCONCLUSIVE
     assert verdict(read_all(folders[6:]), "AH-GRPO improves on the base").verdict == HOLDS
 
 
 @pytest.mark.parametrize(("late", "expected"), [(0.2, HOLDS), (0.4, FAILS)])
-def test_the_spread_of_rewards_counts_in_the_later_half(tmp_path, late, expected):
+def test_the_standard_deviation_of_rewards_counts_in_the_later_half(tmp_path, late, expected):
     folders = [
         run_folders.write(tmp_path / str(seed), seed=seed, metrics={"reward/std": [2.0, 2.0, 0.1, late + seed / 1000]})
         for seed in (1, 2, 3)
     ]
-    found = verdict(read_all(folders), "spread by less than 0.25")
+    found = verdict(read_all(folders), "stays below 0.25")
     assert (found.verdict, f"second half, sa-ah-grpo, α 0.5: {late + 0.002:.3f}" in found.reason) == (expected, True)
 
 
@@ -214,7 +223,7 @@ def test_methods_that_differ_in_more_are_not_compared(tmp_path):
         for seed in (1, 2, 3)
     ]
     found = verdict(read_all(folders), LESS)
-    assert (found.verdict, "differ in method.beta too" in found.reason) == (UNKNOWN, True)
+    assert (found.verdict, "also differ in method.beta" in found.reason) == (INCONCLUSIVE, True)
     folders += [run_folders.write(tmp_path / f"fair-{seed}", alpha=0.0, seed=seed) for seed in (1, 2, 3)]
     assert verdict(read_all(folders), LESS).reason.startswith("training variance, ")
 
@@ -244,12 +253,12 @@ def test_a_seed_without_variance_is_not_left_out_silently(tmp_path):
         for seed in (1, 2, 3)
     ]
     found = verdict(read_all(folders), LESS)
-    assert found.verdict == UNKNOWN
-    assert "a seed of sa-ah-grpo, α 0.5 has no training variance" in found.reason
+    assert found.verdict == INCONCLUSIVE
+    assert "a seed of sa-ah-grpo, α 0.5 has a training variance of 0" in found.reason
 
 
 def test_the_final_accuracy_is_that_after_the_last_step(tmp_path):
-    """A run has recorded its last step, and its last evaluation is still under way."""
+    """A run has recorded its last step, but not yet its last evaluation."""
     folders = [
         run_folders.write(tmp_path / f"{alpha}-{seed}", alpha=alpha, seed=seed, passes={0: 0.2, 2: 0.4 + seed / 100})
         for alpha in (0.0, 0.5)
@@ -273,13 +282,13 @@ def test_seeds_that_differ_in_the_memory_plan_are_one_experiment(tmp_path):
     assert found.seeds == (0, 1, 2)
 
 
-def test_groups_are_told_apart_by_what_differs(tmp_path):
+def test_labels_name_what_differs(tmp_path):
     folders = [
         run_folders.write(tmp_path / f"{alpha}-{seed}", alpha=alpha, seed=seed)
         for alpha in (0.5, 0.25)
         for seed in (1, 2)
     ]
-    folders.append(run_folders.write(tmp_path / "default", alpha=None, seed=3))  # the row's own alpha is 0.5
+    folders.append(run_folders.write(tmp_path / "default", alpha=None, seed=3))  # the method's default alpha is 0.5
     folders += [
         run_folders.write(tmp_path / f"zero-{seed}", alpha=zero, seed=seed) for seed, zero in ((1, 0), (2, 0.0))
     ]

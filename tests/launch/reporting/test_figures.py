@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import run_folders
 
+from launch.reporting import curves
 from launch.reporting.data.groups import group
 from launch.reporting.data.runs import read_all
 from launch.reporting.paper import figures_accuracy, figures_training, tables
@@ -48,21 +49,40 @@ def test_peak_and_final_over_alpha(groups):
     assert drawn.index([0.45, 0.45]) < drawn.index([0.3, 0.4])  # over alpha 0 and 0.5: peak, then final
 
 
-def test_rewards_of_all_methods_then_of_each(groups):
-    together, baseline, selective = figures_training.rewards(groups).figure.axes[:3]
-    means = [[1.5, 3.0, 4.5, 7.5], [2.5, 3.0, 4.5, 7.5]]
-    assert [list(each.get_ydata()) for each in together.lines] == means
-    assert together.get_title() == "all"
-    for axes, mean in ((baseline, means[0]), (selective, means[1])):
+def test_rewards_of_each_method(groups):
+    baseline, selective = figures_training.rewards(groups).figure.axes
+    for axes, mean in ((baseline, [1.5, 3.0, 4.5, 7.5]), (selective, [2.5, 3.0, 4.5, 7.5])):
         curves = [list(each.get_ydata()) for each in axes.lines]
         assert mean in curves
         assert sum(len(curve) == 4 for curve in curves) == 3  # two thin seeds and their mean
 
 
-def test_one_method_has_no_panel_of_all(tmp_path):
-    run_folders.write(tmp_path / "run")
-    titles = [axes.get_title() for axes in figures_training.rewards(group(read_all([tmp_path]))).figure.axes]
-    assert titles == ["sa-ah-grpo, α 0.5"]
+def test_learning_curves_are_means_over_seeds_and_accuracy_starts_with_the_base_model(groups):
+    (drawn,) = curves.learning_curves(groups)
+    reward, accuracy, *others = drawn.figure.axes
+    assert [axes.get_title() for axes in drawn.figure.axes] == list(curves.METRICS)
+    assert line(reward, "sa-ah-grpo, α 0.5") == ([1, 2, 3, 4], [2.5, 3.0, 4.5, 7.5])
+    low, high = reward.collections[0].get_paths()[0].get_extents().intervaly
+    assert (low, high) == (1.0, 10.0)  # of the first group's two seeds
+    assert line(accuracy, "sa-ah-grpo, α 0.5") == ([0, 1, 2, 4], [0.2, 0.45, 0.25, 0.4])
+    assert all(len(axes.lines) == 2 for axes in others)
+
+
+def test_every_setting_has_learning_curves_of_its_own(tmp_path):
+    for model in ("small", "large"):
+        run_folders.write(tmp_path / model, model=model)
+    drawn = curves.learning_curves(group(read_all([tmp_path])))
+    assert [each.title for each in drawn] == ["Learning curves: large", "Learning curves: small"]
+    assert len({each.key for each in drawn}) == 2
+
+
+def test_smoothing_is_a_centred_mean_over_a_tenth_of_the_steps():
+    values = np.arange(40.0)
+    values[20] = np.nan
+    found = curves.smoothed(values)  # five steps wide
+    assert found[[0, 1, 10, 20, 22]] == pytest.approx([1.0, 1.5, 10.0, 20.0, (21 + 22 + 23 + 24) / 4])
+    assert list(curves.smoothed(values[:19])) == list(values[:19])
+    assert np.isnan(curves.smoothed(np.full(40, np.nan))).all()
 
 
 def test_a_seed_without_variance_counts_in_the_figures_mean_as_in_the_tables(tmp_path):

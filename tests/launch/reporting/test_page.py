@@ -1,6 +1,5 @@
-"""The report as a command: every table and figure is there, nothing is fetched, and no run folder is too odd."""
+"""The report as a command: what it shows in which order, nothing is fetched, and any run folder is read."""
 
-import csv
 import json
 import re
 import subprocess
@@ -19,15 +18,7 @@ from launch.reporting.page import ASSETS, embedded
 from launch.reporting.samples import all_samples, choose
 from launch.reporting.style import COLOURS
 
-TABLES = ["table-2", "tables-3-4", "table-5", "tables-6-7"]
-FIGURES = ["figure-1", "figures-2-3", "figure-4", "training-variance", *(f"figure-a{i}" for i in (1, 2, 3, 4, 5))]
 PASSES = {0: 0.2, 2: 0.4, 4: 0.5}
-
-
-def html_of(*folders: Path) -> str:
-    out = folders[0].parent / "out.html"
-    assert report.main([*map(str, folders), "--out", str(out)]) == 0
-    return out.read_text(encoding="utf-8")
 
 
 def refuse(capsys, *options: object) -> str:
@@ -37,34 +28,10 @@ def refuse(capsys, *options: object) -> str:
     return line
 
 
-def test_every_table_and_figure_is_there(tmp_path):
-    folders = [
-        run_folders.write(
-            *(tmp_path / f"{method}-{alpha}-{seed}",),
-            method=method,
-            alpha=alpha,
-            seed=seed,
-            passes=PASSES,
-            rollouts_per_step=4,
-        )
-        for method, alpha in (("grpo", None), ("ah-grpo", -0.25), ("ah-grpo", 0.5), ("sa-ah-grpo", 0.5), ("dapo", None))
-        for seed in (1, 2)
-    ]
-    html = html_of(*folders)
-    for key in TABLES:
-        assert f'<table id="{key}">' in html
-    for key in FIGURES:
-        assert re.search(rf'<figure id="{key}">.*?<svg [^>]*role="img" aria-label="[^"]+"', html, re.DOTALL), key
-    for number in ("0.0246", "0.00785", "0.676 ± 0.041", "6.933"):  # the paper's, of Tables 2, 5 and 6
-        assert number in html
-    assert html.count('class="verdict"') == 19
-    assert "160 of 160 recorded rollouts" in html
-
-
 def test_nothing_is_fetched(tmp_path):
-    html = html_of(run_folders.write(tmp_path / "run", passes=PASSES, rollouts_per_step=4))
+    html = run_folders.report_of(run_folders.write(tmp_path / "run", passes=PASSES, rollouts_per_step=4))
     addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[\w./-]*", html))
-    assert addresses <= {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}  # names, not places
+    assert addresses <= {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}  # names, not addresses
     for attribute in re.findall(r'(?:src|href|action)="([^"]*)"', html):
         assert attribute.startswith(("#", "data:,")), attribute
     assert "default-src 'none'" in html
@@ -90,15 +57,15 @@ def test_colours_can_be_read_in_both_themes():
     ]
     assert len(themes) == 3  # light, dark by the system, dark by the switch
     assert themes[1] == themes[2]
-    for theme, place in zip(themes, (0, 1, 1), strict=True):
+    for theme, index in zip(themes, (0, 1, 1), strict=True):
         for name, pair in COLOURS.items():
-            assert contrast(pair[place], theme["ground"]) >= 4.5, name  # titles are written in them
+            assert contrast(pair[index], theme["ground"]) >= 4.5, name  # titles are written in them
         for heat in ("entropy", "weight", "positive", "negative"):
             assert contrast(theme["ink"], theme[heat]) >= 4.5, heat
 
 
 def test_ids_are_unique(tmp_path):
-    found = re.findall(r'\sid="([^"]+)"', html_of(run_folders.write(tmp_path / "run", passes=PASSES)))
+    found = re.findall(r'\sid="([^"]+)"', run_folders.report_of(run_folders.write(tmp_path / "run", passes=PASSES)))
     assert len(found) == len(set(found))
 
 
@@ -106,7 +73,7 @@ def test_what_a_model_writes_is_text(tmp_path):
     folder = run_folders.write(tmp_path / "run")
     evil = run_folders.rollout(1, 0, 0) | {"prompt": "</script><script>alert(1)</script>", "tokens": ["<!--", "\u2028"]}
     run_folders.lines(folder / "rollouts.jsonl", [evil])
-    html = html_of(folder)
+    html = run_folders.report_of(folder)
     assert "<script>alert" not in html
     assert json.loads(embedded([evil])) == [evil]
 
@@ -114,7 +81,7 @@ def test_what_a_model_writes_is_text(tmp_path):
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_run_that_has_hardly_begun(tmp_path, steps):
     folder = run_folders.write(tmp_path / "run", rewards=[1.0] * steps, steps=30)
-    html = html_of(folder)
+    html = run_folders.report_of(folder)
     assert f"{steps} of 30" in html
     assert "not finished" in html
 
@@ -123,7 +90,7 @@ def test_a_run_without_any_file_but_its_config(tmp_path):
     folder = run_folders.write(tmp_path / "run")
     for name in ("metrics", "evaluations", "rollouts"):
         (folder / f"{name}.jsonl").unlink()
-    assert "0 of 4" in html_of(folder)
+    assert "0 of 4" in run_folders.report_of(folder)
 
 
 def test_torn_foreign_and_missing_values(tmp_path):
@@ -140,11 +107,11 @@ def test_torn_foreign_and_missing_values(tmp_path):
     assert run.steps.tolist() == [1, 2, 3, 4, 5]
     (samples,) = all_samples([run])
     assert [group[0]["step"] for group in samples.groups] == [1, 2, 3, 4, 5]
-    html = html_of(folder)
+    html = run_folders.report_of(folder)
     assert "NaN" not in html.split('<script id="data"')[1].split("</script>")[0]
 
 
-def test_foreign_rollouts_are_left_out(tmp_path):
+def test_foreign_rollouts_are_skipped(tmp_path):
     folder = run_folders.write(tmp_path / "run", rollouts_per_step=4)
     good = run_folders.rollout(1, 0, 0)
     changes = [{"parts": [1]}, {"entropies": 3}, {"correct": float("nan")}, {"step": float("inf")}, {"tokens": 1}]
@@ -154,7 +121,7 @@ def test_foreign_rollouts_are_left_out(tmp_path):
         file.write('{"step": ' + "9" * 5000 + ', "prompt_index": 0, "x": 1}\n' + "[" * 100_000 + "}\n")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": ' + "9" * 400 + '}\n{"step": true}\n{"step": 4, "reward/mean": ' + "9" * 400 + "}\n")
-    html_of(folder)
+    run_folders.report_of(folder)
     (run,) = read_all([folder])
     (samples,) = all_samples([run])
     assert samples.num_shown == 16
@@ -170,11 +137,13 @@ def test_a_group_that_is_too_large_does_not_end_the_choice(tmp_path):
 
 @pytest.mark.parametrize(("method", "expected"), [("sa-ah-grpo", True), ("arca", False), ("my_weights", True)])
 def test_only_a_discount_closes_the_horizon(tmp_path, monkeypatch, method, expected):
-    """Residual weights below a half are no horizon; a method of the user's own may have one."""
+    """Residual weights below a half are not a horizon; a user's own method may have one."""
     (tmp_path / "my_weights.py").write_text("from common.methods import METHODS\nMETHOD = METHODS['ah-grpo']\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     folder = run_folders.write(tmp_path / "run", method=method, alpha=None, rollouts_per_step=4)
-    data = json.loads(html_of(folder).split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    data = json.loads(
+        run_folders.report_of(folder).split('<script id="data" type="application/json">')[1].split("</script>")[0]
+    )
     assert data["runs"][0]["horizon"] is expected
 
 
@@ -185,7 +154,7 @@ def test_a_grids_folder_is_its_runs(capsys, tmp_path):
     assert [run.folder for run in read_all([tmp_path / "grid", folders[0]])] == folders
     assert report.main([str(tmp_path / "grid")]) == 0
     assert (tmp_path / "grid" / "report.html").is_file()
-    assert "is no run folder" in refuse(capsys, tmp_path / "grid" / "notes")
+    assert "is not a run folder" in refuse(capsys, tmp_path / "grid" / "notes")
 
 
 def test_an_empty_panel_leaves_the_ticks_of_the_others():
@@ -195,9 +164,9 @@ def test_an_empty_panel_leaves_the_ticks_of_the_others():
     assert len(one.get_xticks()) > 1 and len(one.get_yticks()) > 1
 
 
-def test_labels_are_no_formulas(tmp_path):
-    folder = run_folders.write(tmp_path / "run", model="a$b$c", passes=PASSES)
-    assert re.search(r">a\$b\$c[^<]*</text>", html_of(folder))
+def test_labels_are_not_formulas(tmp_path):
+    folder = run_folders.write(tmp_path / "run", method="a$b$c", alpha=None, passes=PASSES)
+    assert re.search(r">a\$b\$c[^<]*</text>", run_folders.report_of(folder))
 
 
 def test_a_step_written_twice_counts_once(tmp_path):
@@ -210,7 +179,7 @@ def test_a_step_written_twice_counts_once(tmp_path):
 
 def test_a_method_that_this_version_does_not_have(tmp_path):
     folder = run_folders.write(tmp_path / "run", method="my.own", alpha=None, passes=PASSES)
-    assert "my.own" in html_of(folder)
+    assert "my.own" in run_folders.report_of(folder)
 
 
 def test_the_same_folder_twice_is_one_run(tmp_path):
@@ -220,7 +189,7 @@ def test_the_same_folder_twice_is_one_run(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nothing", "empty", "file", "broken", "foreign"])
-def test_a_folder_that_is_no_run(capsys, tmp_path, kind):
+def test_a_folder_that_is_not_a_run(capsys, tmp_path, kind):
     path = tmp_path / "x"
     if kind == "file":
         path.write_text("")
@@ -245,37 +214,17 @@ def test_bad_options(capsys, tmp_path):
     assert "--watch 99999" in refuse(capsys, folder, "--watch", "99999")
 
 
-def test_export(tmp_path):
-    folder = run_folders.write(tmp_path / "run", passes=PASSES)
-    out = tmp_path / "new" / "export"
-    assert report.main([str(folder), "--export", str(out)]) == 0
-    assert (folder / "report.html").is_file()
-    assert {path.name for path in out.iterdir()} == {
-        *(f"{key}.csv" for key in (*TABLES, "claims", "settings")),
-        *(f"{key}.{kind}" for key in FIGURES for kind in ("svg", "png")),
-    }
-    base, run, *published = csv.DictReader((out / "table-2.csv").open(encoding="utf-8"))
-    assert (base["source"], base["method"]) == ("runs", "base (zero-shot)")
-    assert (run["method"], run["Pass@1 final ↑"], run["train variance ↓"]) == ("sa-ah-grpo, α 0.5", "0.5", "1.0")
-    assert float(run["Pass@1 final ↑, low"]) == pytest.approx(0.5 - 1.96 * (0.25 / 64) ** 0.5)
-    assert {row["source"] for row in published} == {"paper"}
-    verdicts = [row["verdict"] for row in csv.DictReader((out / "claims.csv").open(encoding="utf-8"))]
-    assert verdicts == 19 * ["cannot be told with these runs"]
-    assert (out / "figure-1.png").read_bytes().startswith(b"\x89PNG")
-    assert ">optimizer step</text>" in (out / "figure-1.svg").read_text()  # text as text
-
-
 def test_the_same_runs_give_the_same_report(tmp_path):
     folder = run_folders.write(tmp_path / "run", passes=PASSES, rollouts_per_step=8)
-    assert html_of(folder) == html_of(folder)
+    assert run_folders.report_of(folder) == run_folders.report_of(folder)
 
 
 def test_fifty_thousand_rollouts(tmp_path):
-    """Read as a stream and sampled over all steps: whole groups, and the page stays small."""
+    """Read line by line and sampled over all steps: whole groups, and the page stays small."""
     folder = run_folders.write(tmp_path / "run", rewards=[1.0] * 3125)
     with (folder / "rollouts.jsonl").open("w") as file:
         for step in range(1, 3126):
-            records = [run_folders.rollout(step, place // 4, place) for place in range(16)]
+            records = [run_folders.rollout(step, index // 4, index) for index in range(16)]
             file.write("".join(json.dumps(record) + "\n" for record in records))
     started = time.perf_counter()
     samples = choose(folder / "rollouts.jsonl", 1_000_000)
@@ -287,7 +236,7 @@ def test_fifty_thousand_rollouts(tmp_path):
     assert steps == sorted(steps)
     assert (steps[0], steps[-1]) == (1, 3125)
     assert max(b - a for a, b in pairwise(steps)) < 40
-    html = html_of(folder)
+    html = run_folders.report_of(folder)
     assert "of 50,000 recorded rollouts" in html
     assert len(html.encode()) < 6_000_000
 

@@ -41,7 +41,7 @@ def test_detrended_variance_by_hand():
 
 
 @pytest.mark.parametrize("seeds", [[1.0, 6.0], [1.0, 2.0, 6.0], [1.0, 2.0, 3.0, 6.0]])
-def test_bootstrap_of_fewer_than_five_seeds_reaches_from_least_to_largest(seeds):
+def test_bootstrap_of_fewer_than_five_seeds_is_their_range(seeds):
     found = bootstrap(seeds)
     assert (found.value, found.low, found.high, found.num) == (np.mean(seeds), 1.0, 6.0, len(seeds))
     five = bootstrap([1.0, 2.0, 3.0, 4.0, 6.0])
@@ -76,14 +76,14 @@ def test_mean_by_hand():
     assert (found.low, found.high) == pytest.approx((2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)))
 
 
-def test_difference_of_equal_spreads_is_students():
+def test_difference_of_equal_variances_is_students():
     """Two samples of the same variance and size n have 2 n - 2 degrees of freedom in Welch's formula."""
     found = difference([1.0, 2.0, 3.0], [11.0, 12.0, 13.0])
     half = 2.7764 * math.sqrt(2 / 3)
     assert (found.value, found.low, found.high) == pytest.approx((-10, -10 - half, -10 + half))
 
 
-def test_difference_covers_what_it_says():
+def test_difference_covers_95_percent():
     generator = np.random.default_rng(2)
     found = [difference(generator.normal(1, 1, size=3), generator.normal(0, 3, size=3)) for _ in range(600)]
     assert np.mean([each.low <= 1 <= each.high for each in found]) >= 0.93

@@ -5,6 +5,7 @@ import run_folders
 from launch.reporting.data.groups import group
 from launch.reporting.data.runs import read_all
 from launch.reporting.paper import numbers, tables
+from launch.reporting.paper.claims import CLAIMS
 
 
 def test_table_2_has_the_numbers_of_the_runs_and_of_the_paper(tmp_path):
@@ -32,7 +33,7 @@ def test_table_2_has_the_numbers_of_the_runs_and_of_the_paper(tmp_path):
     ]
 
 
-def test_an_unfinished_run_is_marked_and_eq_2_is_no_part_of_the_sweep(tmp_path):
+def test_an_unfinished_run_is_marked_and_eq_2_is_not_in_the_sweep(tmp_path):
     """Table 5 is one loss at several alphas, its 0 first; the mean within each completion first is another loss."""
     for method, alpha in (("ah-grpo", -0.25), ("sa-ah-grpo", 0.0), ("grpo", None)):
         run_folders.write(tmp_path / f"{method}", method=method, alpha=alpha, steps=9)
@@ -42,7 +43,7 @@ def test_an_unfinished_run_is_marked_and_eq_2_is_no_part_of_the_sweep(tmp_path):
     assert ours == [["sa-ah-grpo, α 0", "0"], ["ah-grpo, α -0.25", "-0.25"]]
 
 
-def test_every_footnote_stands_at_a_number(tmp_path):
+def test_every_footnote_marks_a_number(tmp_path):
     run_folders.write(tmp_path / "run")
     made = tables.all_tables(group(read_all([tmp_path / "run"])))
     marked = {note for table in made for row in table.rows if row.of_paper for cell in row.cells for note in cell.notes}
@@ -63,3 +64,13 @@ def test_the_papers_numbers_agree_with_one_another():
     last = [cell.text.split(" ")[0] for cell in tables.ablation([]).rows[-1].cells]
     assert last[1:] == ["SA-AH-GRPO", "0.5", "0.648", "0.644", "0.664", "0.682", "0.670", "0.686", "0.686"]
     assert numbers.ABLATION[0.0] == numbers.RESULTS["Qwen2.5-1.5B"][1].pass_at_1
+
+
+def test_the_quoted_range_of_reward_std_is_that_of_tables_6_and_7_from_step_90():
+    (claim,) = [each for each in CLAIMS if "stays below 0.25" in each.words]
+    second_half = {model: {row[0]: row[3] for row in rows[3:]} for model, rows in numbers.DIAGNOSTICS.items()}
+    large, small = second_half["Qwen2.5-3B"], second_half["Qwen2.5-1.5B"]
+    at_120 = large.pop(120)
+    ends = [f"{x:.3f}".lstrip("0") for x in (min(large.values()), max(large.values()), at_120, min(small.values()))]
+    expected = "3B: {} to {} from step 90 on, but {} at step 120; 1.5B: {} to " + f"{max(small.values()):.3f}"
+    assert (min(large), claim.paper) == (90, expected.format(*ends))

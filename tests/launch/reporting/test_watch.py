@@ -1,4 +1,4 @@
-"""--watch: the report of a running job on loopback, new when the job has written, ended cleanly by Ctrl-C."""
+"""--watch: the report of a running job on loopback, current when the job has written, ended cleanly by Ctrl-C."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def get(address: str, host: str | None = None) -> str:
         return answer.read().decode()
 
 
-def test_it_is_made_anew_when_the_run_has_written(tmp_path):
+def test_it_is_rendered_again_when_the_run_has_written(tmp_path):
     folder = run_folders.write(tmp_path / "run", rewards=[1.0] * 3, steps=4)
     with serving(folder) as (address, rendered):
         first = get(address + "/")
@@ -48,7 +48,7 @@ def test_it_is_made_anew_when_the_run_has_written(tmp_path):
         version = get(address + "/version")
         assert f'data-version="{version}"' in first
         assert get(address + "/") == first
-        assert len(rendered) == 1  # nothing was written in between: nothing is made anew
+        assert len(rendered) == 1  # nothing was written in between: not rendered again
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": 4, "reward/mean": 9.0}) + "\n")
         newer = get(address + "/version")
@@ -78,17 +78,17 @@ def test_a_tunnel_may_have_another_port(tmp_path):
             assert "1 run of 1 experiment" in get(address + "/", host)
 
 
-def test_the_last_good_page_stays_when_no_other_can_be_made(tmp_path, capsys):
+def test_the_last_good_page_stays_when_rendering_fails(tmp_path, capsys):
     folder = run_folders.write(tmp_path / "run")
     with serving(folder) as (address, _):
         good, version = get(address + "/"), get(address + "/version")
         (folder / "config.toml").unlink()
-        assert get(address + "/version") != version  # the page is told to load itself anew,
+        assert get(address + "/version") != version  # the page reloads,
         assert get(address + "/") == good
         assert get(address + "/version") == version  # once
         get(address + "/")
     (line,) = capsys.readouterr().err.splitlines()
-    assert "is no run folder" in line
+    assert "is not a run folder" in line
 
 
 def test_without_a_page_the_error_asks_again(tmp_path):
@@ -99,25 +99,25 @@ def test_without_a_page_the_error_asks_again(tmp_path):
         with pytest.raises(urllib.error.HTTPError) as failed:
             get(address + "/")
         page = failed.value.read().decode()
-        assert "is no run folder" in page and 'http-equiv="refresh"' in page
+        assert "is not a run folder" in page and 'http-equiv="refresh"' in page
         (folder / "config.toml").write_text(written)
         assert "1 run of 1 experiment" in get(address + "/")
 
 
-def test_who_asks_during_a_rendering_gets_the_page_that_there_is(tmp_path):
+def test_a_request_during_a_rendering_gets_the_last_page(tmp_path):
     folder = run_folders.write(tmp_path / "run", rewards=[1.0] * 3, steps=4)
-    begun, go_on = threading.Event(), threading.Event()
-    go_on.set()
+    begun, finish = threading.Event(), threading.Event()
+    finish.set()
 
     def render() -> str:
         begun.set()
-        assert go_on.wait(60)
+        assert finish.wait(60)
         return "<body>"
 
     with Server([folder], render, 0) as server:
         first = server.page()
         begun.clear()
-        go_on.clear()
+        finish.clear()
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": 4}\n')
         other = threading.Thread(target=server.page)
@@ -125,7 +125,7 @@ def test_who_asks_during_a_rendering_gets_the_page_that_there_is(tmp_path):
         assert begun.wait(60)
         assert server.page() == first
         assert f'"{server.version()}"' in first.decode()
-        go_on.set()
+        finish.set()
         other.join()
         assert f'"{server.version()}"' in server.page().decode()
         assert server.page() != first
