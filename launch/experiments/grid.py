@@ -10,11 +10,11 @@ The file has the tables of a run's configuration, which all cells share, and
         { name = "holder", method = { name = "holder" }, learner = { inner_updates = 2 } },
     ]
 
-    [scale.cpu.run]                                # with --scale cpu these win over the tables above, [grid] included
+    [scale.cpu.run]                                # --scale cpu: overrides the tables above, [grid] included
     steps = 30
 
-A variant's tables win over the shared ones, options of the command line over all. A cell is one variant with one model
-and one seed, in the folder VARIANT[_MODEL]_seed-N (MODEL of grid.models). All cells have equal steps.
+A variant's tables override the shared ones, options of the command line override all. A cell is one variant with one
+model and one seed, in the folder VARIANT[_MODEL]_seed-N (MODEL of grid.models). All cells have equal steps.
 """
 
 import tempfile
@@ -36,17 +36,17 @@ Tables = dict[str, dict[str, Any]]  # section -> key -> value, as in a run's TOM
 OWNED = {  # what a grid sets itself
     "run.dir": "use --dir",
     "run.seed": "use grid.seeds",
-    "run.resume": "a grid always continues what is there",
+    "run.resume": "a grid always resumes",
 }
 
 
 class Variant(Section):
-    """A name, and the tables in which these cells differ from the shared ones."""
+    """A name, and the tables in which its cells differ from the shared ones."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
-    """Begins the names of its folders."""
+    """The first part of the names of its folders."""
 
 
 class Grid(Section):
@@ -57,7 +57,7 @@ class Grid(Section):
     models: tuple[str, ...] = ()
     """model.path of the cells; none: the shared one."""
     variants: tuple[Variant, ...] = Field(min_length=1)
-    """What is compared."""
+    """The runs to be compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +70,14 @@ class Cell:
 
 
 def cells(path: Path, folder: Path, *, scale: str | None = None, options: Sequence[str] = ()) -> list[Cell]:
-    """The cells of the grid file `path`, seed by seed, with run folders in `folder`.
+    """The cells of the grid file `path`, with run folders in `folder`.
 
-    Seed by seed: of an unfinished grid every variant has had its turn. Raises UserError, in one line, for a file or
-    options that make no grid.
+    They are ordered seed by seed, so that an unfinished grid has runs of every variant. Raises UserError for an invalid
+    file or invalid options.
     """
     grid, shared = _read(path, scale)
     _refuse_owned(shared, options, grid)
-    _config(shared, options)  # whatever is wrong with these is no variant's fault
+    _config(shared, options)  # an error here must not name a variant
     kinds: list[tuple[str, Config]] = []
     for model in grid.models or (None,):
         for variant in grid.variants:
@@ -104,15 +104,17 @@ def merged(*layers: Mapping[str, Any]) -> Tables:
     for layer in layers:
         for section, table in layer.items():
             if not isinstance(table, Mapping):
-                raise UserError(f"{section}={table!r} is no table; write {section} = {{ KEY = VALUE }}")
+                raise UserError(f"{section}={table!r} is not a table; write {section} = {{ KEY = VALUE }}")
             result[section] = {**result.get(section, {}), **table}
     return result
 
 
 def _read(path: Path, scale: str | None) -> tuple[Grid, Tables]:
-    """The [grid] table and the shared ones, at a scale."""
+    """The [grid] table and the shared tables, with those of a scale merged in."""
     if not path.is_file():
-        raise UserError(f"--config {path} is no file; name a grid, such as launch/configs/grids/main_comparison.toml")
+        raise UserError(
+            f"--config {path}: no such file; name a grid, such as launch/configs/grids/main_comparison.toml"
+        )
     try:
         tables = merged(tomllib.loads(path.read_text()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -132,23 +134,23 @@ def _read(path: Path, scale: str | None) -> tuple[Grid, Tables]:
 def _explain(error: Any) -> str:
     where = ".".join(map(str, ("grid", *error["loc"])))
     if error["type"] == "extra_forbidden":
-        return f"{where}={error['input']!r} is no key of [grid]{suggest(str(error['loc'][-1]), Grid.model_fields)}"
+        return f"{where}={error['input']!r} is an unknown key{suggest(str(error['loc'][-1]), Grid.model_fields)}"
     if error["type"] == "missing":
         return f"{where} is missing; add it"
     return f"{where}={error['input']!r}: {error['msg']}"
 
 
 def _refuse_owned(tables: Tables, options: Sequence[str], grid: Grid) -> None:
-    """Refuse what the grid sets itself, in a file or as an option."""
+    """Refuse an option, or a key of a file, that the grid sets itself."""
     owned = {**OWNED, "model.path": "use grid.models"} if grid.models else OWNED
     given = {f"{section}.{key}" for section, table in tables.items() for key in table}
     given |= {option.removeprefix("--").split("=")[0] for option in options if option.startswith("--")}
     for name in sorted(given & set(owned)):
-        raise UserError(f"{name} is not set by hand in a grid; {owned[name]}")
+        raise UserError(f"{name} is set by the grid; {owned[name]}")
 
 
 def _config(tables: Tables, options: Sequence[str]) -> Config:
-    """The configuration that launch/run.py would make of a file with these tables, and of these options."""
+    """The configuration that launch/run.py reads from a file with these tables, and from these options."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cell.toml"
         file.write_text(tomli_w.dumps(tables))
@@ -156,7 +158,7 @@ def _config(tables: Tables, options: Sequence[str]) -> Config:
 
 
 def _check_distinct(kinds: Sequence[tuple[str, Config]], seeds: Sequence[int]) -> None:
-    """Refuse two cells that would be one folder or one run."""
+    """Refuse two cells that would share a folder or be the same run."""
     for number, (name, config) in enumerate(kinds):
         for other, config_before in kinds[:number]:
             if name == other:

@@ -1,12 +1,11 @@
 """How Ray is started, joined and left: the only place that knows.
 
-A Ray that is started here has a keeper, a process that starts it, adopts every orphan among its descendants and ends
-them all when the process that asked for it ends, however that ends: nothing else survives a `kill -9` of a driver
-without leaving agents of Ray or engines of vLLM behind.
+A Ray that is started here runs under a supervisor: a process that starts it, adopts every orphan among its descendants,
+and kills them all when the process that asked for it ends. Without one, a `kill -9` of the driver leaves Ray's agents
+and vLLM's engines behind.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import shutil
@@ -19,38 +18,37 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import ray
 from ray._private.authentication import authentication_token_setup as authentication
 from ray._private.utils import read_ray_address
+
+from common.process import adopt_orphans, child, kill_descendants, stop
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = ROOT / "launch" / "configs" / "default.toml"
 
 OBJECT_STORE_BYTES = 512 << 20  # a few adapter versions and groups; Ray's own default is 30 % of the memory
-JOB_STOP_SECONDS = 15  # what a stopped driver has to end its actors in before it is killed
-KEEPER_STOP_SECONDS = 20
-
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+JOB_STOP_SECONDS = 15  # after which Ray kills a driver that was asked to stop
+SUPERVISOR_STOP_SECONDS = 20
 
 
 @contextlib.contextmanager
 def connect() -> Iterator[None]:
     """Be connected to Ray for the length of the block; call it from the main thread.
 
-    In a Ray job, to the job's cluster; else to the one that RAY_ADDRESS names or that `ray start` began on this
-    machine; else, or where RAY_ADDRESS is "local", to an own one, which ends with the block or with this process. What
-    actors print appears in this process's output.
+    The first of these that applies: the cluster of the Ray job that this process runs in; the one that RAY_ADDRESS
+    names; the one that `ray start` started on this machine; a new one, which ends with the block or with this process.
+    RAY_ADDRESS=local asks for a new one. What actors print appears in this process's output.
     """
     if not sys.stdout.isatty():
         os.environ["RAY_COLOR_PREFIX"] = "0"
     with ray_address(job_server=False) as address:
         interrupts: list[int] = []
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))  # Ray would lose it while it starts
+        signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))  # Ray loses a Ctrl-C while it starts
         ray.init(address=address, logging_level=logging.ERROR)
         signal.signal(signal.SIGINT, handlers[0])
-        signal.signal(signal.SIGTERM, handlers[1])  # Ray replaces it, by one that prints a C++ stack
+        signal.signal(signal.SIGTERM, handlers[1])  # Ray's own handler prints a C++ stack
         if interrupts:
             raise KeyboardInterrupt
         try:
@@ -61,7 +59,7 @@ def connect() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ray_address(*, job_server: bool) -> Iterator[str]:
-    """The address of the Ray that runs, or of a new one."""
+    """The address of the running Ray, or of a new one that ends with the block."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     named = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
     if named != "local" and (named or _started_by_hand()):
@@ -70,12 +68,12 @@ def ray_address(*, job_server: bool) -> Iterator[str]:
     else:
         authentication.enable_token_auth_by_default()
         authentication.ensure_token_if_auth_enabled()
-        with _keeper(job_server=job_server) as address:
+        with _supervised(job_server=job_server) as address:
             yield address
 
 
 def _started_by_hand() -> bool:
-    """Whether a Ray that `ray start` began on this machine still answers; a killed one leaves its record behind."""
+    """Whether a Ray that `ray start` started on this machine answers; a killed one leaves its address file behind."""
     host, _, port = (read_ray_address() or "").rpartition(":")
     if not host:
         return False
@@ -87,53 +85,42 @@ def _started_by_hand() -> bool:
 
 
 @contextlib.contextmanager
-def _keeper(*, job_server: bool) -> Iterator[str]:
+def _supervised(*, job_server: bool) -> Iterator[str]:
     """A new Ray for this process alone; yields its address."""
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),  # for the workers too
         "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
-        "RAY_worker_niceness": "0",  # Ray's 15 lets anything else on the machine starve the training
-        "RAY_ADDRESS": "",  # for Ray's own commands: "local" has been understood here
+        "RAY_worker_niceness": "0",  # at Ray's default of 15 anything else on the machine starves the training
+        "RAY_ADDRESS": "",  # "local" must not reach the commands of Ray itself, which take it for an address
     }
-    keeper = subprocess.Popen(
-        [sys.executable, "-m", "launch.runtime.cluster", str(os.getpid()), str(job_server).lower()],
+    supervisor = child(
+        [sys.executable, "-m", "launch.runtime.cluster", str(job_server).lower()],
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a Ctrl-C is for us, who then end the keeper in good order
+        start_new_session=True,  # a Ctrl-C must reach this process alone, which then stops the supervisor
     )
-    assert keeper.stdout
+    assert supervisor.stdout
     try:
-        address = keeper.stdout.readline().strip()
+        address = supervisor.stdout.readline().strip()
         if not address:
             raise RuntimeError("Ray did not start; the lines above say why")
         yield address
     finally:
-        keeper.terminate()
-        try:
-            keeper.wait(KEEPER_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            keeper.kill()
+        stop(supervisor, SUPERVISOR_STOP_SECONDS)
 
 
-def keep(parent: int, job_server: str) -> None:
-    """Start a Ray, print its address, and on SIGTERM end it and all that came of it.
-
-    The kernel sends that SIGTERM too when the process `parent`, which started this one, dies.
-    """
-    signal.signal(signal.SIGTERM, exit_on_signal)
-    prctl = ctypes.CDLL(None).prctl
-    prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    if os.getppid() != parent:
-        return
-    # An own folder, to touch neither another user's /tmp/ray nor the record of a Ray that was started by hand; not
-    # below TMPDIR: the paths of Ray's sockets have 107 bytes at most.
+def supervise(job_server: str) -> None:
+    """The supervisor: start a Ray, print its address, and on SIGTERM kill it with all its descendants."""
+    signal.signal(signal.SIGTERM, exit_on_signal)  # which also comes when the parent dies
+    adopt_orphans()
+    # A folder of its own, to touch neither another user's /tmp/ray nor the address file of a Ray started by hand; not
+    # below TMPDIR: the paths of Ray's sockets are limited to 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
     try:
         with open(folder / "start.log", "w") as log:
-            # RAY_TMPDIR: a Ray that a task starts in turn (launch/experiment.py) leaves nothing behind either.
+            # RAY_TMPDIR: a Ray that one of its tasks starts (a cell of a grid) has its folder in this one.
             environment = {**os.environ, "RAY_TMPDIR": str(folder)}
             head = subprocess.Popen(_head_command(folder, job_server), env=environment, stdout=log, stderr=log)
         record = folder / "ray_current_cluster"  # written when Ray is up
@@ -141,23 +128,21 @@ def keep(parent: int, job_server: str) -> None:
             time.sleep(0.1)
         if head.poll() is None:
             print(record.read_text(), flush=True)
-            while head.poll() is None and os.getppid() == parent:  # until SIGTERM, or the end of one of Ray's processes
-                time.sleep(0.2)
-        if os.getppid() == parent:
-            sys.stderr.write((folder / "start.log").read_text())
+            head.wait()  # until SIGTERM, or until one of Ray's processes ends
+        sys.stderr.write((folder / "start.log").read_text())
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _kill_children()
+        kill_descendants()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _head_command(folder: Path, job_server: str) -> list[str]:
-    """`ray start` with every fixed port replaced by a free one: there may be other Rays on this machine."""
+    """`ray start` with free ports in place of the fixed ones: other Rays may run on this machine."""
     options = {
         "port": 0,
         "dashboard-port": 0,
         "dashboard-agent-listen-port": 0,
-        "ray-client-server-port": _free_port(),  # the one option that takes no 0
+        "ray-client-server-port": _free_port(),  # the one port option that does not accept 0
         "include-dashboard": job_server,
         "num-gpus": _num_gpus(),
         "object-store-memory": OBJECT_STORE_BYTES,
@@ -168,12 +153,12 @@ def _head_command(folder: Path, job_server: str) -> list[str]:
 
 
 def _num_gpus() -> int:
-    """As torch counts them. Ray's own count is 0 where NVML fails, and what asks for a GPU then waits for ever."""
+    """As torch counts them. Ray counts 0 where NVML fails, and a task that asks for a GPU then waits for ever."""
     if shutil.which("nvidia-smi") is None:
         return 0
-    count = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
-    counted = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True)
-    return int(counted.stdout)
+    import torch  # here: without a GPU the supervisor does without it
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _free_port() -> int:
@@ -182,20 +167,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _kill_children() -> None:
-    """Kill every descendant, and those that a killed one leaves to us, until there is none."""
-    while children := psutil.Process().children():
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(children, timeout=1)
-
-
 def exit_on_signal(number: int, _: object) -> None:
-    # Once: the kernel sends a dead parent's signal again for each thread of it that dies, into the cleaning up too.
+    """A signal handler that exits, once: a parent's death is signalled again for each of its threads."""
     signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
 if __name__ == "__main__":
-    keep(int(sys.argv[1]), sys.argv[2])
+    supervise(sys.argv[1])

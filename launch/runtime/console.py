@@ -1,13 +1,11 @@
-"""What a person sees of a run or a grid: a live panel on a terminal, plain lines elsewhere (a Ray job's log)."""
+"""What a person sees of a run: a live panel on a terminal, plain lines elsewhere (a Ray job's log)."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -82,7 +80,7 @@ class Display:
 
     def _left(self, step: int) -> str:
         per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
-        return _minutes(per_step * (self.steps - step))
+        return minutes(per_step * (self.steps - step))
 
     def _panel(self, step: int) -> Panel:
         table = Table(box=None, padding=(0, 1))
@@ -99,72 +97,7 @@ def _cells(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     return [(label, style.format(metrics[name]) if name in metrics else "-") for name, label, style in COLUMNS]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """One cell of a grid (launch/experiment.py), as it stands."""
-
-    name: str
-    state: str  # a key of STATES
-    step: int
-    steps: int
-    reward: float | None = None  # mean of the last steps
-    left_seconds: float | None = None
-
-
-STATES = {"running": "cyan", "failed": "red", "waiting": "dim", "finished": "green"}  # colour; in the order shown
-TENTHS = 10  # a cell's lines where there is no terminal
-
-
-class Board:
-    """The cells of a grid."""
-
-    def __init__(self, title: str, *, console: Console | None = None) -> None:
-        self.title = title
-        self.console = console or Console(soft_wrap=True, highlight=False)
-        self.told: dict[str, tuple[str, int]] = {}  # state and tenth of the steps that were last printed, by cell
-        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        if self.live:
-            self.live.start()
-
-    def note(self, text: str) -> None:
-        """One line that stays."""
-        self.console.print(text, markup=False)
-
-    def show(self, cells: Sequence[Progress], left_seconds: float | None) -> None:
-        """All cells as they stand, and the seconds that the grid still takes."""
-        if self.live:
-            self.live.update(self._table(cells, left_seconds), refresh=True)
-            return
-        for cell in cells:
-            news = cell.state, TENTHS * cell.step // cell.steps
-            if self.told.get(cell.name) != news:
-                self.told[cell.name] = news
-                self.note(" ".join([f"{cell.name}:", *_cell(cell)]) + f"; the grid left {_minutes(left_seconds)}")
-
-    def close(self) -> None:
-        if self.live:
-            self.live.stop()
-
-    def _table(self, cells: Sequence[Progress], left_seconds: float | None) -> Panel:
-        table = Table(box=None, padding=(0, 1))
-        table.add_column("cell")
-        table.add_column("state")
-        for label in ("step", "reward", "left"):
-            table.add_column(label, justify="right")
-        order = list(STATES)  # what matters first: a terminal may be lower than the table
-        for cell in sorted(cells, key=lambda cell: order.index(cell.state)):
-            state, *rest = _cell(cell)
-            table.add_row(escape(cell.name), f"[{STATES[state]}]{state}[/]", *rest)
-        count = ", ".join(f"{n} {state}" for state in order if (n := sum(c.state == state for c in cells)))
-        return Panel(table, title=f"{escape(self.title)}  {count}  left {_minutes(left_seconds)}", expand=False)
-
-
-def _cell(cell: Progress) -> list[str]:
-    """State, step, reward and time left of a cell, as text."""
-    reward = "-" if cell.reward is None else f"{cell.reward:.2f}"
-    return [cell.state, f"{cell.step}/{cell.steps}", reward, _minutes(cell.left_seconds)]
-
-
-def _minutes(seconds: float | None) -> str:
-    minutes, rest = divmod(round(seconds or 0), 60)
-    return "-" if seconds is None else f"{minutes}:{rest:02d}"
+def minutes(seconds: float | None) -> str:
+    """Minutes and seconds, such as 61:05; a dash for None."""
+    whole, rest = divmod(round(seconds or 0), 60)
+    return "-" if seconds is None else f"{whole}:{rest:02d}"

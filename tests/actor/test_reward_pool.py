@@ -1,6 +1,5 @@
 """The reward pool: whatever one reward does, the others are scored, in order, and nothing outlives its owner."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from common.types import Prompt, Score, UserError
 ROOT = Path(__file__).parents[2]
 PROMPT = Prompt(messages=({"role": "user", "content": "?"},), answer="42")
 TASK = """
-    import ctypes, os, re, sys, time
+    import ctypes, os, re, signal, sys, time
     from common.types import Score
 
     def load(task, split):
@@ -29,7 +28,8 @@ TASK = """
         word, _, number = completion.partition(" ")
         if word == "raise":
             raise KeyError("no such\\nkey")
-        if word == "regex":  # holds the interpreter lock: neither SIGTERM nor a thread can end it
+        if word == "regex":  # holds the interpreter lock and ignores SIGTERM: only SIGKILL ends it
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             re.match("(a+)+$", "a" * 60 + "b")
         if word == "sleep":
             time.sleep(float(number))
@@ -119,13 +119,11 @@ def test_every_worker_dies_and_the_rest_is_scored(pool: RewardPool) -> None:
     assert words(pool, *["exit"] * 3, "ok", "exit", "ok") == [failure] * 3 + ["ok", failure, "ok"]
 
 
-@pytest.mark.parametrize("pause_seconds", [0.0, 0.5])  # pebble finds out during, or before, the next call
-def test_workers_killed_while_idle_are_replaced(pool: RewardPool, pause_seconds: float) -> None:
-    scores = pool.score_all([("ok", PROMPT)] * 20)
+def test_workers_killed_while_idle_are_replaced_at_no_rollouts_cost(pool: RewardPool) -> None:
+    scores = pool.score_all([("sleep 0.2", PROMPT)] * 2)
     for process in {int(s.parts["process"]) for s in scores if isinstance(s, Score)}:
-        with contextlib.suppress(ProcessLookupError):  # after the first death pebble may end the others before us
-            os.kill(process, signal.SIGKILL)
-    time.sleep(pause_seconds)
+        os.kill(process, signal.SIGKILL)
+    time.sleep(0.5)
     assert words(pool, "ok", "ok", "leave", "ok") == ["ok", "ok", "SystemExit: 5", "ok"]
 
 
@@ -143,17 +141,33 @@ def test_a_pool_outlives_the_thread_that_made_it(path: Path) -> None:
     time.sleep(0.5)
     assert pools[0].score_all([("ok", PROMPT)]) == scores  # by the same process
     pools[0].close()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RuntimeError, match="shutdown"):
         pools[0].score_all([("ok", PROMPT)])
 
 
-def test_a_closed_pool_leaves_no_process(path: Path) -> None:
-    pool = RewardPool("rough_task", workers=1, timeout_seconds=5)
+def test_a_closed_pool_leaves_no_process_and_no_one_waits_for_it(path: Path) -> None:
+    pool = RewardPool("rough_task", workers=1, timeout_seconds=100)
     (score,) = pool.score_all([("ok", PROMPT)])
     assert isinstance(score, Score)
+    hung, queued = pool.start([("regex", PROMPT), ("ok", PROMPT)]).futures
+    time.sleep(0.3)
     pool.close()
     pool.close()
     assert not Path(f"/proc/{int(score.parts['process'])}").exists()
+    assert hung.result(timeout=0) == "the reward ended its process (exit code -9)"
+    assert queued.cancelled()
+
+
+def test_a_worker_that_cannot_start_ends_the_construction(path: Path) -> None:
+    (path / "no_worker_task.py").write_text(textwrap.dedent(TASK) + "if '-P' in sys.orig_argv: sys.exit(7)\n")
+    with pytest.raises(RuntimeError, match="did not start; its output says why"):
+        RewardPool("no_worker_task", workers=2, timeout_seconds=1)
+
+
+def test_a_prompt_that_cannot_be_pickled_costs_its_own_rollout_only(pool: RewardPool) -> None:
+    odd = Prompt(messages=(), answer=lambda: 42)  # type: ignore[arg-type]
+    failure, score = pool.score_all([("ok", odd), ("ok", PROMPT)])
+    assert "pickle" in str(failure) and isinstance(score, Score)
 
 
 def test_an_unknown_task_is_refused_before_any_process() -> None:

@@ -1,8 +1,11 @@
 """What a cell takes of the cluster, and which processors of its machine."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from common.types import UserError
 from launch.experiments import cell
 from launch.experiments.cell import processors, share
 
+ROOT = Path(__file__).resolve().parents[3]
 ALL = sorted(os.sched_getaffinity(0))
 TWO = pytest.mark.skipif(len(ALL) < 2, reason="needs two processors")
 
@@ -43,21 +47,30 @@ def test_cores_where_gpus_are_shared_out_are_refused() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grid may be at work on this machine."""
-    monkeypatch.setattr(cell, "HELD", f"\0test-{os.getpid()}-")
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Locks of our own: a grid may be at work on this machine."""
+    for processor in ALL:
+        (tmp_path / f"cpu{processor}").touch()
+    monkeypatch.setattr(cell, "LOCK", str(tmp_path / "cpu{}"))
+    return cell.LOCK
+
+
+def test_the_kernel_has_a_folder_to_lock_for_each_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for processor in ALL:
+        os.close(os.open(cell.LOCK.format(processor), os.O_RDONLY))
 
 
 @TWO
-def test_processors_are_held_by_one_at_a_time() -> None:
+def test_a_processor_is_held_by_one_cell_at_a_time() -> None:
     with processors(1) as one, processors(1) as other:
         assert len(one) == len(other) == 1
-        assert set(one) | set(other) <= set(ALL) and one != other
+        assert one.keys() | other.keys() <= set(ALL) and one.keys() != other.keys()
     with processors(len(ALL)) as everything:
-        assert everything == ALL
+        assert list(everything) == ALL
 
 
-def test_one_who_finds_none_free_waits() -> None:
+def test_a_cell_that_finds_none_free_waits() -> None:
     got: list[float] = []
 
     def late() -> None:
@@ -74,6 +87,41 @@ def test_one_who_finds_none_free_waits() -> None:
     assert got and got[0] >= freed
 
 
+# A cell in a process like Ray's worker; its run takes a second to end after SIGTERM.
+WORKER = """
+import os, sys
+from pathlib import Path
+from launch.experiments import cell
+folder = Path(sys.argv[1])
+cell.RUN, cell.LOCK = folder / "slow.py", sys.argv[2]
+cell.run("", folder / "cell.log", folder, os.environ, int(sys.argv[3]))
+"""
+SLOW = """
+import signal, sys, time
+from pathlib import Path
+def stop(*_):
+    time.sleep(1)
+    Path("ended").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, stop)
+Path("began").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_cell_frees_its_processors_once_its_run_has_ended(tmp_path: Path, locks: str) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, tmp_path, locks, str(len(ALL))], cwd=ROOT)
+    while not (tmp_path / "began").exists():
+        assert worker.poll() is None
+        time.sleep(0.1)
+    threading.Timer(1.5, worker.kill).start()
+    with processors(1):
+        assert worker.poll() is not None
+        assert (tmp_path / "ended").exists()
+
+
 def test_more_processors_than_there_are_is_no_long_wait() -> None:
     with (
         pytest.raises(UserError, match=f"--cores {len(ALL) + 1} is more than the {len(ALL)}"),
@@ -82,7 +130,33 @@ def test_more_processors_than_there_are_is_no_long_wait() -> None:
         pytest.fail("it cannot have them")
 
 
-def test_all_processors_are_nobodys_to_hold() -> None:
-    """Without --cores a cell has its machine by Ray's own count."""
-    with processors(None) as one, processors(None) as other:
-        assert one == other == ALL
+# Prints what it was given, and ends as its configuration says.
+RUN = """
+import os, signal, sys, tomllib
+config = tomllib.load(open(sys.argv[2], "rb"))
+print(sorted(os.sched_getaffinity(0)), os.getcwd(), os.environ["RAY_ADDRESS"], os.environ.get("HELD"))
+print("(worker) a later line of another process")
+if config["killed"]:
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(config["status"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "cores", "failure"),
+    [
+        ("killed = false\nstatus = 0", 1, None),
+        ("killed = false\nstatus = 3", None, "status 3, "),
+        ("killed = true", 1, "SIGKILL, "),
+    ],
+)
+def test_a_run_gets_its_processors_and_its_failure_is_named(
+    config: str, cores: int | None, failure: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.py").write_text(RUN)
+    monkeypatch.setattr(cell, "RUN", tmp_path / "run.py")
+    log = tmp_path / "cell.log"
+    result = cell.run(config, log, tmp_path, {**os.environ, "HELD": "yes", "PYTHONUNBUFFERED": "1"}, cores)
+    line = f"{ALL[:cores]} {tmp_path} local yes"
+    assert line in log.read_text().splitlines()
+    assert result == (failure and failure + line)

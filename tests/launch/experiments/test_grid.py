@@ -85,7 +85,7 @@ def test_cells_share_their_data(file: Path) -> None:
     [
         ("steps = 7", "stepps = 7", "run.stepps=7 is no option; did you mean run.steps?"),
         ("[run]", "[rum]", "rum={'steps': 7} is no option"),
-        ("seeds = [3, 5]", "sedes = [3, 5]", "grid.sedes=[3, 5] is no key of [grid]; did you mean seeds?"),
+        ("seeds = [3, 5]", "sedes = [3, 5]", "grid.sedes=[3, 5] is an unknown key; did you mean seeds?"),
         ("seeds = [3, 5]", "", "grid.seeds is missing; add it"),
         ("seeds = [3, 5]", "seeds = []", "grid.seeds=[]: "),
         ("seeds = [3, 5]", "seeds = [3, 3]", "grid.seeds=[3, 3] names a seed twice"),
@@ -97,13 +97,13 @@ def test_cells_share_their_data(file: Path) -> None:
         ('name = "grpo"', 'name = "grppo"', "variant plain: method.name=grppo is no method; did you mean grpo?"),
         ("inner_updates", "inner_updats", "variant ah: learner.inner_updats=2 is no option; did you mean"),
         ("learner = {", "lerner = {", "variant ah: lerner={'inner_updates': 2} is no option"),
-        ("learner = { inner_updates = 2 }", "alpha = 2", "variant ah: alpha=2 is no table"),
+        ("learner = { inner_updates = 2 }", "alpha = 2", "variant ah: alpha=2 is not a table"),
         ("learner = { inner_updates = 2 }", "run = { steps = 3 }", "variant ah: run.steps is the same for all cells"),
-        ("learner = { inner_updates = 2 }", "run = { seed = 3 }", "run.seed is not set by hand in a grid"),
-        ("[run]", '[run]\ndir = "x"', "run.dir is not set by hand in a grid; use --dir"),
-        ("[actor]", '[model]\npath = "c"\n[actor]', "model.path is not set by hand in a grid; use grid.models"),
-        ("learner = { inner_updates = 2 }", "run = 3", "variant ah: run=3 is no table"),
-        ("[scale.cpu.run]\nsteps = 2\n[scale.cpu.grid]\nmodels = []", "[scale]\ncpu = 2", "cpu=2 is no table"),
+        ("learner = { inner_updates = 2 }", "run = { seed = 3 }", "run.seed is set by the grid"),
+        ("[run]", '[run]\ndir = "x"', "run.dir is set by the grid; use --dir"),
+        ("[actor]", '[model]\npath = "c"\n[actor]', "model.path is set by the grid; use grid.models"),
+        ("learner = { inner_updates = 2 }", "run = 3", "variant ah: run=3 is not a table"),
+        ("[scale.cpu.run]\nsteps = 2\n[scale.cpu.grid]\nmodels = []", "[scale]\ncpu = 2", "cpu=2 is not a table"),
         ("[run", "[run[", "is not valid TOML"),
         ("[grid]", "[gird]", "has no table [grid]; start a single run with launch/run.py"),
     ],
@@ -122,10 +122,10 @@ def test_a_bad_grid_gets_one_line(old: str, new: str, words: str, file: Path) ->
     [
         ("--run.stepps 3", "--run.stepps is no option; did you mean --run.steps?"),
         ("--run.steps many", "run.steps='many': Input should be a valid integer"),
-        ("--run.seed 4", "run.seed is not set by hand in a grid; use grid.seeds"),
-        ("--run.dir=x", "run.dir is not set by hand in a grid; use --dir"),
-        ("--run.resume", "run.resume is not set by hand in a grid; a grid always continues what is there"),
-        ("--model.path c", "model.path is not set by hand in a grid; use grid.models"),
+        ("--run.seed 4", "run.seed is set by the grid; use grid.seeds"),
+        ("--run.dir=x", "run.dir is set by the grid; use --dir"),
+        ("--run.resume", "run.resume is set by the grid; a grid always resumes"),
+        ("--model.path c", "model.path is set by the grid; use grid.models"),
     ],
 )
 def test_a_bad_option_gets_one_line_that_blames_no_variant(options: str, words: str, file: Path) -> None:
@@ -146,11 +146,11 @@ def test_an_option_that_makes_two_variants_the_same_run_is_refused(tmp_path: Pat
 def test_an_unknown_scale_and_no_file(file: Path) -> None:
     with pytest.raises(UserError, match=r"--scale gpu is not in .*some.toml; did you mean cpu\?"):
         grid.cells(file, Path("x"), scale="gpu")
-    with pytest.raises(UserError, match=r"--config nowhere.toml is no file"):
+    with pytest.raises(UserError, match=r"--config nowhere.toml: no such file"):
         grid.cells(Path("nowhere.toml"), Path("x"))
 
 
-def rows(name: str, scale: str | None) -> list[tuple[str, float]]:
+def methods(name: str, scale: str | None) -> list[tuple[str, float]]:
     """Method and alpha of the cells of the first seed and model of a grid of the repository."""
     cells = grid.cells(GRIDS / name, Path("x"), scale=scale)
     first = [c.config for c in cells if (c.config.run.seed, c.config.model.path) == _first(cells)]
@@ -165,11 +165,11 @@ def _first(cells: list[grid.Cell]) -> tuple[int, str]:
 def test_the_ready_made_grids_hold_the_papers_comparisons(scale: str | None) -> None:
     eq2, alpha_1 = ([("grpo", METHODS["grpo"].alpha)], [1]) if scale is None else ([], [])
     baseline = ("sa-ah-grpo", 0.0)
-    assert rows("main_comparison.toml", scale) == [baseline, ("ah-grpo", 0.5), ("sa-ah-grpo", 0.5), *eq2]
+    assert methods("main_comparison.toml", scale) == [baseline, ("ah-grpo", 0.5), ("sa-ah-grpo", 0.5), *eq2]
     for method, more in (("ah-grpo", []), ("sa-ah-grpo", alpha_1)):
         sweep = [(method, -0.25), baseline, *((method, alpha) for alpha in (0.1, 0.25, 0.5, *more))]
-        assert rows(f"alpha_sweep_{method.replace('-grpo', '').replace('-', '_')}.toml", scale) == sweep
-    assert [name for name, _ in rows("methods.toml", scale)] == list(METHODS)
+        assert methods(f"alpha_sweep_{method.replace('-grpo', '').replace('-', '_')}.toml", scale) == sweep
+    assert [name for name, _ in methods("methods.toml", scale)] == list(METHODS)
 
 
 @pytest.mark.parametrize(("scale", "shared"), [(None, 5 * 3), ("cpu", 3 * 3)])

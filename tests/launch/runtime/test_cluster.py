@@ -74,7 +74,7 @@ def test_a_killed_driver_leaves_no_process(environment: dict[str, str], tmp_path
     assert {"raylet", "gcs_server", "sleep"} <= {process.name() for process in descendants}
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    _, alive = psutil.wait_procs(descendants, timeout=100)
+    _, alive = psutil.wait_procs(descendants, timeout=40)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 

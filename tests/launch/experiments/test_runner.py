@@ -1,4 +1,4 @@
-"""The driver of a grid with real Ray and a run that only pretends: who runs again, who goes on, what is left behind."""
+"""A grid with real Ray and a pretended run: which cells run again, which resume, and what is left behind."""
 
 import os
 import shutil
@@ -12,10 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 
-from launch import experiment
-from launch.experiments import grid
-from launch.planning import memory_fit
+from launch.experiments import runner
 from launch.runtime import cluster
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,7 +48,7 @@ folder, name, resume = config.run.dir, config.method.name, config.run.resume
 with open(folder.parent / "starts.txt", "a") as starts:
     processors = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
-    print(folder.name, "goes on" if resume else "starts", processors, gpu, file=starts)
+    print(folder.name, "resumes" if resume else "starts", processors, gpu, file=starts)
 deadline = time.monotonic() + 300
 while len((folder.parent / "starts.txt").read_text().splitlines()) < int(os.environ.get("TOGETHER", 1)):
     assert time.monotonic() < deadline, "alone"
@@ -90,10 +89,13 @@ def checkout(tmp_path: Path) -> Path:
     for package in ("common", "launch", "actor", "learner"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "launch" / "run.py").write_text(RUN)
-    process = (
-        tmp_path / "launch" / "experiments" / "cell.py"
-    )  # with names of its own: a grid may be at work on this machine
-    process.write_text(process.read_text().replace("horizon-processor", tmp_path.name))
+    cell = tmp_path / "launch" / "experiments" / "cell.py"
+    locks = cell.read_text().replace(
+        "/sys/devices/system/cpu/", f"{tmp_path}/"
+    )  # a grid may be at work on this machine
+    cell.write_text(locks)
+    for processor in os.sched_getaffinity(0):
+        (tmp_path / f"cpu{processor}").touch()
     (tmp_path / "grid.toml").write_text(GRID)
     return tmp_path
 
@@ -128,7 +130,7 @@ def test_only_what_is_not_finished_runs_again(checkout: Path, environment: dict[
     (checkout / "runs" / "grid" / "bad_seed-1" / "rollouts.jsonl").write_text("of the run that died\n")
     status, out, err, starts = finish(checkout, {**environment, "MEND": "1"})
     assert status == 0, err
-    assert starts == ["bad_seed-1 starts", "torn_seed-1 goes on"]
+    assert starts == ["bad_seed-1 starts", "torn_seed-1 resumes"]
     assert not (checkout / "runs" / "grid" / "bad_seed-1" / "rollouts.jsonl").exists()
     assert len(list((checkout / "runs" / "grid" / "torn_seed-1" / "checkpoints").iterdir())) == 3
     status, out, err, starts = finish(checkout, environment)
@@ -140,7 +142,7 @@ def test_only_what_is_not_finished_runs_again(checkout: Path, environment: dict[
 @pytest.mark.parametrize(
     "number", [*(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGINT, signal.SIGKILL)), signal.SIGTERM]
 )
-def test_a_stopped_driver_leaves_no_process_and_everything_to_go_on(
+def test_a_stopped_driver_leaves_no_process_and_a_grid_that_can_resume(
     number: signal.Signals, checkout: Path, environment: dict[str, str]
 ) -> None:
     process = start(checkout, {**environment, "STEP_SECONDS": "600"})
@@ -160,9 +162,9 @@ def test_a_stopped_driver_leaves_no_process_and_everything_to_go_on(
     if number != signal.SIGKILL:
         assert "closed in good order" in (folder / "good_seed-1.log").read_text()
     if number == signal.SIGINT:
-        assert err.splitlines()[-1] == "interrupted; the same command continues"
+        assert err.splitlines()[-1] == "interrupted; the same command resumes the grid"
         _, _, _, starts = finish(checkout, environment)
-        assert starts[0] == "good_seed-1 goes on"
+        assert starts[0] == "good_seed-1 resumes"
 
 
 @pytest.mark.slow
@@ -217,74 +219,20 @@ def test_cells_of_one_core_run_at_once_each_on_its_own(checkout: Path, environme
     assert one.isdigit() and other.isdigit() and one != other
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder with the grid, in which no cell may start."""
-    (tmp_path / "grid.toml").write_text(GRID)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiment, "run", lambda *_: pytest.fail("a cell would have been started"))
-    return tmp_path
-
-
-PLANNED = {"learner.recompute": "none", "learner.micro_batch_tokens": 4096}  # what the memory plan sets
-
-
-def written(cell: grid.Cell, *checkpoints: int) -> Path:
-    """The folder of a run that began, with checkpoints after these steps."""
-    folder = cell.config.run.dir
-    folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(experiment.dump(memory_fit.with_values(cell.config, PLANNED)))
-    for step in checkpoints:
-        (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
-    return folder
-
-
-def test_a_dry_run_says_what_each_cell_will_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good, bad, torn = grid.cells(Path("grid.toml"), Path("runs/grid"))
-    written(good, 1, 2, 3)
-    written(bad)
-    written(torn, 2)
-    assert experiment.main(["--config", "grid.toml", "--dry-run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == ["good_seed-1: finished", "bad_seed-1: start", "torn_seed-1: continue"]
-    assert lines[-1] == "# 3 cells of 3 steps, 2 to run"
-    assert (bad.config.run.dir / "config.toml").exists()  # a dry run deletes nothing
-
-
 @pytest.mark.parametrize(
-    ("options", "line"),
+    ("error", "reason"),
     [
-        ([], "--config is missing; name a grid, such as launch/configs/grids/main_comparison.toml"),
-        (["--config"], "argument --config: expected one argument; see --help"),
-        (["--config", "grid.toml", "--cores", "0"], "--cores 0 is no number of processors; give 1 or more"),
-        (["--config", "grid.toml", "--cores", "half"], "argument --cores: invalid int value: 'half'; see --help"),
-        (["--config", "grid.toml", "--scale", "gpu"], "--scale gpu is not in grid.toml; leave it out"),
-        (["--config", "grid.toml", "--run.stepps", "3"], "--run.stepps is no option; did you mean --run.steps?"),
-        (["--config", "grid.toml", "--model.path", "/no/model"], "model.path=/no/model is no folder"),
-        (["--config", "grid.toml", "--task.gym", "chain_summ"], "task.gym=chain_summ"),
-        (["--config", "grid.toml", "--run.steps", "4"], "run.steps=4 differs from 3 of the run in runs/grid/good_seed"),
-        (["--config", "grid.toml", "--dir", "other"], "run.dir=other/torn_seed-1 is not empty"),
+        (
+            RayTaskError("f", "Traceback:\n  File x\nValueError: it is off\n", ValueError("it is off")),
+            "ValueError: it is off",
+        ),
+        (WorkerCrashedError(), "The worker died unexpectedly"),
+        (RayError(""), "RayError"),
     ],
 )
-def test_whatever_is_wrong_is_one_line_before_any_cell_starts(
-    options: list[str], line: str, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Also where the one bad cell is finished (other steps), or the last (a folder that no run made)."""
-    written(grid.cells(Path("grid.toml"), Path("runs/grid"))[0], 3)
-    (here / "other" / "torn_seed-1").mkdir(parents=True)
-    (here / "other" / "torn_seed-1" / "thesis.tex").write_text("mine")
-    assert experiment.main(options) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(line) and err.count("\n") == 1
+def test_the_reason_of_a_task_that_ray_ended(error: RayError, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(_: object) -> None:
+        raise error
 
-
-def test_what_is_wrong_with_the_last_variant_alone_is_found_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "grid.toml").write_text(GRID.replace('"sa-ah-grpo" }', '"sa-ah-grpo" }, model = { lora_targets = ["w"] }'))
-    assert experiment.main(["--config", "grid.toml"]) == 2
-    assert capsys.readouterr().err.startswith("model.lora_targets: w is no linear module of the model")
-
-
-def test_a_second_driver_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with experiment._alone_in(Path("runs/grid")):
-        assert experiment.main(["--config", "grid.toml"]) == 2
-    assert capsys.readouterr().err.startswith("--dir runs/grid is in use by another experiment")
+    monkeypatch.setattr(runner.ray, "get", get)
+    assert str(runner._reason_of(None)).startswith(f"Ray: {reason}")
