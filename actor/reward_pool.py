@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 from actor.tasks import task_module
 from common.process import child
@@ -22,12 +22,7 @@ from common.types import Prompt, Score
 
 START_SECONDS = 120.0  # for a worker to import its task
 
-
-class Scoring(NamedTuple):
-    """Calls that were started."""
-
-    completions: Sequence[tuple[str, Prompt]]
-    futures: Sequence[Future[Score | str]]
+Scoring = list[Future[Score | str]]  # calls that were started
 
 
 class RewardPool:
@@ -52,15 +47,15 @@ class RewardPool:
 
         The time-out of a call starts when a worker takes it; time in the queue does not count.
         """
-        return self.finish([self.start(completions)])
+        return self.finish(self.start(completions))
 
     def start(self, completions: Sequence[tuple[str, Prompt]]) -> Scoring:
         """Begin to score, while the caller does something else. Raises RuntimeError after close()."""
-        return Scoring(completions, [self._threads.submit(self._call, call) for call in completions])
+        return [self._threads.submit(self._call, call) for call in completions]
 
-    def finish(self, started: Sequence[Scoring]) -> list[Score | str]:
-        """What score_all returns, for all of `started` in the order in which they were started."""
-        return [future.result() for scoring in started for future in scoring.futures]
+    def finish(self, scoring: Scoring) -> list[Score | str]:
+        """Wait for what `start` began; returns what score_all returns."""
+        return [future.result() for future in scoring]
 
     def close(self) -> None:
         """End the workers, hung ones included."""

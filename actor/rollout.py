@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ class Sampling:
     @classmethod
     def of(cls, config: Config) -> "Sampling":
         """How a run samples to train on."""
-        method = config.method.resolve()
+        method = config.method
         opening = Opening(
             num_candidates=method.opening_candidates,
             num_distinct=method.opening_distinct,
@@ -79,7 +78,7 @@ def roll_out(
         "seeds": [prompt_seed(sampling.seed, prompt.index) for prompt in prompts],
         "fixed_length": sampling.fixed_length,
     }
-    scorings: dict[int, Scoring] = {}  # by the prompt's place; in the order in which the groups ended
+    scorings: dict[int, Scoring] = {}  # by the prompt's place
 
     def score(place: int, group: list[Sample]) -> None:
         scorings[place] = rewards.start([(sample.text, prompts[place]) for sample in group])
@@ -91,14 +90,12 @@ def roll_out(
         for place, group in enumerate(samples):
             score(place, group)
     sampled = time.perf_counter()
-    scores = iter(rewards.finish(list(scorings.values())))
-    scores_of = {place: list(islice(scores, len(samples[place]))) for place in scorings}
     groups = [
         Group(
             prompt=prompt,
             rollouts=tuple(
                 _rollout(tokens[place], sample, score, version, sampling.opening)
-                for sample, score in zip(samples[place], scores_of[place], strict=True)
+                for sample, score in zip(samples[place], rewards.finish(scorings[place]), strict=True)
             ),
             rollout_seconds=sampled - started,
         )

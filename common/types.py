@@ -5,7 +5,8 @@ P prompts of a step, G rollouts per prompt, B = P * G rollouts, T tokens of a ro
 N scored (sampled) tokens, V vocabulary, H hidden size.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,13 @@ import numpy as np
 
 class UserError(ValueError):
     """Bad input: one line that says what, the value and what to do. Ends the program with status 2."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The known word that `word` was meant to be, or all of them; the end of an error message."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,18 +34,18 @@ class Prompt:
     messages: tuple[Mapping[str, str], ...]  # chat messages, rendered by the model's own template
     answer: str  # ground truth, as the task's reward reads it
     metadata: Mapping[str, Any] = field(default_factory=dict)  # whatever else the reward needs; plain JSON values
-    index: int = 0  # place in the prompt stream of the run; sampling seeds derive from it
+    index: int = 0  # position in the prompt stream of the run; sampling seeds derive from it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a task says of one completion.
+    """The reward of one completion.
 
     Example: Score(total=7.5, correct=True, parts={"correct": 4.0, "format": 1.5, "present": 1.0, "steps": 1.0})
     """
 
     total: float  # the reward
-    correct: bool  # the answer is exactly right: Pass@1, and the binary reward of methods that need one
+    correct: bool  # the answer is exactly correct: Pass@1, and the binary reward of methods that need one
     parts: Mapping[str, float]  # the terms of total
 
 
@@ -55,7 +63,7 @@ class Rollout:
     text: str  # the completion, cut at a stop string
     finish_reason: str  # "stop", or "length" for a truncated completion
     version: int  # of the adapter that sampled it
-    score: Score | None = None  # None: the reward failed, and the rollout takes no part in the step
+    score: Score | None = None  # None: the reward failed, and the rollout is excluded from the step
     reward_error: str | None = None  # why it failed
 
     @property
@@ -70,12 +78,12 @@ class Group:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     rollout_seconds: float = 0.0  # sampling of the whole request, shared by its groups
-    reward_seconds: float = 0.0  # what of the request's scoring was left to wait for after it
+    reward_seconds: float = 0.0  # scoring that was not finished when the sampling was
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenStreams:
-    """What the learner saw of one rollout, over its sampled tokens."""
+class TokenTargets:
+    """What the learner made of one rollout, over its sampled tokens."""
 
     advantage: float
     entropies: np.ndarray  # float32 [N], nats, of which the weights are made
@@ -87,5 +95,5 @@ class UpdateResult:
     """What one optimizer step did."""
 
     metrics: Mapping[str, float]
-    streams: tuple[TokenStreams | None, ...]  # B, in the order of the groups and their rollouts; None: took no part
-    refused: str | None = None  # why the optimizer refused the step (not finite); None: it was taken
+    tokens: tuple[TokenTargets | None, ...]  # B, in the order of the groups and their rollouts; None: excluded
+    skipped: str | None = None  # why the optimizer skipped the step (not finite); None: it was taken

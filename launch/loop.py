@@ -60,10 +60,10 @@ def train(
             step_seconds=ended - started,
         )
         recorder.step(step, groups, result, published, times, num_discarded=len(buffer.discarded))
-        num_skipped = num_skipped + 1 if result.refused else 0
+        num_skipped = num_skipped + 1 if result.skipped else 0
         if num_skipped == MAX_SKIPPED_STEPS:
             raise RunFailed(
-                f"{num_skipped} steps in a row were not finite, the last: {result.refused}; stopped at {step}"
+                f"{num_skipped} steps in a row were not finite, the last: {result.skipped}; stopped at {step}"
             )
         if run.evaluate_every and due(step, run.evaluate_every, run.steps):
             recorder.evaluation(evaluate(workers.actors, eval_prompts, config, step=step))

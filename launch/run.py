@@ -39,7 +39,7 @@ def run(checked: Plan) -> None:
     """Train as planned, into the run folder."""
     config = checked.config
     checked.refuse_absent_gpu()
-    method = config.method.resolve()
+    method = config.method
     folder = config.run.dir
     folder.mkdir(parents=True, exist_ok=True)
     first_step, cursor = 0, 0

@@ -1,17 +1,21 @@
 """Checkpoints: folders that are whole or not there, and the state of a learner beside its adapter."""
 
+import json
 import os
-import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
-STATE = "learner_state.pt"
+from common.types import UserError
+
+TENSORS, NUMBERS = "learner_state.safetensors", "learner_state.json"
+PICKLE = "learner_state.pt"  # what older versions wrote
+OPTIMIZER, RANDOM_CPU, RANDOM_CUDA = "optimizer.", "random.cpu", "random.cuda"  # names of tensors
 
 
 @contextmanager
@@ -46,24 +50,42 @@ def name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save_state(folder: Path, learner: dict[str, Any]) -> None:
-    """The learner's own state and every random state of this process into `folder`."""
-    state = {"learner": learner, "torch": torch.get_rng_state(), "python": random.getstate()}
-    state["numpy"] = np.random.get_state(legacy=False)
+def save_state(folder: Path, learner: Mapping[str, Any]) -> None:
+    """The learner's own state and torch's random states into `folder`.
+
+    `learner["optimizer"]` holds tensors by name, all else plain JSON values. Nothing in the learner draws from NumPy's
+    or Python's global generators, so theirs are not kept.
+    """
+    tensors = {OPTIMIZER + name: tensor for name, tensor in learner["optimizer"].items()}
+    tensors[RANDOM_CPU] = torch.get_rng_state()
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    torch.save(state, folder / STATE)
+        tensors[RANDOM_CUDA] = torch.cuda.get_rng_state()
+    save_file(tensors, folder / TENSORS)
+    numbers = {name: value for name, value in learner.items() if name != "optimizer"}
+    (folder / NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Set this process's random states as `save_state` saw them; returns the learner's own."""
-    state = torch.load(folder / STATE, map_location="cpu", weights_only=False)  # our own file: it holds numpy state
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    return state["learner"]
+    """Set torch's random states as `save_state` saw them; returns the learner's own state.
+
+    Runs no code that the files may hold. Raises UserError as `check` does.
+    """
+    check(folder)
+    tensors = load_file(folder / TENSORS)
+    torch.set_rng_state(tensors[RANDOM_CPU])
+    if torch.cuda.is_available() and RANDOM_CUDA in tensors:
+        torch.cuda.set_rng_state(tensors[RANDOM_CUDA])
+    moments = {n.removeprefix(OPTIMIZER): tensor for n, tensor in tensors.items() if n.startswith(OPTIMIZER)}
+    return {**json.loads((folder / NUMBERS).read_text(encoding="utf-8")), "optimizer": moments}
+
+
+def check(folder: Path) -> None:
+    """Raise UserError for a checkpoint of the older format, a pickle: reading it can run code that it holds."""
+    if (folder / PICKLE).exists():
+        raise UserError(
+            f"{folder} holds {PICKLE}, the format of an older version, which is no longer read; start the run again "
+            "in another folder"
+        )
 
 
 def _flush(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""AdamW with a warmed-up cosine schedule; a step that is not finite is refused."""
+"""AdamW with a warmed-up cosine schedule; a step that is not finite is skipped."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Optimizer:
     def step(self, loss: Tensor, step: int) -> tuple[float, str | None]:
         """Backward, clip and update at optimizer step `step`.
 
-        Returns the gradient norm before clipping, and why the update was refused (None: it was made). A refused
+        Returns the gradient norm before clipping, and why the update was skipped (None: it was made). A skipped
         update leaves weights and moments as they were.
         """
         self.adamw.zero_grad(set_to_none=True)
@@ -50,8 +50,15 @@ class Optimizer:
         self.adamw.step()
         return norm, None
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.adamw.state_dict()
+    def state_dict(self) -> dict[str, Tensor]:
+        """AdamW's moments and counts, named "<number of the parameter>.<name>". The rest is the configuration's."""
+        state = self.adamw.state_dict()["state"]
+        return {f"{number}.{name}": tensor for number, each in state.items() for name, tensor in each.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adamw.load_state_dict(state)
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            number, name = key.split(".")
+            state.setdefault(int(number), {})[name] = tensor
+        self.adamw.load_state_dict({**self.adamw.state_dict(), "state": state})

@@ -1,4 +1,4 @@
-"""Which rollouts take part in a step, and with what advantage."""
+"""Which rollouts a step trains on, and with what advantage."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from common.methods import Method, function
+from common.method import Fields, function
 from common.types import Group, Rollout, Score
 from learner import advantage
 
@@ -25,18 +25,23 @@ class Selection:
     groups: tuple[Group, ...]  # without rollouts whose reward failed; without dropped groups
     advantages_B: Tensor  # float64
     group_B: Tensor  # int64, 0..P-1
-    place_B: tuple[int, ...]  # of each rollout among all rollouts of the step
+    index_B: tuple[int, ...]  # of each rollout among all rollouts of the step
     dropped: Mapping[str, int]  # groups by the reason of drop_reason
 
+    def metrics(self) -> dict[str, float]:
+        """The number of excluded groups, and by reason."""
+        by_reason = {f"groups/dropped_{reason}": float(count) for reason, count in self.dropped.items()}
+        return {"groups/dropped": float(sum(self.dropped.values())), **by_reason}
 
-def select(groups: Sequence[Group], method: Method, *, max_tokens: int) -> Selection:
-    """Leave out rollouts without a reward, and the groups that `method` drops; advantages of the rest.
+
+def select(groups: Sequence[Group], method: Fields, *, max_tokens: int) -> Selection:
+    """Exclude rollouts without a reward, and the groups that `method` drops; advantages of the rest.
 
     A group's advantages are taken over its scored rollouts alone. max_tokens is the longest completion possible.
     """
     kept: list[Group] = []
     advantages: list[Tensor] = []
-    places: list[int] = []
+    indices: list[int] = []
     dropped: Counter[str] = Counter()
     start = 0
     for group in groups:
@@ -46,35 +51,35 @@ def select(groups: Sequence[Group], method: Method, *, max_tokens: int) -> Selec
             scored = [i for i, rollout in enumerate(group.rollouts) if rollout.score is not None]
             kept.append(replace(group, rollouts=tuple(group.rollouts[i] for i in scored)))
             advantages.append(_advantages(kept[-1], method, max_tokens))
-            places += [start + i for i in scored]
+            indices += [start + i for i in scored]
         start += len(group.rollouts)
     sizes = torch.tensor([len(group.rollouts) for group in kept], dtype=torch.int64)
     return Selection(
         groups=tuple(kept),
         advantages_B=torch.cat(advantages) if advantages else torch.empty(0, dtype=torch.float64),
         group_B=torch.repeat_interleave(torch.arange(len(kept)), sizes),
-        place_B=tuple(places),
+        index_B=tuple(indices),
         dropped=dropped,
     )
 
 
-def drop_reason(group: Group, method: Method) -> str | None:
+def drop_reason(group: Group, method: Fields) -> str | None:
     """Why `method` learns nothing from this group, in a word; None where it does."""
     scores = [rollout.score for rollout in group.rollouts if rollout.score is not None]
     if not scores:
         return "unscored"
-    right = sum(score.correct for score in scores)
-    if method.group_filter == "accuracy" and right in (0, len(scores)):
-        return "all-right" if right else "all-wrong"
-    spread = torch.tensor([score.total for score in scores], dtype=torch.float64).std(correction=0).item()
-    if method.group_filter == "zero-variance" and spread == 0:
+    num_correct = sum(score.correct for score in scores)
+    if method.group_filter == "accuracy" and num_correct in (0, len(scores)):
+        return "all-correct" if num_correct else "all-incorrect"
+    std = torch.tensor([score.total for score in scores], dtype=torch.float64).std(correction=0).item()
+    if method.group_filter == "zero-variance" and std == 0:
         return "zero-variance"
-    if method.reward_threshold is not None and spread < method.reward_threshold:
-        return "small-spread"
+    if std < method.reward_threshold:
+        return "low-variance"
     return None
 
 
-def overlong(num_tokens: int, method: Method, *, max_tokens: int) -> float:
+def overlong(num_tokens: int, method: Fields, *, max_tokens: int) -> float:
     """What a completion loses for its length: 0 up to max_tokens - overlong_buffer, then linear up to
     overlong_penalty at max_tokens (DAPO, arXiv 2503.14476, Eq. 13)."""
     if method.overlong_buffer == 0:
@@ -83,7 +88,7 @@ def overlong(num_tokens: int, method: Method, *, max_tokens: int) -> float:
     return method.overlong_penalty * min(1.0, max(0.0, over / method.overlong_buffer))
 
 
-def _advantages(group: Group, method: Method, max_tokens: int) -> Tensor:
+def _advantages(group: Group, method: Fields, max_tokens: int) -> Tensor:
     """[G] float64 of a group whose rollouts are all scored."""
     if method.advantage == "asymmetric":
         correct_1G = torch.tensor([[_score(rollout).correct for rollout in group.rollouts]], dtype=torch.float64)

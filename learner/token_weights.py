@@ -49,11 +49,16 @@ def residual(norm_BT: Tensor, mask_BT: Tensor, *, power: float) -> Tensor:
 
 
 def gini(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """[B]: Gini coefficient of each rollout's weights, 0 where all are equal: sum |w_s - w_t| / (2 T sum w)."""
+    """[B]: Gini coefficient of each rollout's weights: sum |w_s - w_t| / (2 T sum w), 0 where all are equal.
+
+    A rollout of which no token has a weight (entropy-mask may keep none) has equal weights too: 0.
+    """
     length_B = mask_BT.sum(dim=1)
     ascending_BT = (weights_BT * mask_BT).sort(dim=1).values  # what is masked stands first, as 0
     rank_BT = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device) - (mask_BT.shape[1] - length_B)[:, None]
-    return 2 * (rank_BT * ascending_BT).sum(dim=1) / (length_B * ascending_BT.sum(dim=1)) - (length_B + 1) / length_B
+    sum_B = ascending_BT.sum(dim=1)
+    gini_B = 2 * (rank_BT * ascending_BT).sum(dim=1) / (length_B * sum_B) - (length_B + 1) / length_B
+    return gini_B.where(sum_B > 0, torch.zeros_like(gini_B))
 
 
 def top_entropy(entropy_BT: Tensor, mask_BT: Tensor, *, fraction: float) -> Tensor:

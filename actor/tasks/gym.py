@@ -1,4 +1,4 @@
-"""Any data set of reasoning-gym, generated on the spot, with the tags, the prompt and the reward of gsm8k.py.
+"""Any data set of reasoning-gym, generated on the spot, with the prompt and the reward of composite_reward.py.
 
 Train and eval have no problem in common, for any task.seed, task.num_train and task.num_eval: the hash of a question
 says to which half of all problems it belongs, and each split draws from its own half. A problem of eval comes once;
@@ -9,7 +9,6 @@ last line of the completion. The data set's own scorer judges it: 1 is exact (4.
 (1.5), below it is wrong (0.0); an empty answer, or one on which the scorer raises, is unparseable (-0.5).
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -23,9 +22,9 @@ from typing import Any, Literal
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from actor.tasks import gsm8k
+from actor.tasks.composite_reward import SOLUTION, chat, completion_of, inside, score, style
 from common.config import TaskConfig
-from common.types import Prompt, Score, UserError
+from common.types import Prompt, Score, UserError, suggest
 
 PARTIAL = 0.5  # of the data set's own scorer; most give 0.01 to 0.1 to any answer in the right format
 NUM_CANDIDATES = 32  # problems from which the worked example is chosen
@@ -54,7 +53,7 @@ def load(task: TaskConfig, split: Literal["train", "eval"]) -> list[Prompt]:
             seen.add(question)
         prompts.append(
             Prompt(
-                messages=gsm8k.chat(question, example),
+                messages=chat(question, example),
                 answer=entry["answer"] or "",
                 metadata={"gym": task.gym, "options": task.gym_options, "entry": _as_json(entry)},
                 index=len(prompts),
@@ -69,21 +68,21 @@ def load(task: TaskConfig, split: Literal["train", "eval"]) -> list[Prompt]:
 
 
 def reward(completion: str, prompt: Prompt) -> Score:
-    """The composite reward of gsm8k.py (Eq. 10), with the data set's own scorer beside, or instead of, the number."""
-    parts = {"correct": _correctness(completion, prompt), **gsm8k.style(completion)}
+    """The composite reward (Eq. 10), with the data set's own scorer beside, or instead of, the number."""
+    parts = {"correct": _correctness(completion, prompt), **style(completion)}
     return Score(total=round(sum(parts.values()), 1), correct=parts["correct"] == 4.0, parts=parts)
 
 
 def _correctness(completion: str, prompt: Prompt) -> float:
     if not _NUMBER.fullmatch(prompt.answer):
         return _judge(completion, prompt)
-    correct = gsm8k.score(completion, prompt.answer)["correct"]
+    correct = score(completion, prompt.answer)["correct"]
     # Where the data set rounds its answers, its scorer allows for that.
     return 4.0 if correct < 4.0 and _judge(completion, prompt) == 4.0 else correct
 
 
 def _judge(completion: str, prompt: Prompt) -> float:
-    answer = gsm8k.inside(completion, *gsm8k.SOLUTION)
+    answer = inside(completion, *SOLUTION)
     if answer is None:
         answer = (completion.strip().splitlines() or [""])[-1]
     answer = answer.strip()
@@ -111,11 +110,11 @@ def _entries(task: TaskConfig, purpose: str, size: int) -> Iterator[dict[str, An
     """`size` problems with question, answer and metadata; each purpose has a stream of its own."""
     name, options = task.gym, task.gym_options
     if name not in DATASETS:
-        raise UserError(f"task.gym={name} is no reasoning-gym data set{_suggest(name, DATASETS)}")
+        raise UserError(f"task.gym={name} is no reasoning-gym data set{suggest(name, DATASETS)}")
     known = [field.name for field in fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
     for option in options:
         if option not in known:
-            raise UserError(f"task.gym_options.{option} is no option of task.gym={name}{_suggest(option, known)}")
+            raise UserError(f"unknown option task.gym_options.{option} of task.gym={name}{suggest(option, known)}")
     # Item i of most data sets depends on seed + i alone, so seeds that are close would share their problems.
     seed = int.from_bytes(hashlib.sha256(f"{task.seed} {purpose}".encode()).digest()[:4]) >> 1
     try:
@@ -152,9 +151,7 @@ def _example(task: TaskConfig) -> tuple[str, str, str]:
     ]
     if not shown:
         raise UserError(f"task.example=true, but task.gym={task.gym} has no answers to show; set task.example=false")
-    return min(
-        shown, key=lambda example: (-gsm8k.style(gsm8k.completion_of(*example[1:]))["steps"], len("".join(example)))
-    )
+    return min(shown, key=lambda example: (-style(completion_of(*example[1:]))["steps"], len("".join(example))))
 
 
 def _working(name: str, entry: dict[str, Any]) -> str:
@@ -169,8 +166,3 @@ def _working(name: str, entry: dict[str, Any]) -> str:
         before, total = total, total + Decimal(term) if sign == "+" else total - Decimal(term)
         lines.append(f"{before} {sign} {term} = {total}")
     return "\n".join([*lines, f"total = {total}"])
-
-
-def _suggest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

@@ -86,7 +86,7 @@ head)
     for width in $widths; do
         for temperature in 1.0 0.6; do
             part "head-$width-$temperature" $python launch/benchmark.py head \
-                --rows $rows --hidden "$width" --vocab $vocab --temperature $temperature
+                --methods $rows --hidden "$width" --vocab $vocab --temperature $temperature
         done
     done
     ;;

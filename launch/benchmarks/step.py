@@ -1,13 +1,13 @@
 """Throughput of whole steps, side by side in one run and by turns.
 
-    python launch/benchmark.py train [--peer trl [--peer-after]] [--steps 3] [--batches 2 4 8] [--rows reft erpo]
+    python launch/benchmark.py train [--peer trl [--peer-after]] [--steps 3] [--batches 2 4 8] [--methods reft erpo]
                                      [--model-shape qwen2.5-3b] [--out FOLDER] [--config FILE.toml]
                                      [OPTIONS of launch/run.py]
 
 Each round runs one whole step of every contender (sampling, reward, learning, publishing) while the others are idle, in
 an order that turns around from round to round; the first round warms up and is not counted. --batches then runs two
 steps of each multiple of the prompts, counts the second, and fits how the cost grows with the tokens. Prints a table,
-and one JSON object as the last line; --out keeps that and a chart. --rows adds rows of the table of methods, without
+and one JSON object as the last line; --out keeps that and a chart. --methods adds rows of the table of methods, without
 their group filter, refill and further inner updates, so that all of them learn the same; --model-shape takes random
 weights of a published shape. --peer-after runs the peer once ours has ended, where the two do not fit side by side.
 """
@@ -32,17 +32,19 @@ from transformers import AutoConfig
 
 from actor.rollout import Sampling
 from common.command_line import load
-from common.config import Config, MethodConfig
-from common.methods import METHODS
+from common.config import Config, with_values
+from common.methods import METHODS, MethodConfig
 from common.types import Group, UpdateResult, UserError
 from launch.benchmarks import roofline, step_results
+from launch.benchmarks.update import with_method
 from launch.evaluate import sample
-from launch.planning import memory_fit, model_folder, plan
+from launch.planning import model_folder, plan
 from launch.planning.plan import Plan
 from launch.runtime import cluster, workers
 from launch.runtime.buffer import PromptStream
 from launch.runtime.recorder import num_completion_tokens
 from learner.learner import Learner
+from learner.objective import Objective, demands
 
 CONFIG = Path(__file__).parents[1] / "configs" / "benchmark.toml"
 CONTENDERS = {
@@ -54,10 +56,10 @@ Measured = dict[str, float]  # of a step: seconds by phase ("step" is the whole)
 
 
 class AnyMethod(Learner):
-    """A learner that is told the method at each step: contenders differ in nothing else."""
+    """A learner with another objective at each step: the benchmarked methods differ in nothing else."""
 
-    def update_with(self, method: MethodConfig, groups: Sequence[Group]) -> UpdateResult:
-        self.method = method.resolve()
+    def update_with(self, config: Config, groups: Sequence[Group]) -> UpdateResult:
+        self.objective = Objective(config, self.policy.vocab_size)
         return self.update(groups)
 
 
@@ -78,15 +80,14 @@ class Horizon:
         """One step of `method` on `batch` times run.prompts_per_step prompts."""
         started = time.perf_counter()
         prompts = self.stream.draw(batch * self.config.run.prompts_per_step)
-        sampling = Sampling.of(self.config.model_copy(update={"method": method}))
-        groups = sample(self.workers.actors, prompts, sampling)
+        config = with_method(self.config, method)
+        groups = sample(self.workers.actors, prompts, Sampling.of(config))
         sampled = time.perf_counter()
-        result = ray.get(self.workers.learner.update_with.remote(method, groups))
+        result = ray.get(self.workers.learner.update_with.remote(config, groups))
         learned = time.perf_counter()
         published = self.workers.channel.publish(self.workers.learner)
         ended = time.perf_counter()
-        assert result.refused is None, result.refused
-        reference = method.resolve().has_kl
+        assert result.skipped is None, result.skipped
         return {
             "rollout": sampled - started,
             "reward": max(group.reward_seconds for group in groups),
@@ -97,7 +98,7 @@ class Horizon:
             "tokens": num_completion_tokens(groups),
             "learner_peak_bytes": result.metrics["memory/peak_bytes"],
             "rollout_floor": roofline.rollout_seconds(groups, self.shape, self.rates),
-            "learn_floor": roofline.learn_seconds(groups, self.shape, self.rates, reference=reference),
+            "learn_floor": roofline.learn_seconds(groups, self.shape, self.rates, reference=demands(config).reference),
         }
 
 
@@ -118,8 +119,8 @@ class Peer:
             "max_tokens": config.actor.max_tokens,
             "fixed_length": config.actor.fixed_length,
             "temperature": config.actor.temperature,
-            "beta": config.method.resolve().beta,
-            "clip": config.method.resolve().clip_low,
+            "beta": config.method.beta,
+            "clip": config.method.clip_low,
             "learning_rate": config.learner.learning_rate,
             "lora_rank": config.model.lora_rank,
             "lora_alpha": int(config.model.lora_alpha),
@@ -183,19 +184,19 @@ def rounds(contenders: Mapping[str, Callable[[], Measured]], steps: int) -> dict
 def _planned(config: Config, batch: int) -> Plan:
     """The plan of `config`, with memory for steps of `batch` times its prompts."""
     number = config.run.prompts_per_step
-    planned = plan.make(memory_fit.with_values(config, {"run.prompts_per_step": number * batch}))
-    return replace(planned, config=memory_fit.with_values(planned.config, {"run.prompts_per_step": number}))
+    planned = plan.make(with_values(config, {"run.prompts_per_step": number * batch}))
+    return replace(planned, config=with_values(planned.config, {"run.prompts_per_step": number}))
 
 
 def _measure(
-    arguments: argparse.Namespace, checked: Plan, rows: dict[str, MethodConfig]
+    arguments: argparse.Namespace, checked: Plan, methods: dict[str, MethodConfig]
 ) -> tuple[roofline.Rates, dict[str, list[Measured]], dict[int, Measured]]:
     """The device's rates, the rounds of every contender, and a step of ours for each multiple of the prompts."""
     with ExitStack() as stack:
         stack.enter_context(cluster.connect())
         horizon = Horizon(checked, stack)
         contenders: dict[str, Callable[[], Measured]] = {
-            name: partial(horizon.step, method) for name, method in (CONTENDERS | rows).items()
+            name: partial(horizon.step, method) for name, method in (CONTENDERS | methods).items()
         }
         if arguments.peer and not arguments.peer_after:
             contenders["trl"] = Peer(checked, stack).step
@@ -217,12 +218,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="*", default=[])
     parser.add_argument("--model-shape", choices=model_folder.SHAPES)
-    parser.add_argument("--rows", nargs="*", default=[], choices=METHODS, help="rows of the table that run beside ours")
+    parser.add_argument("--methods", nargs="*", default=[], choices=METHODS, help="further methods to measure")
     parser.add_argument("--out", type=Path)
     arguments, options = parser.parse_known_args(list(argv))
-    rows = {
+    methods = {
         name: MethodConfig.model_validate({"name": name, "group_filter": "none"})
-        for name in arguments.rows
+        for name in arguments.methods
         if name not in CONTENDERS
     }
     try:
@@ -239,7 +240,7 @@ def main(argv: Sequence[str]) -> int:
                 raise UserError(f"run.max_staleness={config.run.max_staleness} changes from step to step; set it to 0")
             checked = _planned(config, max([1, *arguments.batches]))
             checked.refuse_absent_gpu()
-            rates, measured, batches = _measure(arguments, checked, rows)
+            rates, measured, batches = _measure(arguments, checked, methods)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

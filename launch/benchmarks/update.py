@@ -21,10 +21,12 @@ import torch
 from transformers import PreTrainedModel
 
 from common.command_line import load
-from common.config import Config, MethodConfig
+from common.config import Config
+from common.methods import MethodConfig
 from common.types import Group, Prompt, Rollout, Score, UserError
 from launch.planning import memory_fit, model_folder, plan
 from learner.learner import Learner
+from learner.objective import Objective
 
 CONFIG = Path(__file__).parents[1] / "configs" / "benchmark.toml"
 CONTENDERS = ("sa-ah-grpo", "grpo")
@@ -56,12 +58,18 @@ def random_groups(config: Config, vocab_size: int, prompt_tokens: int) -> list[G
     return groups
 
 
+def with_method(config: Config, method: MethodConfig) -> Config:
+    """`config` with another method, its importance weights included."""
+    importance = config.method.importance if method.importance == "auto" else method.importance
+    return config.model_copy(update={"method": method.model_copy(update={"importance": importance})})
+
+
 def planned(options: Sequence[str], prompt_tokens: int) -> tuple[Config, Path, PreTrainedModel]:
     """The configuration of benchmark.toml and `options` with its unset choices made, the model's folder, and the model.
 
     The model has no weights. Raises UserError for what is invalid or does not fit.
     """
-    config = load(options, CONFIG)
+    config = plan.with_importance(load(options, CONFIG))
     folder = model_folder.resolve(config.model.path)
     model = plan.check_model(config, folder)
     config, _ = memory_fit.resolve(config, model, longest_prompt_tokens=prompt_tokens)
@@ -73,11 +81,12 @@ def measure(learner: Learner, groups: Sequence[Group], pairs: int) -> dict[str, 
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for number in range(pairs + 1):
         for name in CONTENDERS[:: -1 if number % 2 else 1]:
-            learner.method = MethodConfig(name=name).resolve()
+            config = with_method(learner.config, MethodConfig(name=name))
+            learner.objective = Objective(config, learner.policy.vocab_size)
             started = time.perf_counter()
             result = learner.update(groups)
             elapsed = time.perf_counter() - started
-            assert result.refused is None, result.refused
+            assert result.skipped is None, result.skipped
             if number:
                 seconds[name].append(elapsed)
     return seconds

@@ -17,21 +17,17 @@ A variant's tables override the shared ones, options of the command line overrid
 model and one seed, in the folder VARIANT[_MODEL]_seed-N (MODEL of grid.models). All cells have equal steps.
 """
 
-import tempfile
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from pydantic import ConfigDict, Field, NonNegativeInt, ValidationError
 
-from common.command_line import load
-from common.config import Config, Section, suggest
-from common.types import UserError
-
-Tables = dict[str, dict[str, Any]]  # section -> key -> value, as in a run's TOML file
+from common.command_line import Tables, build, merged, parse, read
+from common.config import Config, with_values
+from common.section import Section
+from common.types import UserError, suggest
 
 OWNED = {  # what a grid sets itself
     "run.dir": "use --dir",
@@ -76,18 +72,20 @@ def cells(path: Path, folder: Path, *, scale: str | None = None, options: Sequen
     file or invalid options.
     """
     grid, shared = _read(path, scale)
-    _refuse_owned(shared, options, grid)
-    _config(shared, options)  # an error here must not name a variant
+    given = parse(options)
+    _refuse_owned(grid, shared, given)
+    build(shared, given)  # an error here must not name a variant
     kinds: list[tuple[str, Config]] = []
     for model in grid.models or (None,):
         for variant in grid.variants:
             name = f"{variant.name}_{Path(model).name}" if model else variant.name
             try:
                 own = merged(variant.model_extra or {})
-                _refuse_owned(own, (), grid)
+                _refuse_owned(grid, own)
                 if "steps" in own.get("run", {}):
                     raise UserError("run.steps is the same for all cells; set it in [run]")
-                kinds.append((name, _config(merged(shared, own, {"model": {"path": model}} if model else {}), options)))
+                of_model = {"model": {"path": model}} if model else {}
+                kinds.append((name, build(shared, own, of_model, given)))
             except UserError as error:
                 raise UserError(f"variant {variant.name}: {error}") from None
     _check_distinct(kinds, grid.seeds)
@@ -98,27 +96,9 @@ def cells(path: Path, folder: Path, *, scale: str | None = None, options: Sequen
     ]
 
 
-def merged(*layers: Mapping[str, Any]) -> Tables:
-    """Tables in which a key of a later layer replaces that of an earlier one; a value is replaced whole."""
-    result: Tables = {}
-    for layer in layers:
-        for section, table in layer.items():
-            if not isinstance(table, Mapping):
-                raise UserError(f"{section}={table!r} is not a table; write {section} = {{ KEY = VALUE }}")
-            result[section] = {**result.get(section, {}), **table}
-    return result
-
-
 def _read(path: Path, scale: str | None) -> tuple[Grid, Tables]:
     """The [grid] table and the shared tables, with those of a scale merged in."""
-    if not path.is_file():
-        raise UserError(
-            f"--config {path}: no such file; name a grid, such as launch/configs/grids/main_comparison.toml"
-        )
-    try:
-        tables = merged(tomllib.loads(path.read_text()))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not valid TOML: {error}") from None
+    tables = read(path)
     if "grid" not in tables:
         raise UserError(f"--config {path} has no table [grid]; start a single run with launch/run.py")
     scales = merged(tables.pop("scale", {}))
@@ -140,21 +120,12 @@ def _explain(error: Any) -> str:
     return f"{where}={error['input']!r}: {error['msg']}"
 
 
-def _refuse_owned(tables: Tables, options: Sequence[str], grid: Grid) -> None:
-    """Refuse an option, or a key of a file, that the grid sets itself."""
+def _refuse_owned(grid: Grid, *layers: Tables) -> None:
+    """Refuse an option that the grid sets itself."""
     owned = {**OWNED, "model.path": "use grid.models"} if grid.models else OWNED
-    given = {f"{section}.{key}" for section, table in tables.items() for key in table}
-    given |= {option.removeprefix("--").split("=")[0] for option in options if option.startswith("--")}
+    given = {f"{section}.{key}" for layer in layers for section, table in layer.items() for key in table}
     for name in sorted(given & set(owned)):
         raise UserError(f"{name} is set by the grid; {owned[name]}")
-
-
-def _config(tables: Tables, options: Sequence[str]) -> Config:
-    """The configuration that launch/run.py reads from a file with these tables, and from these options."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "cell.toml"
-        file.write_text(tomli_w.dumps(tables))
-        return load(["--config", str(file), *options], file)
 
 
 def _check_distinct(kinds: Sequence[tuple[str, Config]], seeds: Sequence[int]) -> None:
@@ -170,4 +141,4 @@ def _check_distinct(kinds: Sequence[tuple[str, Config]], seeds: Sequence[int]) -
 
 
 def _placed(config: Config, folder: Path, seed: int) -> Config:
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": folder, "seed": seed})})
+    return with_values(config, {"run.dir": folder, "run.seed": seed})

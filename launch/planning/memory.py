@@ -19,6 +19,7 @@ from common.config import Config, ModelConfig
 from common.types import Group, Prompt, Rollout
 from learner.batch import pack
 from learner.head.interface import GPU_WORKSPACE_BYTES
+from learner.objective import demands
 from learner.policy.activations import Activations
 
 GIB = 2**30
@@ -211,9 +212,9 @@ def step_activations(config: Config, work: Work) -> Activations:
 
 def _head_bytes(config: Config, work: Work) -> int:
     """What the head keeps of a step's N scored tokens: float32 gradients, and for some methods the states [N, H]."""
-    method = config.method.resolve()
-    gradients = 1 + (method.weight_gradient or method.entropy_bonus > 0)
-    states = 2 if method.token_weight == "residual" else 0  # with the adapter and without
+    needed = demands(config)
+    gradients = 1 + needed.entropy_gradient
+    states = 2 if needed.hidden_states else 0  # with the adapter and without
     scored = config.run.prompts_per_step * config.actor.group_size * config.actor.max_tokens
     return scored * work.size.hidden * (4 * gradients + _itemsize(config) * states)
 

@@ -12,10 +12,12 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from common.config import Config
+from common.config import Config, options, value_of, with_values
+from common.section import MACHINE, PLANNED
 from common.types import UserError
 from launch.planning import memory
 from launch.planning.memory import GIB, Memory, Size, Work
+from learner.objective import demands
 from learner.policy.activations import Activations, measure
 
 MODES = ("none", "layer", "micro-batch")  # learner.recompute: least computed twice first
@@ -26,28 +28,7 @@ CPU_FRACTION = 0.5  # of the available memory, for the learner's activations
 GPU = "run.gpu_memory_gib"
 SHARE = "actor.gpu_memory_fraction"
 
-# Set here where nothing else was asked for; a run that is resumed takes over what was set when it began.
-OPEN: dict[str, Any] = {
-    "learner.recompute": "auto",
-    "learner.micro_batch_tokens": None,
-    "actor.gpu_memory_fraction": None,
-    "actor.kv_cache_gib": None,
-    "actor.num_sequences": None,
-}
-
-
-def get(config: Config, name: str) -> Any:
-    """The value of section.key."""
-    section, key = name.split(".")
-    return getattr(getattr(config, section), key)
-
-
-def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """`config` with other values, by section.key."""
-    for name, value in values.items():
-        section, key = name.split(".")
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
-    return config
+OPEN = options(MACHINE, PLANNED)  # what the plan sets where it is unset, and its unset value
 
 
 def resolve(config: Config, model: PreTrainedModel, *, longest_prompt_tokens: int) -> tuple[Config, Memory | None]:
@@ -65,7 +46,7 @@ def resolve(config: Config, model: PreTrainedModel, *, longest_prompt_tokens: in
 
     @cache
     def activations(lengths: tuple[int, ...], recompute: str) -> Activations:
-        dropout = not config.method.resolve().needs_evaluation_mode
+        dropout = demands(config).dropout
         return measure(model.config, config.model, lengths=[lengths], recompute=recompute, gpu=gpu, dropout=dropout)
 
     config = with_values(config, {"model.dtype": dtype(config)[0]})
@@ -176,7 +157,7 @@ def _with_share(config: Config, work: Work, gpu_bytes: int) -> Config:
     planned = memory.plan(config, work, gpu_bytes)
     share = math.ceil(planned.total("actor") / gpu_bytes * 1e4) / 1e4
     chosen = {"actor.kv_cache_gib": planned.of("actor", memory.KV_CACHE) / GIB, SHARE: share}
-    return with_values(config, {name: value for name, value in chosen.items() if get(config, name) is None})
+    return with_values(config, {name: value for name, value in chosen.items() if value_of(config, name) is None})
 
 
 def _refusal(config: Config, work: Work, gpu_bytes: int) -> str:
@@ -210,14 +191,14 @@ def _single_changes(config: Config, work: Work) -> Iterator[dict[str, Any]]:
         yield from ({"learner.recompute": mode} for mode in MODES)
     if config.learner.micro_batch_tokens is not None:
         yield from ({"learner.micro_batch_tokens": tokens} for tokens in _token_choices(config, work))
-    yield from ({name: OPEN[name]} for name in OPEN if get(config, name) != OPEN[name])
+    yield from ({name: OPEN[name]} for name in OPEN if value_of(config, name) != OPEN[name])
 
 
 def _scales(config: Config) -> Iterator[list[dict[str, Any]]]:
     """Those that make it another run; each list from the smallest change to the largest."""
     yield [{"run.prompts_per_step": number} for number in range(config.run.prompts_per_step - 1, 0, -1)]
     shorter = [config.actor.max_tokens * eighths // 8 for eighths in range(7, 0, -1)]
-    least = max(2, config.method.resolve().overlong_buffer)
+    least = max(2, config.method.overlong_buffer)
     yield [{"actor.max_tokens": number} for number in shorter if number >= least]
 
 
@@ -226,7 +207,7 @@ def _larger_gpu(config: Config, work: Work) -> str:
     shareless = with_values(config, {SHARE: OPEN[SHARE]})
     least = min(memory.plan(each, work, 0).total() for each in _learner_choices(shareless, work))
     gib = math.ceil(least / (1 - memory.SPARE_FRACTION) / GIB)
-    also = "" if get(config, SHARE) is None else f" and leave out {SHARE}"
+    also = "" if value_of(config, SHARE) is None else f" and leave out {SHARE}"
     return f"use a GPU of {gib} GiB ({GPU}={gib}){also}"
 
 

@@ -1,6 +1,5 @@
 """Everything that is known, and everything that can be wrong, before a process starts or a model is loaded."""
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from actor.rollout import prompt_tokens
 from actor.tasks import task_module
-from common.config import GONE, Config, dump
+from common.command_line import build, read
+from common.config import Config, dump, options, value_of, with_values
+from common.section import COSMETIC, PLANNED
 from common.types import Prompt, UserError
 from launch.planning import checks, memory_fit, model_folder
 from launch.planning.memory import GIB, Memory, Size
 from learner import checkpoint, head
+from learner.objective import demands
 from learner.policy.policy import unsupported
 
 CANARY_TOKENS = 128  # at most; enough to average the noise of bfloat16 out
-# On resuming; the folder is the one that was read, however it is spelled now.
-MAY_DIFFER = {"run.dir", "run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"}
 
 OVERLAP_ON_A_GPU = (
     "run.max_staleness=1 on one GPU: the kernels of its two processes take turns, unless MPS runs, so that little may "
@@ -80,7 +80,7 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     With `saved`, a checkpoint to evaluate, the run folder is only read.
     """
     _check_machine(config)
-    config = _corrected(config)
+    config = with_importance(config)
     if torch.cuda.is_available() and config.actor.num_actors > torch.cuda.device_count():
         raise UserError(
             f"actor.num_actors={config.actor.num_actors} exceeds the {torch.cuda.device_count()} GPUs of this machine; "
@@ -89,6 +89,8 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
     resume_from = saved or run_folder(config)
+    if resume_from is not None:
+        checkpoint.check(resume_from)
     config = _as_before(config)
     task = task_module(config.task.name)
     train_prompts = tuple(task.load(config.task, "train"))
@@ -125,23 +127,22 @@ def _check_machine(config: Config) -> None:
         raise UserError(problem)
 
 
-def _corrected(config: Config) -> Config:
-    """With importance weights where rollouts may be stale, and nobody said otherwise."""
-    set_here = "importance" in config.method.model_dump(exclude_none=True)
-    if not config.run.max_staleness or set_here or config.method.resolve().importance != "none":
+def with_importance(config: Config) -> Config:
+    """With the importance weights that `auto` stands for."""
+    if config.method.importance != "auto":
         return config
-    return config.model_copy(update={"method": config.method.model_copy(update={"importance": "token-truncate"})})
+    return with_values(config, {"method.importance": "token-truncate" if config.run.max_staleness else "none"})
 
 
 def warnings(config: Config) -> list[str]:
     """What is allowed, but does not do what its name says."""
-    method = config.method.resolve()
+    method = config.method
     found = []
     if method.ratio != "token" and config.learner.inner_updates == 1:
         found.append(f"ratio={method.ratio} is 1 with learner.inner_updates=1: neither clip nor power has an effect")
     if config.run.max_staleness and method.importance == "none":
         found.append(f"run.max_staleness={config.run.max_staleness} without method.importance: nothing corrects for it")
-    if method.needs_evaluation_mode and config.model.lora_dropout > 0:
+    if config.model.lora_dropout > 0 and not demands(config).dropout:
         found.append(
             f"model.lora_dropout={config.model.lora_dropout} is off in every pass of this method, which compares the "
             "adapter with its absence"
@@ -150,41 +151,39 @@ def warnings(config: Config) -> list[str]:
 
 
 def _as_before(config: Config) -> Config:
-    """`config` with what the plan once set for the run that is continued, where nothing else is asked for now."""
+    """`config`, unset choices of the plan made as when the run began that it resumes."""
     written = config.run.dir / "config.toml"
     if not config.run.resume or not written.is_file():
         return config
-    before = tomllib.loads(written.read_text())
-    set_before = {f"{section}.{key}": value for section, keys in before.items() for key, value in keys.items()}
-    settable = memory_fit.OPEN | {"model.dtype": "auto"}
-    unset = [name for name, value in settable.items() if memory_fit.get(config, name) == value and name in set_before]
-    return memory_fit.with_values(config, {name: set_before[name] for name in unset})
+    began = _began_with(config)
+    unset = [name for name, default in options(PLANNED).items() if value_of(config, name) == default]
+    return with_values(config, {name: value_of(began, name) for name in unset})
+
+
+def _began_with(config: Config) -> Config:
+    """The configuration of the run in run.dir."""
+    try:
+        return with_importance(build(read(config.run.dir / "config.toml")))
+    except UserError as error:
+        raise UserError(f"run.dir={config.run.dir} cannot resume: {error}; start in another folder") from None
 
 
 def run_folder(config: Config) -> Path | None:
     """The checkpoint to resume from; refuses to write over another run."""
-    config = _as_before(_corrected(config))
     folder, written = config.run.dir, config.run.dir / "config.toml"
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"run.dir={folder} is a file; name a folder")
+        raise UserError(f"run.dir={folder} is not a directory; name another")
     if not config.run.resume:
         if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"run.dir={folder} is not empty; name another folder, or continue it with --run.resume")
+            raise UserError(f"run.dir={folder} is not empty; name another folder, or add --run.resume to resume it")
         return None
     if not written.exists():
-        raise UserError(f"run.dir={folder} holds no run to resume; leave out --run.resume to start one")
-    for name in GONE:
-        section, key = name.split(".")
-        if key in tomllib.loads(written.read_text()).get(section, {}):
-            raise UserError(f"run.dir={folder} was begun with {name}: {GONE[name]}, and start in another folder")
-    before, now = tomllib.loads(written.read_text()), tomllib.loads(dump(config))
-    for section in sorted({*before, *now}):
-        for key in sorted({*before.get(section, {}), *now.get(section, {})}):
-            old, new = before.get(section, {}).get(key), now.get(section, {}).get(key)
-            if old != new and f"{section}.{key}" not in MAY_DIFFER:
-                raise UserError(
-                    f"{section}.{key}={new} differs from {old} of the run in {folder}; resume with equal options"
-                )
+        raise UserError(f"run.dir={folder} has no run to resume; leave out --run.resume to start one")
+    began, config = _began_with(config), _as_before(with_importance(config))
+    for name in options().keys() - options(COSMETIC).keys():
+        before, now = value_of(began, name), value_of(config, name)
+        if before != now:
+            raise UserError(f"{name}={now} differs from {before} of the run in {folder}; resume with equal options")
     resume_from = checkpoint.latest(folder / "checkpoints")
     if resume_from is None:
         raise UserError(f"run.dir={folder} has no checkpoint to resume from; start again in another folder")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from common.types import Group
 
@@ -25,7 +26,7 @@ COLUMNS = (
     ("throughput/tokens_per_second", "tok/s", "{:.0f}"),
     ("time/step_seconds", "s/step", "{:.1f}"),
 )
-PARTS = ("reward/format", "reward/present", "reward/steps", "reward/correct")
+PART = "reward/parts/"  # begins the name of the metric of each part of a task's reward
 RECENT = 12  # steps of the live table
 
 
@@ -54,8 +55,9 @@ class Display:
             self.live.update(self._panel(step))
         else:
             shown = " ".join(f"{label} {text}" for label, text in _cells(metrics))
-            parts = " ".join(f"{p.removeprefix('reward/')} {metrics[p]:.2f}" for p in PARTS if p in metrics)
-            self.note(f"step {step}/{self.steps} {shown} ({parts}) left {self._left(step)}")
+            parts = _parts(metrics)
+            shown += f" ({parts})" if parts else ""
+            self.note(f"step {step}/{self.steps} {shown} left {self._left(step)}")
 
     def sample(self, step: int, group: Group) -> None:
         """The best and the worst completion of a group."""
@@ -83,7 +85,9 @@ class Display:
         return minutes(per_step * (self.steps - step))
 
     def _panel(self, step: int) -> Panel:
-        table = Table(box=None, padding=(0, 1))
+        parts = _parts(self.recent[-1][1])  # under the table, wrapped: a task may have any number of them
+        caption = Text(f"reward of step {step}: {parts}") if parts else None
+        table = Table(box=None, padding=(0, 1), caption=caption)
         table.add_column("step", justify="right")
         for _, label, _ in COLUMNS:
             table.add_column(label, justify="right")
@@ -95,6 +99,12 @@ class Display:
 def _cells(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Label and formatted value of every column; a metric that the step lacks is a dash."""
     return [(label, style.format(metrics[name]) if name in metrics else "-") for name, label, style in COLUMNS]
+
+
+def _parts(metrics: Mapping[str, float]) -> str:
+    """Name and value of every part of the reward; empty where the task has none."""
+    parts = {name.removeprefix(PART): value for name, value in metrics.items() if name.startswith(PART)}
+    return " ".join(f"{name} {value:.2f}" for name, value in parts.items())
 
 
 def minutes(seconds: float | None) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from common.metrics import JsonLines, MetricsWriter, keep_lines, mean
-from common.types import Group, UpdateResult
+from common.types import Group, Score, UpdateResult
 from launch.runtime.channel import Published
-from launch.runtime.console import Display
+from launch.runtime.console import PART, Display
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Recorder:
             **group_metrics(groups, published.version),
             **result.metrics,
             "groups/discarded": float(num_discarded),
-            "update/refused": float(result.refused is not None),
+            "update/skipped": float(result.skipped is not None),
             "adapter/version": float(published.version),
             "adapter/canary_version": float(published.canary_version),
             "adapter/canary_difference": published.canary_difference,
@@ -71,8 +71,8 @@ class Recorder:
         for record in rollout_records(step, groups, result, self.tokenizer):
             self.rollouts.write(record)
         self.display.step(step, metrics)
-        if result.refused:
-            self.display.note(f"step {step} refused: {result.refused}; weights unchanged")
+        if result.skipped:
+            self.display.note(f"step {step} skipped: {result.skipped}; weights unchanged")
         for error in {r.reward_error for group in groups for r in group.rollouts if r.reward_error}:
             self.display.note(f"step {step}: a reward failed: {error}")
         if self.sample_every and step % self.sample_every == 0:
@@ -115,10 +115,7 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
         "reward/group_std": mean(_std([r.score.total for r in group.rollouts if r.score]) for group in groups),
         "reward/correct_fraction": mean(float(score.correct) for score in scores),
         "reward/num_failed": float(len(rollouts) - len(scores)),
-        **{
-            f"reward/{part}": mean(score.parts[part] for score in scores)
-            for part in (scores[0].parts if scores else ())
-        },
+        **part_metrics(scores),
         "completion/length_mean": mean(lengths),
         "completion/length_max": float(max(lengths)),
         "completion/distinct_openers": mean(
@@ -131,13 +128,22 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
     }
 
 
+def part_metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """reward/parts/<name>: the mean of each part of the reward, whatever a task calls its parts.
+
+    A part that some scores lack is averaged over the scores that have it.
+    """
+    names = dict.fromkeys(name for score in scores for name in score.parts)
+    return {PART + name: mean(s.parts[name] for s in scores if name in s.parts) for name in names}
+
+
 def rollout_records(
     step: int, groups: Sequence[Group], result: UpdateResult, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """One JSON object a rollout: text, reward and its parts, and the learner's streams token by token."""
+    """One JSON object a rollout: text, reward and its parts, and the learner's values token by token."""
     records = []
     rollouts = [(group, rollout) for group in groups for rollout in group.rollouts]
-    for (group, rollout), streams in zip(rollouts, result.streams, strict=True):
+    for (group, rollout), tokens in zip(rollouts, result.tokens, strict=True):
         record = {
             "step": step,
             "prompt_index": group.prompt.index,
@@ -155,11 +161,11 @@ def rollout_records(
                 "correct": rollout.score.correct,
                 "parts": dict(rollout.score.parts),
             }
-        if streams is not None:
+        if tokens is not None:
             record |= {
-                "advantage": streams.advantage,
-                "entropies": [round(float(e), 4) for e in streams.entropies],
-                "weights": [round(float(w), 4) for w in streams.weights],
+                "advantage": tokens.advantage,
+                "entropies": [round(float(e), 4) for e in tokens.entropies],
+                "weights": [round(float(w), 4) for w in tokens.weights],
             }
         records.append(record)
     return records

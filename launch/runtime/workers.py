@@ -33,7 +33,10 @@ class Workers:
 
 @contextlib.contextmanager
 def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Workers]:
-    """Learner and actors for the length of the block, with a verified start and the learner's adapter published."""
+    """Learner and actors for the length of the block, with a verified start and the learner's adapter published.
+
+    Raises UserError for too few GPUs.
+    """
     config = plan.config
     num_actors = config.actor.num_actors
     with placed(num_actors if torch.cuda.is_available() else 0) as places:
@@ -108,18 +111,23 @@ def half(processors: Sequence[int], *, first: bool) -> list[int]:
     return list(processors[: max(1, middle)] if first else processors[middle:])
 
 
+class _OnHalf:
+    """Keeps its process on half of its processors, from before the constructor of the class that it is mixed into."""
+
+    first_half: bool
+
+    def __init__(self, *arguments: Any) -> None:
+        os.sched_setaffinity(0, half(cores(), first=self.first_half))
+        super().__init__(*arguments)
+
+
 def _remote(side: type, config: Config, place: dict[str, Any], *, first_half: bool) -> Any:
     """`side` as a Ray actor at `place`; on half of its processors where both sides work at the same time on a CPU."""
     if not config.run.max_staleness or torch.cuda.is_available():
         return ray.remote(side).options(**_options(side, len(cores())), **place)
 
-    class Halved(side):
-        def __init__(self, *arguments: Any) -> None:
-            os.sched_setaffinity(0, half(cores(), first=first_half))
-            super().__init__(*arguments)
-
-    Halved.__name__ = side.__name__
-    return ray.remote(Halved).options(**_options(side, len(half(cores(), first=first_half))), **place)
+    on_half = type(side.__name__, (_OnHalf, side), {"first_half": first_half})  # by this name Ray's logs call it
+    return ray.remote(on_half).options(**_options(side, len(half(cores(), first=first_half))), **place)
 
 
 def _options(side: type, num_threads: int) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def head_stats(
     weight_VH: Tensor,
     target_N: Tensor,
     *,
-    temperature: float | Tensor = 1.0,
+    temperature: float = 1.0,
     topk: int | None = None,
     entropy_gradient: bool = True,
     entropy_at_one: bool = False,
@@ -67,7 +67,7 @@ def head_stats(
     """Log-probability of each target and entropy of its distribution softmax(z / temperature).
 
     z = hidden weight^T + bias, and with `softcap` c then c tanh(z / c) (Gemma 2). hidden_NH and weight_VH share one
-    floating dtype; target_N holds vocabulary indices (one outside gives NaN); temperature is a number, or one a row.
+    floating dtype; target_N holds vocabulary indices (one outside gives NaN).
     `topk=K` adds the entropy and the mass of the K likeliest tokens, `entropy_at_one` the entropy at temperature 1;
     `entropy_gradient=False` saves a matrix product where only the log-probability is differentiated.
 
@@ -78,9 +78,8 @@ def head_stats(
     projection = Projection(weight_VH=weight_VH, bias_V=bias_V, softcap=softcap)
     name = resolve(backend, hidden_NH)
     _check(hidden_NH, projection, temperature, topk, name)
-    at_one_is_extra = entropy_at_one and (isinstance(temperature, Tensor) or temperature != 1)
+    at_one_is_extra = entropy_at_one and temperature != 1
     if name in PEERS:
-        assert not isinstance(temperature, Tensor)
         columns = PEERS[name](hidden_NH, projection, target_N, temperature, at_one_is_extra)
     else:
         differentiated = torch.is_grad_enabled() and hidden_NH.requires_grad
@@ -103,9 +102,7 @@ def head_stats(
     )
 
 
-def _check(
-    hidden_NH: Tensor, projection: Projection, temperature: float | Tensor, topk: int | None, backend: str
-) -> None:
+def _check(hidden_NH: Tensor, projection: Projection, temperature: float, topk: int | None, backend: str) -> None:
     """Raise ValueError for what head_stats names."""
     if projection.weight_VH.requires_grad or (projection.bias_V is not None and projection.bias_V.requires_grad):
         raise ValueError("weight_VH or bias_V requires a gradient, but the head is frozen; train the layers below it")
@@ -113,9 +110,7 @@ def _check(
         raise ValueError(f"topk={topk} keeps no token; ask for 1 or more")
     if projection.softcap is not None and not projection.softcap > 0:
         raise ValueError(f"softcap={projection.softcap} must be positive, or None")
-    if isinstance(temperature, Tensor) and (temperature.requires_grad or temperature.shape != hidden_NH.shape[:1]):
-        raise ValueError(f"temperature {tuple(temperature.shape)} must be a constant for each of {len(hidden_NH)} rows")
-    if not bool((torch.as_tensor(temperature) > 0).all()):
+    if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
     if hidden_NH.dtype != projection.weight_VH.dtype:
         raise ValueError(
@@ -123,8 +118,8 @@ def _check(
         )
     if backend == "triton" and hidden_NH.dtype == torch.float64:
         raise ValueError("backend=triton sums in float32; use torch for float64 inputs")
-    if backend in PEERS and (topk is not None or isinstance(temperature, Tensor)):
-        raise ValueError(f"backend={backend} has neither a top-K entropy nor a temperature a row; use torch or triton")
+    if backend in PEERS and topk is not None:
+        raise ValueError(f"backend={backend} has no top-K entropy; use torch or triton")
 
 
 class _Head(torch.autograd.Function):
@@ -132,14 +127,13 @@ class _Head(torch.autograd.Function):
     def forward(ctx, hidden_NH, projection, target_N, temperature, wanted, backend):
         module = _module(backend)
         dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
-        temperature_N = torch.as_tensor(temperature, dtype=dtype, device=hidden_NH.device).expand(len(hidden_NH))
         rows = module.chunk_rows(projection.weight_VH)
         u_NH = torch.empty_like(hidden_NH, dtype=dtype) if wanted.u else None
         v_NH = torch.empty_like(hidden_NH, dtype=dtype) if wanted.v else None
         columns = []
         for start in range(0, max(1, len(hidden_NH)), rows):
             cut = slice(start, start + rows)
-            chunk = module.chunk(hidden_NH[cut], target_N[cut], temperature_N[cut], projection, wanted)
+            chunk = module.chunk(hidden_NH[cut], target_N[cut], temperature, projection, wanted)
             for whole_NH, part_cH in ((u_NH, chunk.u_cH), (v_NH, chunk.v_cH)):
                 if whole_NH is not None:
                     whole_NH[cut] = part_cH

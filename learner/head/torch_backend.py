@@ -24,9 +24,9 @@ def chunk_rows(weight_VH: Tensor) -> int:
     return ROWS
 
 
-def chunk(hidden_cH: Tensor, target_c: Tensor, temperature_c: Tensor, projection: Projection, wanted: Wanted) -> Chunk:
-    """The columns of some rows, computed in the dtype of temperature_c."""
-    hidden_cH = hidden_cH.to(temperature_c.dtype)
+def chunk(hidden_cH: Tensor, target_c: Tensor, temperature: float, projection: Projection, wanted: Wanted) -> Chunk:
+    """The columns of some rows, in float32, or float64 for float64 inputs."""
+    hidden_cH = hidden_cH.to(torch.promote_types(hidden_cH.dtype, torch.float32))
     sums = _Sums(hidden_cH, u=wanted.u, v=wanted.v)
     sums_at_one = _Sums(hidden_cH, u=False, v=False) if wanted.entropy_at_one else None
     top_Kc = hidden_cH.new_empty(0, len(hidden_cH))
@@ -41,7 +41,7 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature_c: Tensor, projection
             slope_tc = _slope(logits_tc, projection.softcap)
         if sums_at_one is not None:
             sums_at_one.add(logits_tc.clone(), target_c - start, weight_tH)
-        logits_tc /= temperature_c
+        logits_tc /= temperature
         if wanted.topk is not None:
             top_Kc = torch.cat([top_Kc, logits_tc])
             top_Kc = top_Kc.topk(min(wanted.topk, len(top_Kc)), dim=0).values
@@ -52,8 +52,8 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature_c: Tensor, projection
     if sums.u_cH is not None:
         weight_y_cH = projection.weight_VH[target_c.clamp(0, len(projection.weight_VH) - 1)].to(hidden_cH.dtype)
         if projection.softcap is not None:
-            weight_y_cH *= _slope(sums.target_c * temperature_c, projection.softcap)[:, None]
-        scale_c1 = (row.total_c * temperature_c)[:, None]
+            weight_y_cH *= _slope(sums.target_c * temperature, projection.softcap)[:, None]
+        scale_c1 = (row.total_c * temperature)[:, None]
         u_cH = (sums.others_c[:, None] * weight_y_cH - sums.u_cH) / scale_c1
         if sums.v_cH is not None:
             coefficient_c1 = (row.exp_y_c * (row.mean_c - row.centred_y_c))[:, None]

@@ -30,7 +30,7 @@ def chunk_rows(weight_VH: Tensor) -> int:
     return max(128, WORKSPACE_BYTES // (len(weight_VH) * (4 + weight_VH.element_size())) // 128 * 128)
 
 
-def chunk(hidden_cH: Tensor, target_c: Tensor, temperature_c: Tensor, projection: Projection, wanted: Wanted) -> Chunk:
+def chunk(hidden_cH: Tensor, target_c: Tensor, temperature: float, projection: Projection, wanted: Wanted) -> Chunk:
     """The columns of some rows, in float32."""
     weight_VH, softcap = projection.weight_VH, projection.softcap
     logits_cV = _product(hidden_cH, weight_VH.T)
@@ -40,11 +40,11 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature_c: Tensor, projection
         logits_cV.div_(softcap).tanh_().mul_(softcap)
     rows, vocab = logits_cV.shape
     target_c = target_c.contiguous()
-    inverse_c = temperature_c.reciprocal()
+    inverse = 1 / temperature
     statistics = logits_cV.new_full((8, rows), torch.nan)
     with torch.cuda.device_of(logits_cV):
         _statistics[(rows,)](
-            logits_cV, target_c, inverse_c, statistics, rows, vocab, wanted.entropy_at_one, BLOCK=BLOCK, num_warps=WARPS
+            logits_cV, target_c, inverse, statistics, rows, vocab, wanted.entropy_at_one, BLOCK=BLOCK, num_warps=WARPS
         )
     log_odds_c, entropy_c, at_one_c, highest_c, log_others_c, mean_c, excess_y_c, logit_y_c = statistics
 
@@ -54,7 +54,7 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature_c: Tensor, projection
         grid = (rows, triton.cdiv(vocab, BLOCK))
         with torch.cuda.device_of(logits_cV):
             _weights[grid](
-                logits_cV, target_c, inverse_c, highest_c, log_others_c, mean_c, token_weight_cV, vocab, softcap or 1.0,
+                logits_cV, target_c, inverse, highest_c, log_others_c, mean_c, token_weight_cV, vocab, softcap or 1.0,
                 SCALE=SCALE, ENTROPY=entropy, SOFTCAP=softcap is not None, BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
         return _product(token_weight_cV, weight_VH) / SCALE
@@ -64,13 +64,13 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature_c: Tensor, projection
         weight_y_cH = weight_VH[target_c.clamp(0, vocab - 1)].float()
         if softcap is not None:
             weight_y_cH *= (1 - (logit_y_c / softcap).square())[:, None]
-        others_c1 = (torch.sigmoid(log_odds_c) * inverse_c)[:, None]
+        others_c1 = (torch.sigmoid(log_odds_c) * inverse)[:, None]
         u_cH = others_c1 * (weight_y_cH - mean_weight(entropy=False))
         if wanted.v:
-            target_c1 = (torch.sigmoid(-log_odds_c) * excess_y_c * inverse_c)[:, None]
+            target_c1 = (torch.sigmoid(-log_odds_c) * excess_y_c * inverse)[:, None]
             v_cH = -(target_c1 * weight_y_cH + others_c1 * mean_weight(entropy=True))
     if wanted.topk is not None:
-        top_cK = logits_cV.topk(min(wanted.topk, vocab), dim=1).values * inverse_c[:, None]
+        top_cK = logits_cV.topk(min(wanted.topk, vocab), dim=1).values * inverse
         topk_entropy_c = torch.special.entr(top_cK.softmax(dim=1)).sum(dim=1)
         topk_mass_c = ((top_cK - highest_c[:, None]).logsumexp(dim=1) - entropy_c - mean_c).exp()
     return Chunk(
@@ -106,12 +106,11 @@ def _fold(z, counted, highest, total, moment):
 
 
 @triton.jit
-def _statistics(logits, targets, inverses, statistics, rows, vocab, AT_ONE: tl.constexpr, BLOCK: tl.constexpr):
+def _statistics(logits, targets, inverse, statistics, rows, vocab, AT_ONE: tl.constexpr, BLOCK: tl.constexpr):
     """A program for each row. Rows of `statistics` [8, rows]: log odds against the target, entropy, entropy at
     temperature 1, m, log of the others' sum, mean of z - m, the target's z - m less that mean, the target's logit."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
-    inverse = tl.load(inverses + row)
     highest, others, moment = LOWEST, 0.0, 0.0
     highest_at_one, total_at_one, moment_at_one = LOWEST, 0.0, 0.0
     for start in range(0, vocab, BLOCK):
@@ -143,7 +142,7 @@ def _statistics(logits, targets, inverses, statistics, rows, vocab, AT_ONE: tl.c
 
 @triton.jit
 def _weights(
-    logits, targets, inverses, highests, log_others, means, out, vocab, softcap,
+    logits, targets, inverse, highests, log_others, means, out, vocab, softcap,
     SCALE: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program for each row and block: `out` [rows, vocab] = SCALE q D, or SCALE q (log p + H) D; 0 at the target."""
@@ -151,7 +150,7 @@ def _weights(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab
     logit = tl.load(logits + row * vocab + columns, mask=inside, other=-float("inf"))
-    z = logit * tl.load(inverses + row)
+    z = logit * inverse
     centred = z - tl.load(highests + row)  # first of all: what is large in z cancels exactly
     weight = SCALE * tl.exp(centred - tl.load(log_others + row))
     if ENTROPY:

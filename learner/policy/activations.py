@@ -85,7 +85,8 @@ def _run(
     dropout: bool,
 ) -> Activations:
     device = torch.device("meta" if gpu else "cpu")
-    policy = Policy(model, config, device=device, recompute=recompute, head_backend="torch", dropout=dropout)
+    policy = Policy(model, config, device=device, recompute=recompute, head_backend="torch")
+    policy.set_dropout(dropout)
     if gpu:
         return observe(policy, lengths)
     mode = FakeTensorMode()

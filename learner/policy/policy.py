@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,23 +23,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from common.adapter import Adapter, Canary
 from common.config import ModelConfig
 from common.types import UserError
-from learner.batch import MicroBatch
-from learner.head import HeadStats, concatenate, head_stats
+from learner.batch import MicroBatch, StepBatch
+from learner.head import HeadStats, head_stats
 from learner.policy.attention import PACKED
+from learner.policy.forward import Demands, ForwardOutput, join
 from learner.policy.lora import Projection, lora_linear
-
-
-class Pass(NamedTuple):
-    """One pass through the trunk, at the N scored tokens."""
-
-    stats: HeadStats
-    hidden_NH: Tensor | None  # the states that predict them, detached; None where nobody asked
-
-
-def join(passes: Sequence[Pass]) -> Pass:
-    """The passes over consecutive parts of the scored tokens as one."""
-    hidden = [p.hidden_NH for p in passes if p.hidden_NH is not None]
-    return Pass(concatenate([p.stats for p in passes]), torch.cat(hidden) if hidden else None)
 
 
 def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
@@ -127,11 +115,10 @@ class Policy:
         device: torch.device,
         recompute: str,
         head_backend: str,
-        dropout: bool = True,
     ) -> None:
         """`model` is a folder, or a configuration alone: then all weights are shapes, on the meta device.
 
-        `recompute` as learner.recompute says; without `dropout` training computes what evaluation does.
+        `recompute` as learner.recompute says.
         """
         assert config.dtype != "auto", "the plan has resolved it"
         assert recompute in ("none", "layer", "micro-batch"), "the memory plan has resolved auto"
@@ -153,7 +140,7 @@ class Policy:
         if recompute == "layer":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.recompute = recompute
-        self.dropout = dropout
+        self.dropout = True
         self._training_mode()
         self.trunk = base.get_decoder()
         projection = base.get_output_embeddings()
@@ -172,33 +159,35 @@ class Policy:
         """The adapter's weights: all that is trained."""
         return [p for p in self.peft_model.parameters() if p.requires_grad]
 
+    def forward(self, batch: StepBatch, demands: Demands) -> ForwardOutput:
+        """One pass over the whole step, whose graph is kept: the token weights need all its entropies."""
+        self.set_dropout(demands.dropout)
+        return join([self._forward(micro_batch, demands, entropy_at_one=True) for micro_batch in batch.micro_batches])
+
+    def reference_pass(self, batch: StepBatch, demands: Demands) -> ForwardOutput:
+        """The same with the adapter off, without dropout and gradient."""
+        plain = demands._replace(topk=None, entropy_gradient=False)
+        with self.reference():
+            return join([self._forward(micro_batch, plain) for micro_batch in batch.micro_batches])
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The adapter switched off, no dropout, no gradient."""
         with torch.no_grad(), self.peft_model.disable_adapter():
             yield
 
-    def forward(
-        self,
-        batch: MicroBatch,
-        *,
-        temperature: float,
-        topk: int | None = None,
-        entropy_gradient: bool = False,
-        entropy_at_one: bool = False,
-        keep_hidden: bool = False,
-    ) -> Pass:
-        """One pass through the trunk, and the head at the N scored tokens of a micro-batch."""
+    def _forward(self, batch: MicroBatch, demands: Demands, *, entropy_at_one: bool = False) -> ForwardOutput:
+        """The trunk, and the head at the N scored tokens of a micro-batch."""
         hidden_NH = self.scored_states(batch)
         stats = self._head(
             hidden_NH,
             batch.target_N,
-            temperature=temperature,
-            topk=topk,
-            entropy_gradient=entropy_gradient,
+            temperature=demands.temperature,
+            topk=demands.topk,
+            entropy_gradient=demands.entropy_gradient,
             entropy_at_one=entropy_at_one,
         )
-        return Pass(stats, hidden_NH.detach() if keep_hidden else None)
+        return ForwardOutput(stats, hidden_NH.detach() if demands.hidden_states else None)
 
     def scored_states(self, batch: MicroBatch) -> Tensor:
         """[N, H]: the trunk's output where a scored token is predicted."""
@@ -211,8 +200,16 @@ class Policy:
             return checkpoint(self._hidden, batch.token_ids_L, use_reentrant=False, **packing)[batch.predictor_N]
         return self._hidden(batch.token_ids_L, **packing)[batch.predictor_N]
 
+    def set_dropout(self, dropout: bool) -> None:
+        """Whether passes drop out inputs of the adapter. The base has no dropout.
+
+        Not only around a pass: the backward pass may compute the forward pass again.
+        """
+        if dropout != self.dropout:
+            self.dropout = dropout
+            self._training_mode()
+
     def _training_mode(self) -> None:
-        """Set once, not around a pass: the backward pass may compute a forward pass again. The base has no dropout."""
         self.peft_model.train()
         for name, module in self.peft_model.named_modules():
             if isinstance(module, torch.nn.Dropout):

@@ -96,10 +96,9 @@ def test_a_failure_costs_its_own_rollout_only(pool: RewardPool, completion: str,
 
 def test_rewards_are_computed_while_the_caller_does_something_else(pool: RewardPool) -> None:
     started = [pool.start([("ok 2", PROMPT), ("ok 3", PROMPT)]), pool.start([("raise", PROMPT), ("ok 5", PROMPT)])]
-    for scoring in started:
-        for future in scoring.futures:
-            future.result(timeout=60)  # settles without finish
-    two, three, failed, five = pool.finish(started)
+    for future in [*started[0], *started[1]]:
+        future.result(timeout=60)  # settles without finish
+    (two, three), (failed, five) = map(pool.finish, started)
     assert [s.total for s in (two, three, five)] == [2.0, 3.0, 5.0]
     assert failed == "KeyError: 'no such\\nkey'"
 
@@ -149,7 +148,7 @@ def test_a_closed_pool_leaves_no_process_and_no_one_waits_for_it(path: Path) -> 
     pool = RewardPool("rough_task", workers=1, timeout_seconds=100)
     (score,) = pool.score_all([("ok", PROMPT)])
     assert isinstance(score, Score)
-    hung, queued = pool.start([("regex", PROMPT), ("ok", PROMPT)]).futures
+    hung, queued = pool.start([("regex", PROMPT), ("ok", PROMPT)])
     time.sleep(0.3)
     pool.close()
     pool.close()

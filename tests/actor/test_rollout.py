@@ -3,7 +3,6 @@
 import numpy as np
 
 from actor.engine import Sample
-from actor.reward_pool import Scoring
 from actor.rollout import Sampling, roll_out
 from common.types import Prompt, Score
 
@@ -50,11 +49,10 @@ class Rewards:
 
     def start(self, completions):
         self.events.append(f"rewards {completions[0][1].answer}")
-        return Scoring(completions, [None] * len(completions))
+        return [text.split() for text, _ in completions]
 
-    def finish(self, started):
-        texts = [text.split() for scoring in started for text, _ in scoring.completions]
-        return [Score(total=10.0 * int(n) + int(place), correct=False, parts={}) for n, place in texts]
+    def finish(self, scoring):
+        return [Score(total=10.0 * int(n) + int(place), correct=False, parts={}) for n, place in scoring]
 
 
 def test_each_completion_keeps_its_reward():

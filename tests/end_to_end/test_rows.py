@@ -96,11 +96,11 @@ def test_five_steps(running, tmp_path, name):
     config = checked.config.model_copy(
         update={
             "run": checked.config.run.model_copy(update={"dir": tmp_path, "evaluate_every": 0}),
-            "method": MethodConfig(**MIXTURES.get(name, {"name": name})),
+            "method": MethodConfig(**MIXTURES.get(name, {"name": name}), importance="none"),
             "learner": checked.config.learner.model_copy(update=several),
         }
     )
-    method = config.method.resolve()
+    method = config.method
     learner = InProcess(Learner(checked.model_folder, config, checked.canary_token_ids))
     started.channel.publish(learner)
     recorder = Recorder(tmp_path, checked.tokenizer, Display(name, steps=STEPS), sample_every=0)
@@ -117,7 +117,7 @@ def test_five_steps(running, tmp_path, name):
     recorder.close()
     got = metrics(tmp_path)
     assert len(got["step"]) == STEPS
-    assert max(got["update/refused"]) == 0
+    assert max(got["update/skipped"]) == 0
     learned = got["loss/total"]
     assert learned and all(map(math.isfinite, learned)) and all(map(math.isfinite, got["gradient/norm"]))
     assert all(x < 0.1 for x in got["actor_learner_kl"]), "the learner sees what the actor sampled from"

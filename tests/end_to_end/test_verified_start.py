@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from actor.actor import Actor, Receipt
 from common.adapter import Adapter
-from common.config import ActorConfig, Config, LearnerConfig, ModelConfig
+from common.config import ActorConfig, Config, LearnerConfig, MethodConfig, ModelConfig
 from launch.planning import model_folder
 from launch.runtime.channel import PROBE_SHARE, AdapterMismatch, check_probe
 from learner.learner import PROBE_NATS, Learner
@@ -66,7 +66,9 @@ def folder() -> Path:
 def probe(folder: Path) -> Adapter:
     canary = np.array(AutoTokenizer.from_pretrained(folder)(TEXT).input_ids, dtype=np.int32)
     config = Config(
-        model=ModelConfig(dtype="float32"), learner=LearnerConfig(recompute="none", micro_batch_tokens=1024)
+        model=ModelConfig(dtype="float32"),
+        method=MethodConfig(importance="none"),
+        learner=LearnerConfig(recompute="none", micro_batch_tokens=1024),
     )
     learner = Learner(folder, config, canary)
     before, random_state = learner.adapter(), torch.get_rng_state()

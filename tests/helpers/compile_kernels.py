@@ -25,13 +25,13 @@ LEAST_THREADS = 512  # of 2048: with 16 loads each in flight, a quarter hides th
 STATISTICS = {
     "logits": "*fp32",
     "targets": "*i64",
-    "inverses": "*fp32",
+    "inverse": "fp32",
     "statistics": "*fp32",
     "rows": "i32",
     "vocab": "i32",
 }
-WEIGHTS = dict.fromkeys(("logits", "inverses", "highests", "log_others", "means"), "*fp32")
-WEIGHTS |= {"targets": "*i64", "vocab": "i32", "softcap": "fp32"}
+WEIGHTS = dict.fromkeys(("logits", "highests", "log_others", "means"), "*fp32")
+WEIGHTS |= {"targets": "*i64", "vocab": "i32", "inverse": "fp32", "softcap": "fp32"}
 
 
 def compile_for(kernel, signature, constants, capability):

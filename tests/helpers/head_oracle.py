@@ -42,7 +42,6 @@ def case(rows, hidden_size, vocab, *, seed=0, scale=1.0, dtype=torch.float32):
 def oracle(hidden, weight, target, *, temperature=1.0, bias_V=None, softcap=None) -> Expected:
     """The formulas with the whole softmax, the target's sum apart so that near-certain tokens are exact."""
     h, w = hidden.detach().double(), weight.double()
-    temperature = torch.as_tensor(temperature, dtype=torch.float64, device=h.device).expand(len(h))[:, None]
     raw = h @ w.T
     if bias_V is not None:
         raw = raw + bias_V.double()
@@ -106,7 +105,7 @@ def chunk_of(backend, hidden, weight, target, *, temperature=1.0, bias_V=None):
     return head._module(backend).chunk(
         hidden,
         target,
-        torch.full((len(hidden),), temperature, device=DEVICE),
+        temperature,
         Projection(weight_VH=weight, bias_V=bias_V, softcap=None),
         Wanted(u=True, v=True, entropy_at_one=False, topk=None),
     )

@@ -36,7 +36,7 @@ def config(*, steps: int = 10, dropout: float = 0.0, method: dict | None = None,
     return Config(
         run=RunConfig(steps=steps),
         model=ModelConfig(dtype="float32", lora_rank=4, lora_alpha=8, lora_dropout=dropout),
-        method=MethodConfig(**(method or {})),
+        method=MethodConfig(**({"importance": "none"} | (method or {}))),
         learner=LearnerConfig(**(LEARNER | learner)),
     )
 
@@ -93,5 +93,5 @@ def gradients(made: Learner, groups: list[Group]) -> dict[str, torch.Tensor]:
     made.optimizer.config = made.optimizer.config.model_copy(update={"gradient_clip": 1e9})
     made.optimizer.adamw.step = lambda: None
     result = made.update(groups)
-    assert result.refused is None
+    assert result.skipped is None
     return {n: p.grad.clone() for n, p in made.policy.peft_model.named_parameters() if p.requires_grad}

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from common.config import dump
+from common.config import dump, with_values
 from launch import experiment
 from launch.experiments import grid, runner
-from launch.planning import memory_fit
 
 GRID = """
 [run]
@@ -43,7 +42,7 @@ def written(cell: grid.Cell, *checkpoints: int) -> Path:
     """The folder of a run that began, with checkpoints after these steps."""
     folder = cell.config.run.dir
     folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(dump(memory_fit.with_values(cell.config, PLANNED)))
+    (folder / "config.toml").write_text(dump(with_values(cell.config, PLANNED)))
     for step in checkpoints:
         (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
     return folder
@@ -69,7 +68,7 @@ def test_a_dry_run_prints_what_each_cell_will_do(here: Path, capsys: pytest.Capt
         (["--config", "grid.toml", "--cores", "0"], "--cores 0 is not a number of processors; give 1 or more"),
         (["--config", "grid.toml", "--cores", "half"], "argument --cores: invalid int value: 'half'; see --help"),
         (["--config", "grid.toml", "--scale", "gpu"], "--scale gpu is not in grid.toml; leave it out"),
-        (["--config", "grid.toml", "--run.stepps", "3"], "--run.stepps is no option; did you mean --run.steps?"),
+        (["--config", "grid.toml", "--run.stepps", "3"], "unknown option --run.stepps; did you mean --run.steps?"),
         (["--config", "grid.toml", "--model.path", "/no/model"], "model.path=/no/model is no folder"),
         (["--config", "grid.toml", "--task.gym", "chain_summ"], "task.gym=chain_summ"),
         (["--config", "grid.toml", "--run.steps", "4"], "run.steps=4 differs from 3 of the run in runs/grid/good_seed"),

@@ -118,7 +118,7 @@ def test_three_refused_steps_in_a_row_end_the_run(run, tmp_path):
     with pytest.raises(RunFailed, match="3 steps in a row"):
         run([1.0, math.inf, math.inf, 1.0, math.inf, math.inf, math.inf, 1.0])
     metrics = read_lines(tmp_path / "metrics.jsonl")
-    assert [m["update/refused"] for m in metrics] == [0, 1, 1, 0, 1, 1, 1]
+    assert [m["update/skipped"] for m in metrics] == [0, 1, 1, 0, 1, 1, 1]
 
 
 def test_actor_with_another_adapter_ends_the_run(run):

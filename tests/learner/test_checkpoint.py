@@ -1,8 +1,12 @@
-"""Checkpoint folders are whole or not there; run files are rewound on resuming."""
+"""Checkpoint folders are whole or not there and run no code; run files are rewound on resuming."""
+
+import os
 
 import pytest
+import torch
 
 from common.metrics import JsonLines, read_lines
+from common.types import UserError
 from launch.runtime.recorder import rewind
 from learner import checkpoint
 
@@ -29,6 +33,39 @@ def test_latest_is_by_number(tmp_path):
     for name in ("step-000009", "step-000100", "step-000020.partial", "step-x"):
         (tmp_path / name).mkdir()
     assert checkpoint.latest(tmp_path).name == "step-000100"
+
+
+def test_the_state_comes_back_and_so_do_the_random_numbers(tmp_path):
+    torch.manual_seed(3)
+    moments = {"0.exp_avg": torch.randn(2, 3), "0.step": torch.tensor(7.0), "12.exp_avg": torch.randn(4)}
+    checkpoint.save_state(tmp_path, {"step": 7, "entropy_bonus": 0.1 + 0.2, "optimizer": moments})
+    expected = torch.rand(4)
+    torch.manual_seed(4)
+    state = checkpoint.load_state(tmp_path)
+    assert torch.equal(torch.rand(4), expected)
+    assert (state["step"], state["entropy_bonus"]) == (7, 0.1 + 0.2)
+    assert state["optimizer"].keys() == moments.keys()
+    assert all(torch.equal(state["optimizer"][name], tensor) for name, tensor in moments.items())
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
+
+
+class Stranger:
+    """Makes a file once it is unpickled."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.proof),)
+
+
+def test_a_pickled_state_is_refused_and_not_run(tmp_path):
+    folder, proof = tmp_path / "step-000030", tmp_path / "ran"
+    folder.mkdir()
+    torch.save({"learner": Stranger(proof)}, folder / "learner_state.pt")
+    with pytest.raises(UserError, match=r"^[^\n]*step-000030 holds learner_state\.pt[^\n]*start the run again[^\n]*$"):
+        checkpoint.load_state(folder)
+    assert not proof.exists()
 
 
 def test_rewind_forgets_later_steps_and_torn_lines(tmp_path):

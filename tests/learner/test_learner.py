@@ -13,6 +13,7 @@ from common.adapter import tensors
 from common.config import ModelConfig
 from learner.batch import pack
 from learner.learner import PROBE_NATS, Learner
+from learner.policy.forward import Demands
 from learner.policy.policy import Policy
 
 METHODS = {
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
 
 def float64_gradients(folder, made: Learner, groups) -> dict[str, torch.Tensor]:
     """The gradient of the loss of arXiv 2606.05434, Eq. 1-9, at ratio 1, from whole logits of one rollout a time."""
-    method = made.method
+    method = made.objective.method
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=list(made.config.model.lora_targets)))
     model.double().load_state_dict({n: p.double() for n, p in made.policy.peft_model.state_dict().items()}, strict=True)
@@ -110,9 +111,8 @@ def test_a_base_with_dropout_of_its_own_learns_without_it(tmp_path):
         recompute="none",
         head_backend="torch",
     )
-    batch, *_ = pack(tiny.groups(), max_tokens=999, min_micro_batches=1, device=torch.device("cpu")).micro_batches
-    with policy.reference():
-        passes = [policy.forward(batch, temperature=1.0).stats.logprob_N for _ in range(2)]
+    batch = pack(tiny.groups(), max_tokens=999, min_micro_batches=1, device=torch.device("cpu"))
+    passes = [policy.reference_pass(batch, Demands()).stats.logprob_N for _ in range(2)]
     assert torch.equal(*passes)
 
 
@@ -145,7 +145,7 @@ def test_failed_reward_costs_its_rollout_only(folder):
     one, other = tiny.gradients(tiny.learner(folder), with_failure), tiny.gradients(tiny.learner(folder), without)
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-5, atol=1e-7)
-    assert [s is None for s in tiny.learner(folder).update(with_failure).streams] == [False, True, False, False]
+    assert [s is None for s in tiny.learner(folder).update(with_failure).tokens] == [False, True, False, False]
 
 
 def test_zero_variance_groups_are_dropped_or_kept(folder):
@@ -153,10 +153,10 @@ def test_zero_variance_groups_are_dropped_or_kept(folder):
     dropped = tiny.learner(folder, method={"group_filter": "zero-variance"}).update(tiny.groups())
     assert kept.metrics["groups/dropped"] == 0
     assert dropped.metrics["groups/dropped"] == 1
-    assert [s is None for s in dropped.streams] == [False] * 8 + [True] * 4
+    assert [s is None for s in dropped.tokens] == [False] * 8 + [True] * 4
     nothing = tiny.learner(folder, method={"group_filter": "zero-variance"}).update(tiny.groups()[2:])
-    assert nothing.refused is None
-    assert nothing.streams == (None,) * 4
+    assert nothing.skipped is None
+    assert nothing.tokens == (None,) * 4
 
 
 def test_step_that_is_not_finite_is_refused(folder):
@@ -164,10 +164,10 @@ def test_step_that_is_not_finite_is_refused(folder):
     before = [p.clone() for p in made.policy.parameters()]
     groups = [tiny.group(1, [7, 3], [math.inf, 0.0])]
     result = made.update(groups)
-    assert "nan" in result.refused
+    assert "nan" in result.skipped
     assert all(torch.equal(a, b) for a, b in zip(before, made.policy.parameters(), strict=True))
     assert made.adapter().version == 1  # the number goes on: a version per step
-    assert made.update(tiny.groups()).refused is None
+    assert made.update(tiny.groups()).skipped is None
 
 
 def test_second_inner_update_has_another_ratio(folder):
@@ -180,7 +180,7 @@ def test_second_inner_update_has_another_ratio(folder):
 
 def test_metrics_by_hand(folder):
     result = tiny.learner(folder, method={"alpha": 3.0}).update(tiny.groups())
-    streams = result.streams
+    streams = result.tokens
     weights = np.concatenate([s.weights for s in streams])
     negative = np.concatenate([s.weights for s in streams if s.advantage < 0])
     assert result.metrics["weight/mean"] == pytest.approx(weights.mean(), rel=1e-5)

@@ -190,7 +190,7 @@ def test_identities(folder, one, other, adapter):
     """Two rows that must make the same step."""
     (first, a), (second, b) = (loss_and_streams(folder, adapter=adapter, **method) for method in (one, other))
     torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
-    for s, t in zip(first.streams, second.streams, strict=True):
+    for s, t in zip(first.tokens, second.tokens, strict=True):
         assert (s is None) == (t is None)
 
 
@@ -240,12 +240,12 @@ def test_why_a_group_is_dropped():
     accuracy = {"group_filter": "accuracy"}  # a reward above 1 is right
     assert reason([None, None]) == reason([None, None], **accuracy) == "unscored"
     assert reason([4.0, 4.0]) is None
-    assert reason([4.0, 2.0], **accuracy) == "all-right"
-    assert reason([0.0, 0.5, None], **accuracy) == "all-wrong"
+    assert reason([4.0, 2.0], **accuracy) == "all-correct"
+    assert reason([0.0, 0.5, None], **accuracy) == "all-incorrect"
     assert reason([4.0, 0.5], **accuracy) is None
     assert reason([0.5, 0.5], group_filter="zero-variance") == "zero-variance"
     assert reason([4.0, 2.0], group_filter="zero-variance") is None
-    assert reason([1.0, 1.2], reward_threshold=0.2) == "small-spread"
+    assert reason([1.0, 1.2], reward_threshold=0.2) == "low-variance"
     assert reason([1.0, 1.2], reward_threshold=0.05) is None
 
 

@@ -65,7 +65,7 @@ def both_updates(folder, method):
         take()
 
     made.optimizer.adamw.step = step
-    assert made.update(tiny.groups()).refused is None
+    assert made.update(tiny.groups()).skipped is None
     return made, seen
 
 
@@ -182,7 +182,7 @@ def weights(method, old, reference, advantage):
 
 def float64_gradient(folder, made, old_state, state, power):
     """Gradient of the row's loss at `state`, streams fixed at `old_state`."""
-    method = made.method
+    method = made.objective.method
     groups = tiny.groups()
     if method.group_filter == "accuracy":
         groups = [g for g in groups if len({r.score.correct for r in g.rollouts}) == 2]
@@ -235,7 +235,7 @@ def test_gradient_of_every_row(folder, variant):
     kl = {} if METHODS[VARIANTS[variant]["name"]].kl == "none" else {"beta": BETA}
     made, seen = both_updates(folder, VARIANTS[variant] | kl)
     old_state = seen[0][0]
-    power = made._power(0)
+    power = made.objective._power(0)
     for state, gradient in seen:
         expected = float64_gradient(folder, made, old_state, state, power)
         for name, truth in expected.items():

@@ -41,8 +41,8 @@ def test_not_finite_changes_nothing(loss):
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = Optimizer([parameter], LearnerConfig(learning_rate=0.1), steps=10)
     optimizer.step(parameter.sum(), 0)
-    before, moments = parameter.clone(), optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    before, moments = parameter.clone(), optimizer.state_dict()["0.exp_avg"].clone()
     _, refused = optimizer.step(loss(parameter), 1)
     assert refused
     assert torch.equal(parameter, before)
-    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], moments)
+    assert torch.equal(optimizer.state_dict()["0.exp_avg"], moments)

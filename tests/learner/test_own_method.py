@@ -36,10 +36,10 @@ def test_a_users_own_method_needs_no_change_here(tmp_path, monkeypatch):
     config = load(["--method.name", "own_method", "--method.kl", "none"], tmp_path / "empty.toml")
     made = Learner(
         tiny.save_model(tmp_path / "model"),
-        tiny.config(method=config.method.model_dump(exclude_none=True)),
+        tiny.config(method=config.method.model_dump() | {"importance": "none"}),
         np.arange(12),
     )
-    streams = made.update([tiny.group(1, [2, 3, 1], [4.0, 0.0, 1.5])]).streams
+    streams = made.update([tiny.group(1, [2, 3, 1], [4.0, 0.0, 1.5])]).tokens
     assert [s.advantage for s in streams] == [1.0, -1.0, 0.0]
     for stream in streams:
         np.testing.assert_allclose(stream.weights, 1 / np.arange(1, len(stream.weights) + 1))
@@ -48,13 +48,13 @@ def test_a_users_own_method_needs_no_change_here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--method.name nowhere.method", "neither a row nor a module with a METHOD"),
-        ("--method.name json", "neither a row nor a module with a METHOD"),
+        ("--method.name nowhere.method", "nor is it a module with a METHOD"),
+        ("--method.name json", "nor is it a module with a METHOD"),
         (
             "--method.advantage own",
             "method.advantage=own is none of group_std, group_mean, leave_one_out, asymmetric, nor",
         ),
-        ("--method.token_weight json.nothing", "json.nothing names no function"),
+        ("--method.token_weight json.nothing", "json.nothing: no such function"),
     ],
 )
 def test_what_is_no_method_of_anybodys(options, words, tmp_path):

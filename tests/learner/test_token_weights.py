@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.token_weights import horizon, normalise, uniform
+from learner.token_weights import gini, horizon, normalise, uniform
 
 V = 50
 
@@ -100,3 +100,19 @@ def test_alpha_zero_is_the_token_mean():
     assert torch.equal(raw, uniform(mask))
     got = normalise(raw, mask, torch.tensor([0, 0]), normaliser="group")
     torch.testing.assert_close(got, mask.double() / 5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([2.0, 2.0, 2.0], 0.0),
+        ([1.0, 3.0], 1 / 4),  # (|1 - 3| + |3 - 1|) / (2 * 2 * 4)
+        ([1.0, 0.0, 0.0], 2 / 3),  # 4 / (2 * 3 * 1)
+        ([0.0, 0.0], 0.0),  # no token has a weight
+        ([5.0], 0.0),
+    ],
+)
+def test_gini_by_hand(weights, expected):
+    padded = torch.tensor([weights + [9.0] * (4 - len(weights)), [1.0] * 4])  # what is outside the mask must not count
+    mask = torch.arange(4)[None, :] < torch.tensor([[len(weights)], [4]])
+    assert gini(padded, mask).tolist() == pytest.approx([expected, 0.0], abs=1e-6)

@@ -11,19 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from common.config import Config
-from common.methods import FACTS, Method, find
+from common.config import Config, options
+from common.methods import METHODS
+from common.section import COSMETIC, MACHINE, REPETITION
 from common.types import UserError
 
-# Settings in which repetitions of one experiment may differ: a run's name, seed, saving and logging, and how much of a
-# GPU's memory it takes (what the memory plan sets, launch/planning/memory_fit.py).
-OF_ONE_RUN = frozenset(
-    (
-        *("run.dir", "run.seed", "run.resume", "run.checkpoint_every", "run.evaluate_every", "run.sample_every"),
-        *("run.gpu_memory_gib", "learner.recompute", "learner.micro_batch_tokens"),
-        *("actor.gpu_memory_fraction", "actor.kv_cache_gib", "actor.num_sequences"),
-    )
-)
+# Settings in which the repetitions of one experiment may differ.
+OF_ONE_RUN = {name for role in (COSMETIC, REPETITION, MACHINE) for name in options(role)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +110,6 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _method(name: str) -> Method | None:
-    """The method; None if it is not available: it may be an older one, or a module that is elsewhere."""
-    try:
-        return find(name)
-    except (ValueError, SyntaxError):
-        return None
-
-
 def read(folder: Path) -> Run:
     """The run in `folder`. Raises UserError, in one line, if there is none."""
     file = folder / "config.toml"
@@ -137,8 +123,8 @@ def read(folder: Path) -> Run:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid TOML: {error}; name a folder that launch/run.py wrote") from None
     defaults = flat(Config().model_dump(mode="json", exclude_none=True))
-    method = _method(str(written.get("method.name", defaults["method.name"])))
-    fields = method.model_dump(mode="json", exclude=set(FACTS)) if method else {}
+    method = METHODS.get(str(written.get("method.name")))
+    fields = method.values() if method else {}  # an older config.toml holds only the fields that were set
     settings = defaults | {f"method.{key}": value for key, value in fields.items()} | written
     for key in ("run.seed", "run.steps", "method.alpha"):
         if math.isnan(number(settings.get(key, 0))):

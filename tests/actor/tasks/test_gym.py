@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from actor.tasks import gsm8k
-from actor.tasks.gsm8k import SOLUTION, completion_of
+from actor.tasks.composite_reward import SOLUTION, completion_of, inside, score
 from actor.tasks.gym import load, reward
 from common.config import TaskConfig
 from common.types import Prompt, Score, UserError
@@ -63,9 +62,9 @@ def test_the_example_of_a_sum_earns_everything_and_is_short(name: str, seed: int
     options = SMALL if name == "chain_sum" else {}
     prompt = load(task(gym=name, gym_options=options, seed=seed, num_train=1, example=True), "train")[0]
     _, asked, shown, _ = prompt.messages
-    answer = gsm8k.inside(shown["content"], *SOLUTION)
+    answer = inside(shown["content"], *SOLUTION)
     assert answer is not None
-    assert gsm8k.score(shown["content"], answer)["total"] == 7.5
+    assert score(shown["content"], answer)["total"] == 7.5
     terms = asked["content"].partition(": ")[2].removesuffix("=").strip()
     assert eval(terms) == pytest.approx(float(answer))
     for line in shown["content"].splitlines()[1:-2]:  # every line of the working is true
@@ -128,7 +127,7 @@ def test_the_data_sets_own_scorer(monkeypatch: pytest.MonkeyPatch, value: float,
 def test_a_scorer_that_allows_for_rounding_is_heard() -> None:
     prompt = load(task(gym="number_format", num_train=1), "train")[0]
     assert prompt.answer == "255258179.051"
-    assert gsm8k.score("255258179.0511", prompt.answer)["correct"] == 1.5
+    assert score("255258179.0511", prompt.answer)["correct"] == 1.5
     assert reward("255258179.0511", prompt).parts["correct"] == 4.0
     assert reward("255258179.5", prompt).parts["correct"] == 1.5
 
@@ -167,9 +166,9 @@ def test_metadata_is_plain_json_and_enough_for_the_scorer() -> None:
         ({"gym": "chain_sums"}, "task.gym=chain_sums is no reasoning-gym data set; did you mean chain_sum?"),
         (
             {"gym_options": {"max_term": 3}},
-            "task.gym_options.max_term is no option of task.gym=chain_sum; did you mean max_",
+            "unknown option task.gym_options.max_term of task.gym=chain_sum; did you mean max_",
         ),
-        ({"gym_options": {"seed": 3}}, "task.gym_options.seed is no option"),
+        ({"gym_options": {"seed": 3}}, "unknown option task.gym_options.seed"),
         ({"gym_options": {"min_terms": 9}}, "max_terms must be >= min_terms; correct it"),
         ({"gym_options": {"max_terms": "many"}}, "does not suit task.gym=chain_sum"),
         ({"gym_options": SMALL, "num_eval": 150}, "task.num_eval=150 exceeds the"),

@@ -72,11 +72,8 @@ def test_a_gpus_plan_is_not_measured_on_a_cpu(capsys):
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_real_steps_by_turns(tmp_path, capsys):
-    options = ["--actor.max_tokens", "8", "--run.prompts_per_step", "1", "--task.num_train", "8"]
-    assert (
-        benchmark.main(["train", "--steps", "1", "--batches", "2", "--rows", "reft", "--out", str(tmp_path), *options])
-        == 0
-    )
+    options = ["--methods", "reft", "--actor.max_tokens", "8", "--run.prompts_per_step", "1", "--task.num_train", "8"]
+    assert benchmark.main(["train", "--steps", "1", "--batches", "2", "--out", str(tmp_path), *options]) == 0
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert said == json.loads((tmp_path / "benchmark.json").read_text())
     assert (tmp_path / "benchmark.svg").stat().st_size > 1000

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.config import Config
+from common.config import Config, with_values
 from launch.planning import memory_fit
 from launch.run import main
 
@@ -47,7 +47,7 @@ def test_a_gpu_gets_bfloat16_from_sm_80_on(capability, expected, monkeypatch) ->
 def test_what_is_set_stays(flags, monkeypatch) -> None:
     monkeypatch.setattr(memory_fit, "cpu_flags", lambda: flags)
     for name in ("bfloat16", "float32"):
-        config = memory_fit.with_values(Config(), {"model.dtype": name})
+        config = with_values(Config(), {"model.dtype": name})
         assert memory_fit.dtype(config) == (name, "as set")
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from common.command_line import load
-from common.config import ActorConfig, Config, LearnerConfig, ModelConfig, RunConfig
+from common.config import ActorConfig, Config, LearnerConfig, ModelConfig, RunConfig, value_of, with_values
 from common.types import UserError
 from launch.planning import memory, memory_fit, plan
 from launch.planning.memory import GIB, Size, Work
@@ -81,7 +81,7 @@ def planned(config: Config, work: Work, gib: float) -> memory.Memory:
     ],
 )
 def test_parts_that_can_be_counted_by_hand(name, parameters, adapter, kv_bytes) -> None:
-    config = memory_fit.with_values(paper(), {"learner.recompute": "layer", "learner.micro_batch_tokens": 4096})
+    config = with_values(paper(), {"learner.recompute": "layer", "learner.micro_batch_tokens": 4096})
     made = planned(config, qwen(name), 1000)
     assert made.of("learner", "frozen weights") == made.of("actor", "frozen weights") == 2 * parameters
     assert made.of("learner", "adapter, gradient, AdamW") == 4 * 4 * adapter
@@ -96,13 +96,13 @@ def test_parts_that_can_be_counted_by_hand(name, parameters, adapter, kv_bytes) 
 
 
 def test_each_captured_size_has_two_graphs() -> None:
-    config = memory_fit.with_values(paper(), {"learner.recompute": "layer", "learner.micro_batch_tokens": 4096})
+    config = with_values(paper(), {"learner.recompute": "layer", "learner.micro_batch_tokens": 4096})
     for changes, mib in (
         ({}, 256 + 2 * 5 * 32),  # sizes 1, 2, 4, 8 and the step's 16
         ({"actor.num_sequences": 256}, 256 + 2 * 9 * 32),
         ({"actor.eager": True}, 0),
     ):
-        made = planned(memory_fit.with_values(config, changes), qwen("3B"), 40)
+        made = planned(with_values(config, changes), qwen("3B"), 40)
         assert made.of("actor", "CUDA graphs") == mib * 2**20
 
 
@@ -122,7 +122,7 @@ def test_attention_is_counted_as_the_device_computes_it(monkeypatch, options, gp
 
 def test_a_cache_holds_at_least_one_sequence_of_the_models_length() -> None:
     config = paper("--run.prompts_per_step", "1", "--actor.group_size", "2", "--actor.max_tokens", "4")
-    config = memory_fit.with_values(config, {"model.max_length": 2000})
+    config = with_values(config, {"model.max_length": 2000})
     assert memory.kv_cache_bytes(config, qwen("3B")) == (125 + 1) * 16 * 36_864
 
 
@@ -228,7 +228,7 @@ def test_a_run_fits_or_is_refused_with_a_change_that_fits(config: Config, work: 
                 memory_fit.on_gpu(changed, work, (gib - 1) * GIB)
     made = planned(chosen, work, gib)
     assert made.total() <= made.usable_bytes
-    assert all(memory_fit.get(chosen, name) != value for name, value in memory_fit.OPEN.items())
+    assert all(value_of(chosen, name) != value for name, value in memory_fit.OPEN.items())
     assert made.total("actor") <= chosen.actor.gpu_memory_fraction * gib * GIB + 1
     assert memory_fit.on_gpu(chosen, work, gib * GIB) == chosen, "what is resolved stays as it is"
 
@@ -237,24 +237,24 @@ def applied(config: Config, remedy: str, gib: int) -> tuple[Config, int]:
     """What a refusal asks for, done."""
     for change in remedy.split(" and "):
         if change.startswith("leave out "):
-            config = memory_fit.with_values(config, {change.removeprefix("leave out "): None})
+            config = with_values(config, {change.removeprefix("leave out "): None})
         elif change.startswith("use a GPU of "):
             gib = int(change.split()[4])
         else:
             name, value = change.removeprefix("set ").split("=")
-            config = memory_fit.with_values(config, {name: int(value) if value.isdigit() else value})
+            config = with_values(config, {name: int(value) if value.isdigit() else value})
     return config, gib
 
 
 @pytest.mark.parametrize(("available", "recompute"), [(2.0, "none"), (1.99, "micro-batch")])
 def test_on_a_cpu_half_of_the_memory_decides(available, recompute) -> None:
     config, work = paper(), qwen("1.5B")
-    resolved = memory_fit.with_values(config, {"learner.recompute": "none", "learner.micro_batch_tokens": 4096})
+    resolved = with_values(config, {"learner.recompute": "none", "learner.micro_batch_tokens": 4096})
     needed = memory.step_activations(resolved, work).peak
     chosen = memory_fit.on_cpu(config, work, int(needed * available) + 1)
     assert (chosen.learner.recompute, chosen.learner.micro_batch_tokens) == (recompute, 4096)
     assert chosen.actor == config.actor
-    kept = memory_fit.on_cpu(memory_fit.with_values(config, {"learner.recompute": "layer"}), work, 1)
+    kept = memory_fit.on_cpu(with_values(config, {"learner.recompute": "layer"}), work, 1)
     assert kept.learner.recompute == "layer"
 
 
@@ -264,13 +264,13 @@ def test_a_whole_update_takes_what_was_planned(tmp_path, recompute, tokens) -> N
     """With the head's workspace and the adapter's gradient, which are small here."""
     folder = tiny.save_model(tmp_path)
     config = tiny.config(dropout=0.1, recompute=recompute, micro_batch_tokens=tokens)
-    config = memory_fit.with_values(
+    config = with_values(
         config, {"run.prompts_per_step": 3, "actor.group_size": 4, "actor.max_tokens": 25, "model.lora_rank": 1}
     )
     learner = Learner(folder, config, tiny.CANARY)
     groups = [tiny.group(seed, [25] * 4, [1.0, 0.0, 2.0, 0.5], prompt_length=12) for seed in range(3)]
     with activations.LiveBytes() as seen:
-        assert learner.update(groups).refused is None
+        assert learner.update(groups).skipped is None
 
     def measured(lengths: tuple[int, ...], mode: str) -> Activations:
         return measure(learner.policy.trunk.config, config.model, lengths=[lengths], recompute=mode, gpu=False)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config
 
 from common.command_line import load
-from common.config import dump
+from common.config import dump, with_values
 from launch.planning import memory_fit, model_folder, plan
 from launch.planning.memory import GIB
 from launch.run import DEFAULT_CONFIG, main
@@ -82,7 +82,7 @@ def test_the_present_gpu_is_planned_for(folder, tmp_path, monkeypatch) -> None:
 def test_a_resumed_run_takes_over_what_was_set_when_it_began(folder, tmp_path, monkeypatch) -> None:
     run = tmp_path / "run"
     begun = plan.make(load(options(folder, run), DEFAULT_CONFIG)).config
-    begun = memory_fit.with_values(begun, {"learner.recompute": "layer", "learner.micro_batch_tokens": 1234})
+    begun = with_values(begun, {"learner.recompute": "layer", "learner.micro_batch_tokens": 1234})
     (run / "checkpoints" / "step-000001").mkdir(parents=True)
     (run / "config.toml").write_text(dump(begun))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1}))

@@ -58,7 +58,7 @@ def submit(options: list[str], folder: Path, environment: dict[str, str]) -> sub
 def test_bad_input_ends_in_one_line_before_ray_is_started(environment: dict[str, str]) -> None:
     done = submit(["--run.stepps", "3"], ROOT, environment)
     assert done.returncode == 2
-    assert done.stderr == "--run.stepps is no option; did you mean --run.steps?\n"
+    assert done.stderr == "unknown option --run.stepps; did you mean --run.steps?\n"
     assert done.stdout == ""
     assert not list(Path(environment["RAY_TMPDIR"]).glob("ray*"))
 

@@ -10,8 +10,9 @@ from launch.runtime.console import Display
 METRICS = {
     "reward/mean": 1.25,
     "reward/std": 0.5,
-    "reward/correct": 0.75,
     "reward/correct_fraction": 0.25,
+    "reward/parts/correct": 0.75,
+    "reward/parts/my [bold]own": -2.5,  # a name that a user chose: no markup
     "kl/mean": 0.0123,
     "entropy/normalized_mean": 0.0291,
     "weight/mean": 0.516,
@@ -40,7 +41,7 @@ def test_plain_lines():
     assert lines[0].startswith(
         "step 1/4 reward 1.25 ± 0.50 correct 0.25 kl 0.0123 entropy 0.0291 weight 0.516 length 243"
     )
-    assert "(correct 0.75)" in lines[0]
+    assert "(correct 0.75 my [bold]own -2.50) left" in lines[0]
     assert "left 0:" in lines[0]
     assert "kl -" in lines[1]
     assert any(line.startswith("best, reward 4 (correct 4), stop:") for line in lines)
@@ -50,5 +51,16 @@ def test_plain_lines():
 def test_live_panel():
     panel = shown(True, width=140, height=40)
     assert "a run  step 2/4" in panel
+    assert "reward of step 2: correct 0.75 my [bold]own -2.50" in panel
     for label in ("reward", "correct", "kl", "entropy", "weight", "length", "tok/s", "s/step", "1.25", "0.0123"):
         assert label in panel
+
+
+def test_a_reward_without_parts_shows_none():
+    for terminal in (False, True):
+        out = io.StringIO()
+        display = Display("a run", steps=4, console=Console(file=out, force_terminal=terminal, width=300))
+        display.step(1, {"reward/mean": 1.25})
+        display.close()
+        assert "()" not in out.getvalue()
+        assert "reward of step" not in out.getvalue()

@@ -1,4 +1,4 @@
-"""Which GPU a worker gets, on a Ray that is told of two GPUs; and what is said where there are too few."""
+"""Which GPU and processors a worker gets, on a Ray that is told of two GPUs; and which starts are refused."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import ray
 import torch
 
-from common.config import ActorConfig, Config
+from common.config import ActorConfig, Config, RunConfig
 from common.types import UserError
 from launch.runtime import workers
 from launch.runtime.workers import placed
@@ -23,13 +23,16 @@ def _two_gpus() -> Iterator[None]:
 
 
 class Side:
-    """Stands in for an actor and for a learner: it says which GPU Ray gave it."""
+    """Stands in for an actor and for a learner: it says which GPU Ray gave it, and which processors it keeps to."""
 
     def __init__(self, *arguments: object) -> None:
         pass
 
     def gpus(self) -> list[str]:
         return ray.get_runtime_context().get_accelerator_ids()["GPU"]
+
+    def processors(self) -> list[int]:
+        return workers.cores()
 
     def close(self) -> None:
         pass
@@ -56,6 +59,19 @@ def test_the_learner_shares_the_first_actors_gpu_and_each_further_actor_has_its_
             [side.gpus.remote() for side in (*started.actors, started.learner)], timeout=60
         )
     assert first == learners != second
+
+
+def test_overlapped_sides_have_half_of_the_processors_each_and_keep_their_names(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(workers, "Actor", Side)
+    monkeypatch.setattr(workers, "Channel", Unverified)
+    config = Config(run=RunConfig(max_staleness=1))
+    plan = SimpleNamespace(config=config, model_folder=None, canary_token_ids=None, resume_from=None)
+    with workers.start(plan, learner_class=Side) as started:
+        sides = [*started.actors, started.learner]
+        kept = ray.get([side.processors.remote() for side in sides], timeout=60)
+        assert all(repr(side).startswith("Actor(Side, ") for side in sides)
+    assert kept == [workers.half(workers.cores(), first=first) for first in (True, False)]
 
 
 def test_more_gpus_than_the_cluster_has_are_refused_at_once() -> None:

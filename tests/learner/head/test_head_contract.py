@@ -28,19 +28,6 @@ def test_no_rows(backend):
     assert got.u.shape == (0, 8)
 
 
-def test_a_temperature_for_each_row(backend):
-    hidden, weight, target = case(70, 16, 600)
-    temperature = torch.linspace(0.05, 2.0, 70, device=DEVICE)
-    check(backend, hidden, weight, target, temperature=temperature)
-    extras = {"topk": 5, "entropy_at_one": True, "backend": backend}
-    whole = head_stats(hidden, weight, target, temperature=temperature, **extras)
-    for i in (0, 69):
-        cut = slice(i, i + 1)
-        alone = head_stats(hidden[cut], weight, target[cut], temperature=temperature[i].item(), **extras)
-        for name in ("logprob_N", "entropy_N", "entropy_at_one_N", "topk_entropy_N", "topk_mass_N"):
-            torch.testing.assert_close(getattr(whole, name)[cut], getattr(alone, name), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_softcap_and_bias(backend, bias, dtype):

@@ -1,0 +1,147 @@
+"""The composite reward of arXiv 2606.05434 (section 3.4, Eq. 10), and the prompt that asks for what it rewards.
+
+A task that uses it (gsm8k, gym) brings problems, and where it needs one a judge of its own for the first term.
+
+What the paper leaves open is read as follows [R]:
+
+- Numbers: digits of any script, with `1,234` groups, decimals, an exponent, a sign (ASCII or U+2212), and a currency
+  sign, a percent sign or units around them, which do not count. The last number of a text is its answer.
+- The answer is the last number inside <SOLUTION>. A solution without a number has no answer. Where there is no
+  <SOLUTION>, it is the number of the last `\\boxed{...}`, or else the last number of the whole text.
+- Of several blocks the last one counts; a block that is never closed reaches to the end of the text.
+- "Within 10 %" includes the bound, and leaves no partial credit where the true answer is 0.
+- "Well formed": each tag once, in the order of TAGS.
+- A step is a label ("Step 2", "2." or "2)" at the start of a line) or an equation ("=" before a number). A line counts
+  its labels or its equations, whichever are more; a repeated line counts once. Text outside the reasoning tags is
+  reasoning without steps.
+"""
+
+import re
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+
+REASONING = ("<start_working_out>", "</start_working_out>")
+SOLUTION = ("<SOLUTION>", "</SOLUTION>")
+TAGS = (*REASONING, *SOLUTION)
+
+SYSTEM = (
+    "Solve the problem. Write your working, one calculation a line, between <start_working_out> and "
+    "</start_working_out>. Then write only the final answer between <SOLUTION> and </SOLUTION>."
+)
+
+# Every pattern is linear in the text: no two neighbouring repeats can match the same character.
+_NUMBER = re.compile(
+    r"(?:(?<![\w)\]}])(?P<sign>[-+]))?[$€£]?(?P<inner>(?<=[$€£])-)?"
+    r"(?P<digits>(?<![A-Za-z_^])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+    r"(?P<exponent>[eE][-+]?\d+)?"
+)
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_EQUATION = re.compile(r"(?<![=<>!])=[ \t$€£(+\-−]{0,8}\.?\d")
+_STEP = re.compile(r"\bstep\s?\d", re.IGNORECASE)
+_NUMBERED = re.compile(r"[ \t#*>(]{0,8}\d{1,3}[.):](?:\s|$)")
+_PLAIN = str.maketrans({"−": "-", "﹣": "-", "－": "-", "＋": "+", "，": ",", "．": ".", "＄": "$"})
+
+
+def score(completion: str, answer: str) -> dict[str, float]:
+    """The composite reward of a completion against the true answer: Eq. 10, at most 7.5.
+
+    Returns its four terms `correct`, `format`, `present`, `steps`, and their sum `total`. Never raises:
+    whatever holds no number is an absent answer, also as the true answer.
+    """
+    parts = {"correct": correctness(read_answer(completion), read_number(answer)), **style(completion)}
+    return {**parts, "total": round(sum(parts.values()), 1)}
+
+
+def style(completion: str) -> dict[str, float]:
+    """The terms of Eq. 10 that do not look at the answer: `format`, `present` and `steps`."""
+    return {"format": _format(completion), "present": _present(completion), "steps": _steps(completion)}
+
+
+def correctness(value: Decimal | None, truth: Decimal | None) -> float:
+    """The first term of Eq. 10: 4.0 exact, 1.5 within 10 % of the truth, 0.0 wrong, -0.5 absent or unparseable."""
+    if value is None or truth is None:
+        return -0.5
+    if value == truth:
+        return 4.0
+    return 1.5 if 10 * abs(value - truth) <= abs(truth) else 0.0
+
+
+def read_answer(completion: str) -> Decimal | None:
+    """The number that a completion gives as its answer; None: it gives none."""
+    solution = inside(completion, *SOLUTION)
+    if solution is not None:
+        return read_number(solution)
+    boxed = _BOXED.findall(completion)
+    return read_number(boxed[-1] if boxed else completion)
+
+
+def read_number(text: str) -> Decimal | None:
+    """The last number of a text; None where there is none, or none of fewer than 5000 digits."""
+    text = text.translate(_PLAIN).replace("{,}", ",").replace("\\", "")
+    match = max(_NUMBER.finditer(text), key=lambda found: found.start(), default=None)
+    if match is None:
+        return None
+    sign = "-" if "-" in (match["sign"], match["inner"]) else ""
+    try:
+        value = Decimal(sign + match["digits"].replace(",", "") + (match["exponent"] or ""))
+    except InvalidOperation:  # an exponent that Decimal cannot hold
+        return None
+    return value if abs(value.adjusted()) < 5000 else None  # beyond, differences could overflow
+
+
+def inside(text: str, opening: str, closing: str) -> str | None:
+    """What the last block between two tags holds; None: the opening tag is absent."""
+    end = text.rfind(closing)
+    start = text.rfind(opening, 0, end) if end >= 0 else -1
+    if start < 0:  # no closed block
+        start, end = text.rfind(opening), len(text)
+    return text[start + len(opening) : end] if start >= 0 else None
+
+
+def _format(completion: str) -> float:
+    places = [completion.find(tag) for tag in TAGS]
+    if any(completion.count(tag) > 1 for tag in TAGS):
+        return -0.5
+    if places[0] >= 0 and places == sorted(places):
+        return 1.5
+    terms = zip((0.2, 0.3, 0.2, 0.3), places, strict=True)
+    return round(sum((term for term, place in terms if place >= 0), 0.0), 1)
+
+
+def _present(completion: str) -> float:
+    opening, closing = SOLUTION
+    if opening not in completion:
+        return 0.0
+    return 1.0 if closing in completion else 0.3
+
+
+def _steps(completion: str) -> float:
+    block = inside(completion, *REASONING)
+    if block is None:
+        return 0.1 if completion.strip() else 0.0
+    reasoning = block.partition(SOLUTION[0])[0]
+    if not reasoning.strip():
+        return 0.0
+    num_steps = sum(map(_num_steps, {line.strip() for line in reasoning.splitlines()}))
+    if num_steps == 0:
+        return 0.1
+    return 0.4 if num_steps <= 2 else 0.7 if num_steps <= 4 else 1.0
+
+
+def _num_steps(line: str) -> int:
+    num_labels = max(len(_STEP.findall(line)), 1 if _NUMBERED.match(line) else 0)
+    return max(num_labels, len(_EQUATION.findall(line)))
+
+
+def chat(question: str, example: tuple[str, str, str] | None) -> tuple[Mapping[str, str], ...]:
+    """The messages of a problem: the tags explained, an example (question, working, answer) if any, the question."""
+    turns = [("system", SYSTEM)]
+    if example is not None:
+        asked, working, answer = example
+        turns += [("user", asked), ("assistant", completion_of(working, answer))]
+    return tuple({"role": role, "content": content} for role, content in [*turns, ("user", question)])
+
+
+def completion_of(working: str, answer: str) -> str:
+    """A completion in the format that Eq. 10 rewards."""
+    return f"{REASONING[0]}\n{working}\n{REASONING[1]}\n{answer.join(SOLUTION)}"

@@ -1,0 +1,38 @@
+"""What the rollouts alone say of a step: a task's own parts of the reward are metrics, whatever their names are."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from common.types import Group, Score
+from launch.runtime.recorder import group_metrics
+
+
+def group_of(*parts: dict[str, float]) -> Group:
+    """One rollout with each of these parts, which sum to its reward."""
+    group = tiny.group(1, [2] * len(parts), [0.0] * len(parts))
+    scores = [Score(total=sum(each.values()), correct=False, parts=each) for each in parts]
+    rollouts = zip(group.rollouts, scores, strict=True)
+    return replace(group, rollouts=tuple(replace(rollout, score=score) for rollout, score in rollouts))
+
+
+def test_any_part_is_a_metric_and_none_overwrites_another():
+    metrics = group_metrics([group_of({"mean": 7.0, "brevity": 1.0}), group_of({"mean": 3.0, "brevity": -2.0})], 1)
+    assert metrics["reward/parts/mean"] == 5.0
+    assert metrics["reward/parts/brevity"] == -0.5
+    assert metrics["reward/mean"] == 4.5
+    assert metrics["reward/std"] == 3.5
+
+
+def test_a_part_that_some_scores_lack_is_averaged_over_the_others():
+    metrics = group_metrics([group_of({"a": 1.0}, {"a": 2.0, "b": 4.0}, {"b": 5.0})], 1)
+    assert metrics["reward/parts/a"] == 1.5
+    assert metrics["reward/parts/b"] == 4.5
+    assert metrics["reward/mean"] == pytest.approx(4.0)
+
+
+def test_a_failed_reward_has_no_part():
+    metrics = group_metrics([tiny.group(1, [2, 3], [None, None])], 1)
+    assert metrics["reward/num_failed"] == 2.0
+    assert not [name for name in metrics if name.startswith("reward/parts/")]
