@@ -1,4 +1,4 @@
-"""The layering and the budgets of the design, read from the source."""
+"""The layering and the budgets of the design, read from the source; and what the READMEs say of files."""
 
 import ast
 import re
@@ -22,6 +22,8 @@ ONLY_IN = {
     "peft": {"learner/policy/policy.py"},
     "ray": {"actor/actor.py", "learner/learner.py", *(str(path) for path in FILES if path.parts[0] == "launch")},
 }
+READMES = sorted(path for room in (*PACKAGES, "tests") for path in (ROOT / room).rglob("README.md"))
+MARKDOWN = [ROOT / "README.md", *(ROOT / ".github").glob("*.md"), ROOT / "launch/benchmarks/RESULTS.md", *READMES]
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LOOP_LINES = 300, 60, 120
 MAX_FILES, MAX_LEARNER_FILES, MAX_README_LINES = 12, 14, 150
 
@@ -80,8 +82,46 @@ def test_a_folder_reads_as_a_table_of_contents() -> None:
         assert len(files) <= (MAX_LEARNER_FILES if str(room) == "learner" else MAX_FILES), room
 
 
-def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
-    assert num_lines(Path("README.md")) <= MAX_README_LINES
-    for readme in [ROOT / "README.md", *(path for package in PACKAGES for path in (ROOT / package).rglob("*.md"))]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", readme.read_text()):
-            assert (readme.parent / target).exists(), f"{readme.relative_to(ROOT)} links to {target}"
+def test_the_readmes_are_short() -> None:
+    assert [path for path in (ROOT / "README.md", *READMES) if num_lines(path) > MAX_README_LINES] == []
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\((?!http)([^)#]+)", path.read_text())
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def reading_order(readme: Path) -> list[str]:
+    """What a README's tables "read in this order" name in their first columns: paths or patterns below its folder."""
+    tables = re.findall(r"^\| read in this order .*\n((?:\|.*\n)+)", readme.read_text(), re.MULTILINE)
+    return [name for table in tables for row in table.splitlines() for name in re.findall("`(.+?)`", row.split("|")[1])]
+
+
+def files_of(readme: Path) -> list[Path]:
+    """The Python files of a room: those below its folder that no README nearer to them has."""
+    rooms = [path.parent for path in READMES]
+    listed = FILES + [path for path in TESTS if path.parent in (Path("tests"), Path("tests/helpers"))]
+    absolute = [ROOT / path for path in listed if path.name != "__init__.py"]
+    return [path for path in absolute if next(p for p in path.parents if p in rooms or p == ROOT) == readme.parent]
+
+
+def test_every_file_belongs_to_a_room_with_a_readme() -> None:
+    assert files_of(ROOT / "README.md") == []
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_readme_names_the_files_of_its_room(readme: Path) -> None:
+    """Its reading order has every Python file, and nothing that is not there."""
+    found = {name: set(readme.parent.glob(name)) for name in reading_order(readme)}
+    assert [name for name, paths in found.items() if not paths] == [], "no such file"
+    named = {path for paths in found.values() for path in paths}
+    assert [path.name for path in files_of(readme) if path not in named] == [], 'missing in "read in this order"'
+
+
+def test_the_tree_of_the_readme_names_every_room() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## Where things are")[2].partition("\n|")[0]
+    named = set(re.findall(r"(\w+)/", tree))
+    rooms = {part for path in READMES for part in path.parent.relative_to(ROOT).parts}
+    assert rooms <= named
+    assert named <= {path.name for room in (*PACKAGES, "tests") for path in (ROOT / room, *(ROOT / room).rglob("*"))}
