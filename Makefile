@@ -1,14 +1,14 @@
-# make run [ARGS="--run.steps 3 …"]   train: sets up on first use, starts Ray if none runs, submits launch/run.py
+# make run [ARGS="--run.steps 3 …"]   train: sets up on first use, starts Ray unless it runs, submits launch/run.py
 # make test | lint | setup | clean
 #
-# torch comes from where pip is told to look. Where that offers a CPU build (2.13.0+cpu), pip prefers it.
+# torch comes from pip's configured index; if that has a CPU build (2.13.0+cpu), pip prefers it.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 MAKEFLAGS += --no-print-directory
 
-# CUDA_VISIBLE_DEVICES= (empty) hides the GPUs of a machine: an environment for its processor is made then.
+# CUDA_VISIBLE_DEVICES= (empty) hides the machine's GPUs and selects the CPU environment.
 FLAVOUR := $(shell [ -n "$${CUDA_VISIBLE_DEVICES-all}" ] && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 LOCK := requirements-$(FLAVOUR).lock
 READY := .venv/ready-$(FLAVOUR)
@@ -29,8 +29,8 @@ lint: $(READY)
 
 setup: $(READY)
 
-# $(READY) is written last and removed first: without it an environment is unfinished, and is made anew.
-# The locks are complete, so nothing is resolved: --no-deps also keeps out what fails beside a CPU-only torch.
+# $(READY) is written last and removed first: an environment without it is incomplete and is created again.
+# The locks are complete, so pip resolves no dependencies; --no-deps also excludes packages that fail with a CPU torch.
 $(READY): $(LOCK)
 	@python=
 	for candidate in python3 python3.13 python3.12 python3.11; do

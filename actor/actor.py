@@ -14,25 +14,25 @@ from common.adapter import Adapter
 from common.config import Config
 from common.types import Group, Prompt
 
-PREFIX_TOKENS = 300  # two blocks of vLLM's cache on a CPU, of 128 tokens, and more on a GPU
+PREFIX_TOKENS = 300  # spans two blocks of vLLM's prefix cache on a CPU (128 tokens each), and more on a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """An actor's word on the adapter version that it loaded."""
+    """What an actor reports after it has loaded an adapter version."""
 
     version: int
-    checksum: str  # of what the engine's buffers hold
-    canary_logprobs: np.ndarray | None  # float32 [T - 1], what the engine makes of the version's canary, if it has one
-    load_seconds: float  # canary included
+    checksum: str  # of the values read back from the engine's buffers
+    canary_logprobs: np.ndarray | None  # float32 [T - 1], the engine's for the adapter's canary; None without a canary
+    load_seconds: float  # the canary's pass included
     canary_seconds: float = 0.0
 
 
 class Actor:
-    """One engine, one pool of reward workers."""
+    """One engine and one pool of reward workers."""
 
     def __init__(self, model_folder: Path, config: Config) -> None:
-        from actor.vllm_engine import VLLMEngine  # here, so that the driver, which names this class, loads no vllm
+        from actor.vllm_engine import VLLMEngine  # imported here, since the driver imports this file but needs no vLLM
 
         self.tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self.engine = VLLMEngine(str(model_folder), config.model, config.actor, seed=config.run.seed)
@@ -42,10 +42,10 @@ class Actor:
             timeout_seconds=config.actor.reward_timeout_seconds,
         )
         self.max_length = config.model.max_length
-        self.version: int | None = None  # none yet
+        self.version: int | None = None  # None until the first load
 
     def load(self, adapter: Adapter) -> Receipt:
-        """Sample with `adapter` from now on. The receipt proves it to whoever published it."""
+        """Sample with `adapter` from the next call on. The publisher verifies the returned receipt."""
         started = time.perf_counter()
         checksum = self.engine.load(adapter)
         self.version = adapter.version
@@ -61,18 +61,18 @@ class Actor:
         )
 
     def prefix_difference(self, canary_token_ids: np.ndarray) -> float:
-        """How far sampling, which may read cached prefixes, is from a pass that reads none: nats of one token.
+        """Log-probability of one sampled token minus that of a pass that reads no prefix cache: absolute, in nats.
 
-        Asked before and after a load it shows a prefix that is left of an older version. The canary is repeated to be
-        longer than the blocks of the cache.
+        Called before and after a load, it detects a cached prefix of an older version. The canary is repeated until it
+        fills whole blocks of the cache.
         """
         token_ids = np.resize(canary_token_ids, min(PREFIX_TOKENS, self.max_length - 2)).tolist()
         [(ids, logprobs)] = self.engine.first_tokens([token_ids], count=1, temperature=1.0, without=())
         return abs(float(logprobs[0] - self.engine.logprobs([*token_ids, int(ids[0])])[-1]))
 
     def rollout(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Scored groups of `prompts`, sampled with the loaded version."""
-        assert self.version is not None, "an actor samples only with an adapter version that was published to it"
+        """One scored group per prompt, sampled with the loaded version."""
+        assert self.version is not None, "load an adapter before the first rollout"
         return roll_out(self.engine, self.tokenizer, self.rewards, prompts, sampling, version=self.version)
 
     def close(self) -> None:

@@ -13,19 +13,19 @@ from common.adapter import Adapter
 class Sample:
     """One sampled completion of T tokens."""
 
-    token_ids: np.ndarray  # int32 [T], every sampled token, the end token and stop strings' tokens included
-    logprobs: np.ndarray  # float32 [T], nats, of the distribution that was sampled from (temperature applied)
-    text: str  # decoded without special tokens, cut after a stop string
+    token_ids: np.ndarray  # int32 [T], every sampled token, including the end token and a stop string's tokens
+    logprobs: np.ndarray  # float32 [T], nats at the sampling temperature
+    text: str  # decoded without special tokens, cut after the stop string
     finish_reason: str  # "stop" or "length"
 
 
 class Engine(Protocol):
-    """Samples from one model with one adapter version at a time. Not thread-safe: one call at once."""
+    """Samples from one model with one adapter version at a time. Not thread-safe: make one call at a time."""
 
     def load(self, adapter: Adapter) -> str:
-        """Make `adapter` the only version in use and forget every cached prefix of older ones.
+        """Make `adapter` the only version in use, and drop every cached prefix of older versions.
 
-        Returns the checksum (common.adapter.checksum) of what the engine now holds.
+        Returns the checksum (common.adapter.checksum) of the values that the engine then holds.
         """
 
     def sample(
@@ -40,24 +40,24 @@ class Engine(Protocol):
         fixed_length: bool = False,
         finished: Callable[[int, list[Sample]], None] = ...,
     ) -> list[list[Sample]]:
-        """`num_samples` completions of each tokenised prompt, which is computed once; one seed per prompt.
+        """`num_samples` completions of each tokenised prompt; a prompt is prefilled once, and has one seed.
 
-        temperature 0 is greedy. `fixed_length` samples exactly max_tokens tokens and ignores every stop.
-        Equal arguments and adapter give equal samples. `finished` is told each prompt's place and samples as soon as
-        they have ended, while others still decode.
+        Temperature 0 is greedy. `fixed_length` samples exactly max_tokens tokens and ignores every stop.
+        Equal arguments and adapter give equal samples. `finished` is called with a prompt's index and samples as soon
+        as these have ended, while other prompts still decode.
         """
 
     def first_tokens(
         self, prompts: Sequence[Sequence[int]], *, count: int, temperature: float, without: Sequence[int]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each prompt the `count` likeliest tokens to follow it, likeliest first, and their log-probabilities.
+        """For each prompt the `count` most likely next tokens, most likely first, and their log-probabilities.
 
-        int32 and float32 nats, of the distribution that is sampled from; tokens in `without` are left out, so there
-        may be fewer than `count`.
+        Token ids are int32, log-probabilities float32 nats at `temperature`. Tokens in `without` are left out, so
+        there may be fewer than `count`.
         """
 
     def logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """float32 [T - 1]: nats at temperature 1 of tokens 1..T-1, each given those before it."""
+        """float32 [T - 1]: log-probabilities (nats, temperature 1) of tokens 1..T-1, each given those before it."""
 
     def close(self) -> None:
         """End every process of the engine."""

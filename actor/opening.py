@@ -1,4 +1,4 @@
-"""REFT: the openers, first tokens of completions, are spread over the policy's likeliest ones (arXiv 2605.28295)."""
+"""REFT: the first tokens of completions (openers) are picked from the policy's most likely ones (arXiv 2605.28295)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from actor.engine import Engine, Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """How openers are picked. None of them is a special token."""
+    """How openers are picked. A special token is never an opener."""
 
-    num_candidates: int  # N: the likeliest first tokens of the prompt
-    num_distinct: int  # K of them, picked uniformly; each begins G / K completions
-    learned: bool  # whether the opener's own log-probability is in the loss
+    num_candidates: int  # N: the prompt's most likely first tokens
+    num_distinct: int  # K: how many of them are picked, uniformly; each begins G / K completions
+    learned: bool  # whether the opener is in the loss
 
 
 def sample_with_openers(
@@ -31,10 +31,10 @@ def sample_with_openers(
     seeds: Sequence[int],
     fixed_length: bool = False,
 ) -> list[list[Sample]]:
-    """As Engine.sample, with completions that begin with `opening.num_distinct` tokens in equal shares.
+    """As Engine.sample; of each prompt's completions, equal shares begin with `opening.num_distinct` picked tokens.
 
-    An opener's log-probability is the policy's own. A prompt with fewer candidates than asked for, since special tokens
-    are none, repeats some openers.
+    An opener's log-probability is the policy's own. A prompt with fewer candidates than `opening.num_distinct`, since
+    special tokens are excluded, repeats some openers.
     """
     openers = [
         _pick(ids, logprobs, opening.num_distinct, seed)
@@ -46,36 +46,36 @@ def sample_with_openers(
             strict=True,
         )
     ]
-    branches = [(i, place, opener) for i, picked in enumerate(openers) for place, opener in enumerate(picked)]
+    branches = [(i, branch, opener) for i, picked in enumerate(openers) for branch, opener in enumerate(picked)]
     samples = engine.sample(
         [[*prompts[i], token_id] for i, _, (token_id, _) in branches],
         num_samples=num_samples // opening.num_distinct,
         temperature=temperature,
         max_tokens=max_tokens - 1,
         stop=stop,
-        seeds=[_branch_seed(seeds[i], place) for i, place, _ in branches],
+        seeds=[_branch_seed(seeds[i], branch) for i, branch, _ in branches],
         fixed_length=fixed_length,
     )
     groups: list[list[Sample]] = [[] for _ in prompts]
-    for (i, _, opener), branch in zip(branches, samples, strict=True):
-        groups[i] += [_joined(opener, sample, tokenizer, () if fixed_length else stop) for sample in branch]
+    for (i, _, opener), drawn in zip(branches, samples, strict=True):
+        groups[i] += [_joined(opener, sample, tokenizer, () if fixed_length else stop) for sample in drawn]
     return groups
 
 
 def _pick(ids: np.ndarray, logprobs: np.ndarray, count: int, seed: int) -> list[tuple[int, float]]:
-    places = np.random.default_rng(seed).permutation(len(ids))
-    return [(int(ids[place]), float(logprobs[place])) for place in np.resize(places, count)]
+    order = np.random.default_rng(seed).permutation(len(ids))
+    return [(int(ids[i]), float(logprobs[i])) for i in np.resize(order, count)]
 
 
-def _branch_seed(seed: int, place: int) -> int:
-    """Below 2^31, and another for each branch of a prompt."""
-    return int(np.random.SeedSequence([seed, place]).generate_state(1)[0]) // 2
+def _branch_seed(seed: int, branch: int) -> int:
+    """A seed below 2^31 that differs between the branches of a prompt."""
+    return int(np.random.SeedSequence([seed, branch]).generate_state(1)[0]) // 2
 
 
 def _joined(
     opener: tuple[int, float], sample: Sample, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]
 ) -> Sample:
-    """The sample with its opener in front, decoded as one text."""
+    """The sample with its opener in front, both decoded together."""
     token_id, logprob = opener
     token_ids = np.concatenate([np.array([token_id], dtype=np.int32), sample.token_ids])
     text = tokenizer.decode(token_ids, skip_special_tokens=True)

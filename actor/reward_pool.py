@@ -1,7 +1,7 @@
 """Scores completions in worker processes, with a hard time-out for each call.
 
-A reward that raises, hangs, gives no finite total or ends its process costs its own rollout only: the caller gets a
-text that names the failure in place of a Score.
+A reward that raises, hangs, returns a non-finite total or ends its process affects its own rollout only: for that
+rollout the caller gets a text that describes the failure instead of a Score.
 """
 
 import math
@@ -28,40 +28,36 @@ Scoring = list[Future[Score | str]]  # calls that were started
 class RewardPool:
     """The reward of one task, in `workers` processes that stay warm.
 
-    Example: pool = RewardPool("gsm8k", workers=2, timeout_seconds=10.0); pool.score_all([("42", prompt)])
+    Example: pool = RewardPool("gsm8k", workers=2, timeout_seconds=10.0); pool.finish(pool.start([("42", prompt)]))
     """
 
     def __init__(self, task_name: str, *, workers: int, timeout_seconds: float) -> None:
-        """Returns when every worker has imported the task. Raises UserError for an unknown task."""
+        """Return when every worker has imported the task. Raises UserError for an unknown task."""
         task_module(task_name)
         self._timeout_seconds = timeout_seconds
-        # One thread for each worker. They also start the workers: a child dies with the thread that started it.
+        # One thread per worker. It also starts its worker, since a child process dies with the thread that started it.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")
         self._workers = list(self._threads.map(_Worker, [task_name] * workers))
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
 
-    def score_all(self, completions: Sequence[tuple[str, Prompt]]) -> list[Score | str]:
-        """One Score, or the text of a failure, for each (completion, prompt), in their order.
+    def start(self, completions: Sequence[tuple[str, Prompt]]) -> Scoring:
+        """Start to score (completion, prompt) pairs in the background. Raises RuntimeError after close().
 
         The time-out of a call starts when a worker takes it; time in the queue does not count.
         """
-        return self.finish(self.start(completions))
-
-    def start(self, completions: Sequence[tuple[str, Prompt]]) -> Scoring:
-        """Begin to score, while the caller does something else. Raises RuntimeError after close()."""
         return [self._threads.submit(self._call, call) for call in completions]
 
     def finish(self, scoring: Scoring) -> list[Score | str]:
-        """Wait for what `start` began; returns what score_all returns."""
+        """Wait for the calls that `start` started: one Score, or the text of a failure, for each, in their order."""
         return [future.result() for future in scoring]
 
     def close(self) -> None:
-        """End the workers, hung ones included."""
+        """End the workers, including hung ones."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
-            worker.process.kill()  # its thread sees the connection end
+            worker.process.kill()  # its thread then reads the end of the connection and returns
         self._threads.shutdown()
         for worker in self._workers:
             worker.end()
@@ -77,7 +73,7 @@ class RewardPool:
 
 
 class _Worker:
-    """A process that scores one call at a time, started again after it has ended."""
+    """A process that scores one call at a time. It is started again after it has ended."""
 
     def __init__(self, task_name: str) -> None:
         self._task_name = task_name
@@ -86,10 +82,10 @@ class _Worker:
     def _start(self) -> None:
         self._connection, theirs = Pipe()
         with theirs:
-            # A new interpreter, not multiprocessing: that would import our main module, with ray, torch and vllm.
+            # A new interpreter: multiprocessing would import our main module, and with it ray, torch and vLLM.
             self.process: subprocess.Popen[bytes] = child(
                 [sys.executable, "-P", "-m", "actor.reward_pool", self._task_name, str(theirs.fileno())],
-                death_signal=signal.SIGKILL,  # a reward may handle, or delay, any other
+                death_signal=signal.SIGKILL,  # a reward may ignore any other signal
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -98,16 +94,17 @@ class _Worker:
             self._receive(START_SECONDS)
         except (EOFError, OSError):
             self.end()
-            raise RuntimeError("a reward worker did not start; its output says why") from None
+            raise RuntimeError("a reward worker did not start; see its output above") from None
 
     def score(self, call: tuple[str, Prompt], timeout_seconds: float) -> Score | str:
-        """Raises RuntimeError for a process that cannot be started again, and what pickling the call raises."""
+        """Score one call. Raises RuntimeError if the process cannot be started again, and what pickling raises."""
         if self.process.poll() is not None:
             self._connection.close()
             self._start()
         try:
             self._connection.send(call)
-            return self._receive(timeout_seconds)
+            result: Score | str = self._receive(timeout_seconds)
+            return result
         except TimeoutError:
             self.end()
             return f"time-out: no reward within {timeout_seconds:g} s"
@@ -121,35 +118,35 @@ class _Worker:
         return self.process.wait()
 
     def _receive(self, seconds: float) -> Any:
-        """Raises TimeoutError; EOFError or another OSError when the process has ended."""
+        """The next message. Raises TimeoutError, or EOFError or another OSError when the process has ended."""
         if not self._connection.poll(seconds):
             raise TimeoutError
         return self._connection.recv()
 
 
 def _work(task_name: str, connection: Connection) -> None:
-    """The main loop of a worker. The first message says that it is ready; it ends when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the owner
-    os.set_inheritable(connection.fileno(), False)  # a process that a reward starts would keep it open
+    """The main loop of a worker, which runs until the process is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, but only the owner reacts to it
+    os.set_inheritable(connection.fileno(), False)  # else a process that a reward starts would keep it open
     task_module(task_name)
-    connection.send(None)
+    connection.send(None)  # ready
     while True:
         connection.send(_score(task_name, connection.recv_bytes()))
 
 
 def _score(task_name: str, call: bytes) -> Score | str:
-    """The Score of a pickled call in plain values, or the failure."""
+    """The Score of a pickled call, converted to plain Python values, or the text of a failure."""
     try:
         completion, prompt = pickle.loads(call)
         score = task_module(task_name).reward(completion, prompt)
         if not isinstance(score, Score):
-            return f"the reward gave {type(score).__name__}, not a Score"
+            return f"the reward returned {type(score).__name__}, not a Score"
         total = float(score.total)
         if not math.isfinite(total):
-            return f"the reward gave total={total}, which is not finite"
+            return f"the reward returned total={total}, which is not finite"
         parts = {str(name): float(value) for name, value in score.parts.items()}
         return Score(total=total, correct=bool(score.correct), parts=parts)
-    except BaseException as error:  # noqa: BLE001 (any failure, sys.exit too, costs this rollout only and is named)
+    except BaseException as error:  # noqa: BLE001 (any failure, sys.exit too, affects this rollout only)
         return _describe(error)
 
 

@@ -1,8 +1,8 @@
-"""Prompts -> groups: chat template, G samples of each prompt, mask and log-probabilities, scores."""
+"""Prompts to groups: chat template, G samples of each prompt, mask and log-probabilities, scores."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from common.types import Group, Prompt, Rollout, Score
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How completions are drawn. temperature 0 is greedy."""
+    """How completions are sampled. Temperature 0 is greedy."""
 
     group_size: int
     temperature: float
@@ -29,7 +29,7 @@ class Sampling:
 
     @classmethod
     def of(cls, config: Config) -> "Sampling":
-        """How a run samples to train on."""
+        """The sampling of a run's training rollouts."""
         method = config.method
         opening = Opening(
             num_candidates=method.opening_candidates,
@@ -48,14 +48,17 @@ class Sampling:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """The chat as the model's template renders it, up to where the assistant's turn begins."""
+    """The token ids of the chat, rendered with the model's template up to the start of the assistant's turn."""
     messages = [dict(message) for message in prompt.messages]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    tokens: list[int] = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return tokens
 
 
 def prompt_seed(seed: int, index: int) -> int:
-    """Sampling seed of the prompt at place `index` of the stream: equal for equal runs, whatever the batching."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) // 2  # vLLM adds 0..G-1: stay below 2^32
+    """Sampling seed of the prompt at position `index` of the prompt stream: the same whatever the batching."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) // 2  # vLLM adds 0..G-1; stays below 2^32
 
 
 def roll_out(
@@ -78,43 +81,44 @@ def roll_out(
         "seeds": [prompt_seed(sampling.seed, prompt.index) for prompt in prompts],
         "fixed_length": sampling.fixed_length,
     }
-    scorings: dict[int, Scoring] = {}  # by the prompt's place
+    scorings: dict[int, Scoring] = {}  # by the prompt's index in `prompts`
 
-    def score(place: int, group: list[Sample]) -> None:
-        scorings[place] = rewards.start([(sample.text, prompts[place]) for sample in group])
+    def start_scoring(index: int, group: list[Sample]) -> None:
+        scorings[index] = rewards.start([(sample.text, prompts[index]) for sample in group])
 
     if sampling.opening is None:
-        samples = engine.sample(tokens, **options, finished=score)  # rewards while others still decode
+        samples = engine.sample(tokens, **options, finished=start_scoring)  # scores while other prompts still decode
     else:
         samples = sample_with_openers(engine, tokenizer, tokens, sampling.opening, **options)
-        for place, group in enumerate(samples):
-            score(place, group)
+        for index, group in enumerate(samples):
+            start_scoring(index, group)
     sampled = time.perf_counter()
-    groups = [
+    scores = [rewards.finish(scorings[index]) for index in range(len(prompts))]
+    scored = time.perf_counter()
+    return [
         Group(
             prompt=prompt,
             rollouts=tuple(
-                _rollout(tokens[place], sample, score, version, sampling.opening)
-                for sample, score in zip(samples[place], rewards.finish(scorings[place]), strict=True)
+                _rollout(tokens[index], sample, score, version, sampling.opening)
+                for sample, score in zip(samples[index], scores[index], strict=True)
             ),
             rollout_seconds=sampled - started,
+            reward_seconds=scored - sampled,
         )
-        for place, prompt in enumerate(prompts)
+        for index, prompt in enumerate(prompts)
     ]
-    reward_seconds = time.perf_counter() - sampled
-    return [replace(group, reward_seconds=reward_seconds) for group in groups]
 
 
 def _rollout(
     prompt_ids: Sequence[int], sample: Sample, score: Score | str, version: int, opening: Opening | None
 ) -> Rollout:
-    before = len(prompt_ids)
-    first_learned = before + (opening is not None and not opening.learned)
+    num_prompt_tokens = len(prompt_ids)
+    first_learned = num_prompt_tokens + (opening is not None and not opening.learned)
     return Rollout(
         token_ids=np.concatenate([np.asarray(prompt_ids, dtype=np.int32), sample.token_ids]),
-        num_prompt_tokens=before,
-        mask=np.arange(before + len(sample.token_ids)) >= first_learned,
-        actor_logprobs=np.concatenate([np.zeros(before, dtype=np.float32), sample.logprobs]),
+        num_prompt_tokens=num_prompt_tokens,
+        mask=np.arange(num_prompt_tokens + len(sample.token_ids)) >= first_learned,
+        actor_logprobs=np.concatenate([np.zeros(num_prompt_tokens, dtype=np.float32), sample.logprobs]),
         text=sample.text,
         finish_reason=sample.finish_reason,
         version=version,

@@ -1,10 +1,11 @@
 """vLLM as the actor's engine: samples with the adapter version that its worker holds (actor/vllm_worker.py)."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-# Read while the libraries below are loaded. On a CPU, OpenMP threads that wait by spinning take the cores from the
-# learner and from each other (7 times slower with other load); in a process that has torch already, set it earlier.
+# The libraries imported below read these, so a process that has already imported torch must set them earlier. On a CPU,
+# OpenMP threads that wait by spinning take the cores from the learner and from each other (7 times slower under load).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -18,17 +19,16 @@ from vllm.sampling_params import RequestOutputKind
 
 from actor import gpu_share
 from actor.engine import Sample
-from actor.samples import chosen, likeliest
 from common.adapter import Adapter
 from common.config import ActorConfig, ModelConfig
 
 
 class VLLMEngine:
-    """actor.engine.Engine on vLLM. Scheduler and model run in the process that owns it; there is no other."""
+    """actor.engine.Engine on vLLM. Scheduler and model run in the caller's process; vLLM starts no other."""
 
     def __init__(self, model_dir: str, model: ModelConfig, actor: ActorConfig, *, seed: int) -> None:
-        """Start vLLM on the model folder `model_dir` with the frozen weights, as adapter version 0 would sample."""
-        assert model.dtype != "auto", "the plan has resolved it"
+        """Start vLLM on the model folder `model_dir` with an adapter that changes nothing."""
+        assert model.dtype != "auto", "the plan resolves model.dtype"
         on_gpu = not current_platform.is_cpu()
         os.environ.update(gpu_share.environment(actor, on_gpu=on_gpu))
         if not on_gpu:
@@ -36,7 +36,8 @@ class VLLMEngine:
         self._llm = LLM(**gpu_share.arguments(model_dir, model, actor, seed=seed, on_gpu=on_gpu))
 
     def load(self, adapter: Adapter) -> str:
-        """See Engine.load. Raises ValueError for an adapter that the engine is not made for."""
+        """See Engine.load. Raises ValueError for an adapter that does not fit the engine's buffers."""
+        checksum: str
         [checksum] = self._llm.collective_rpc(
             "write_adapter", args=(adapter.values, adapter.shapes, adapter.rank, adapter.alpha, adapter.dtype)
         )
@@ -52,7 +53,7 @@ class VLLMEngine:
         stop: Sequence[str],
         seeds: Sequence[int],
         fixed_length: bool = False,
-        finished: Callable[[int, list[Sample]], None] = lambda place, samples: None,
+        finished: Callable[[int, list[Sample]], None] = lambda index, samples: None,
     ) -> list[list[Sample]]:
         """See Engine.sample. A completion that reaches model.max_length ends there, with finish_reason "length"."""
         self._forget_prefixes()
@@ -64,21 +65,21 @@ class VLLMEngine:
                 stop=[] if fixed_length else list(stop),
                 include_stop_str_in_output=True,
                 ignore_eos=fixed_length,
-                seed=_spread(seed),
-                logprobs=0,  # of the sampled token alone
-                output_kind=RequestOutputKind.FINAL_ONLY,  # of a prompt: once all of its samples have ended
+                seed=_distant(seed),
+                logprobs=0,  # only the sampled token's
+                output_kind=RequestOutputKind.FINAL_ONLY,  # one output per prompt, once all of its samples have ended
             )
             for seed in seeds
         ]
         engine = self._llm.llm_engine
-        for place, (prompt, each) in enumerate(zip(prompts, parameters, strict=True)):
-            engine.add_request(str(place), _request(prompt), each)
+        for index, (prompt, each) in enumerate(zip(prompts, parameters, strict=True)):
+            engine.add_request(str(index), _request(prompt), each)
         samples: list[list[Sample]] = [[] for _ in prompts]
         while engine.has_unfinished_requests():
             for output in engine.step():
-                place = int(output.request_id)
-                samples[place] = [_sample(completion) for completion in output.outputs]
-                finished(place, samples[place])
+                index = int(output.request_id)
+                samples[index] = [_sample(completion) for completion in output.outputs]
+                finished(index, samples[index])
         return samples
 
     def first_tokens(
@@ -90,23 +91,23 @@ class VLLMEngine:
             temperature=temperature, max_tokens=1, seed=0, logprobs=count + len(without), detokenize=False
         )
         outputs = self._llm.generate([_request(prompt) for prompt in prompts], parameters, use_tqdm=False)
-        return [likeliest(output.outputs[0].logprobs[0], count, without) for output in outputs]
+        return [_most_likely(output.outputs[0].logprobs[0], count, without) for output in outputs]
 
     def _forget_prefixes(self) -> None:
-        # Every call starts with an empty prefix cache: what an older version left in it is never read, and an equal
-        # call computes the same again (reading what the first one cached, it would round and so sample otherwise).
+        # Every call starts with an empty prefix cache. No call then reads what an older version cached, and a repeated
+        # call gives the same samples (with cached prefixes it would round, and so sample, differently).
         if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache: requests are still running")
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
 
     def logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """See Engine.logprobs. T is at most model.max_length - 1, since vLLM must sample one token more."""
-        # vLLM reads no prefix cache for a request with prompt log-probabilities: all T tokens are computed.
+        """See Engine.logprobs. T is at most model.max_length - 1, since vLLM must sample one more token."""
+        # vLLM reads no prefix cache for a request with prompt log-probabilities, so all T tokens are computed.
         parameters = SamplingParams(temperature=1.0, max_tokens=1, seed=0, prompt_logprobs=0, detokenize=False)
         [output] = self._llm.generate([_request(token_ids)], [parameters], use_tqdm=False)
-        return chosen(token_ids[1:], output.prompt_logprobs[1:])
+        return _chosen(token_ids[1:], output.prompt_logprobs[1:])
 
     def close(self) -> None:
-        """Free the engine's memory. It has no process of its own."""
+        """Free the engine's memory."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
@@ -116,15 +117,26 @@ def _request(token_ids: Sequence[int]) -> TokensPrompt:
     return TokensPrompt(prompt_token_ids=np.asarray(token_ids).tolist())
 
 
-def _spread(seed: int) -> int:
-    """A seed far from those of `seed` + 1, + 2, ...: vLLM gives the i-th sample of a request the seed plus i."""
+def _distant(seed: int) -> int:
+    """A seed far from those of `seed` + 1, + 2, ..., since vLLM gives the i-th sample of a request the seed plus i."""
     return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 2)
 
 
 def _sample(completion: CompletionOutput) -> Sample:
     return Sample(
         token_ids=np.array(completion.token_ids, dtype=np.int32),
-        logprobs=chosen(completion.token_ids, completion.logprobs),
+        logprobs=_chosen(completion.token_ids, completion.logprobs),
         text=completion.text,
         finish_reason=completion.finish_reason,
     )
+
+
+def _chosen(token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Any]]) -> np.ndarray:
+    """float32 [T]: log-probabilities of the tokens themselves, from vLLM's table of each position."""
+    return np.array([entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True)], dtype=np.float32)
+
+
+def _most_likely(logprobs: Mapping[int, Any], count: int, without: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """See Engine.first_tokens, for one prompt."""
+    ranked = sorted((-entry.logprob, token) for token, entry in logprobs.items() if token not in without)[:count]
+    return np.array([t for _, t in ranked], dtype=np.int32), np.array([-n for n, _ in ranked], dtype=np.float32)

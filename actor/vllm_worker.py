@@ -1,12 +1,12 @@
-"""vLLM's worker with a resident adapter: each adapted layer computes base(x) + alpha / rank (x A) B beside W.
+"""vLLM's worker with a resident adapter: each adapted layer computes x W + alpha / rank (x A) B.
 
-One adapter version serves all requests, so vLLM's machinery for many is not needed. A and B are fixed buffers, made
-before vLLM profiles, compiles and captures graphs, and written in place at each version: the frozen weights are never
-touched, and no update is lost to their rounding. The k projections that vLLM computes in one layer (q, k, v; gate, up)
-share one A [inputs, k rank] and one B [k rank, outputs], which is block-diagonal.
+One adapter version serves all requests, so vLLM's machinery for several adapters is not needed. A and B are fixed
+buffers, allocated before vLLM profiles, compiles and captures graphs, and written in place at each version. The frozen
+weights never change, so no update is lost to their rounding. The k projections that vLLM fuses into one layer (q, k, v;
+gate, up) share one A [inputs, k rank] and one block-diagonal B [k rank, outputs].
 
-Tensor parallelism: a column-parallel layer holds its outputs of B, a row-parallel one its inputs of A and adds the
-product before its all-reduce.
+Tensor parallelism: a column-parallel layer holds B for its own outputs; a row-parallel one holds A for its own inputs,
+and adds the adapter's product before its all-reduce.
 """
 
 from collections.abc import Mapping
@@ -26,31 +26,31 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker
 
-OPTIONS = "horizon"  # key of vLLM's additional_config: rank, alpha and targets of the adapter
+OPTIONS = "horizon"  # key in vLLM's additional_config of the adapter's rank, alpha and targets
 
 
 class ResidentAdapter:
-    """Stands in for a layer's quant_method, and adds the adapter's product to what that computes."""
+    """Wraps a layer's quant_method and adds the adapter's product to its output."""
 
     def __init__(self, base: Any, scale: float) -> None:
         self.base = base
         self.scale = scale
-        self.packed: tuple[Any, Any] | None = None  # A and B as oneDNN multiplies with them
+        self.packed: tuple[Any, Any] | None = None  # A and B in oneDNN's layout
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
 
     def pack(self, layer: Any) -> None:
-        """Take over what the buffers hold. A CPU multiplies with copies in oneDNN's own order, made at each version.
+        """Apply the buffers' new values: on a CPU, copy them into oneDNN's layout. Called once per version.
 
-        Without them a decoded token takes 1.15 times as long in bfloat16 (SmolLM2, 16 sequences, AVX-512).
+        Without that layout a decoded token takes 1.15 times as long in bfloat16 (SmolLM2, 16 sequences, AVX-512).
         """
         if current_platform.is_cpu() and ops._supports_onednn:
             self.packed = ops.create_onednn_mm(layer.adapter_a.data), ops.create_onednn_mm(layer.adapter_b.data)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[tokens, inputs] -> [tokens, outputs]."""
-        y = self.base.apply(layer, x, bias)
+        y: Tensor = self.base.apply(layer, x, bias)
         if self.packed is None:
             return y.addmm_(x @ layer.adapter_a, layer.adapter_b, alpha=self.scale)
         a, b = self.packed
@@ -58,17 +58,17 @@ class ResidentAdapter:
 
 
 class Factor(NamedTuple):
-    """One factor of one projection, where it lies."""
+    """Where one factor (A or B) of one projection is stored."""
 
-    held: Tensor  # view of the buffer, turned as PEFT has it
-    share: tuple[slice, slice]  # of the whole factor: what this rank holds
+    held: Tensor  # view of the buffer, transposed to PEFT's orientation
+    share: tuple[slice, slice]  # the part of the whole factor that this rank holds
 
 
 class AdapterWorker(Worker):
-    """Passed to vLLM by name (worker_cls). Its methods are reached by collective_rpc."""
+    """vLLM imports it by name (worker_cls). The engine calls its methods through collective_rpc."""
 
     def load_model(self, **options: Any) -> None:
-        """As vLLM's; then the buffers are made, holding an adapter that changes nothing."""
+        """As vLLM's; then allocate the buffers, filled with zeros: an adapter that changes nothing."""
         super().load_model(**options)
         chosen = self.vllm_config.additional_config[OPTIONS]
         self.made_for = (chosen["rank"], chosen["alpha"], str(self.model_config.dtype).removeprefix("torch."))
@@ -87,9 +87,9 @@ class AdapterWorker(Worker):
                     )
 
     def write_adapter(self, values: np.ndarray, shapes: Shapes, rank: int, alpha: float, dtype: str) -> str:
-        """Hold this version (common.adapter.Adapter) and no other; returns the checksum of what the buffers hold.
+        """Replace the buffers' values by this version's (common.adapter.Adapter); returns their checksum.
 
-        Raises ValueError for a factor of no adapted module, and for another rank, alpha or dtype than the buffers have.
+        Raises ValueError if rank, alpha or dtype differ from the buffers', or a factor belongs to no adapted module.
         """
         if (rank, alpha, dtype) != self.made_for:
             raise ValueError(f"the adapter has (rank, alpha, dtype) {(rank, alpha, dtype)}, the engine {self.made_for}")
@@ -104,7 +104,7 @@ class AdapterWorker(Worker):
                 factor.held.zero_()
         for layer in self.adapted:
             layer.quant_method.pack(layer)
-        for name, whole in given.items():  # back from the buffers, over what was received
+        for name, whole in given.items():  # the checksum is of the values read back from the buffers
             whole[self.factors[name].share].copy_(self.factors[name].held)
         return checksum(flat.view(torch.uint8).numpy(), shapes, dtype)
 
@@ -112,21 +112,21 @@ class AdapterWorker(Worker):
 def install(
     layer: Any, adapted: Mapping[int, str], rank: int, alpha: float, *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Factor]:
-    """Give vLLM's linear layer its buffers; returns its factors by PEFT's names.
+    """Allocate the buffers of vLLM's linear layer; returns its factors by PEFT's names.
 
-    `adapted`: the projections that get an adapter, by their place among those that the layer computes.
+    `adapted`: the projections that get an adapter, by their index among those that the layer computes.
     """
-    by_rows = isinstance(layer, RowParallelLinear)
+    row_parallel = isinstance(layer, RowParallelLinear)
     outputs = list(layer.output_partition_sizes)
     inputs = layer.input_size_per_partition
     a = torch.zeros(inputs, len(adapted) * rank, dtype=dtype, device=device)
     b = torch.zeros(len(adapted) * rank, sum(outputs), dtype=dtype, device=device)
     factors = {}
-    for place, (part, projection) in enumerate(adapted.items()):
-        own, first = slice(place * rank, (place + 1) * rank), sum(outputs[:part])
+    for i, (part, projection) in enumerate(adapted.items()):
+        own, first = slice(i * rank, (i + 1) * rank), sum(outputs[:part])
         share = _share(layer, part)
-        of_inputs = slice(share * inputs, (share + 1) * inputs) if by_rows else slice(None)
-        of_outputs = slice(None) if by_rows else slice(share * outputs[part], (share + 1) * outputs[part])
+        of_inputs = slice(share * inputs, (share + 1) * inputs) if row_parallel else slice(None)
+        of_outputs = slice(None) if row_parallel else slice(share * outputs[part], (share + 1) * outputs[part])
         factors[f"{PEFT_PREFIX}{projection}{LORA_A}"] = Factor(a[:, own].T, (slice(None), of_inputs))
         factors[f"{PEFT_PREFIX}{projection}{LORA_B}"] = Factor(
             b[own, first : first + outputs[part]].T, (of_outputs, slice(None))
@@ -137,6 +137,7 @@ def install(
 
 
 def _share(layer: Any, part: int) -> int:
-    """Which share of a projection this rank has: its own, but of keys and values that of the heads that it computes."""
+    """Which share of a projection this rank holds. Several ranks hold the same one of keys and values if these have
+    fewer heads than there are ranks."""
     replicas = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and part else 1
-    return layer.tp_rank // replicas
+    return int(layer.tp_rank // replicas)

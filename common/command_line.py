@@ -1,6 +1,6 @@
-"""From a command line and a TOML file to a configuration; whatever is wrong with them is one line.
+"""From a command line and a TOML file to a configuration. Every error is a UserError of one line.
 
-A TOML file may start from another: `base = "default.toml"`, a path relative to its own folder.
+A TOML file may extend another one: `base = "default.toml"`, a path relative to its own folder.
 """
 
 import argparse
@@ -24,7 +24,7 @@ Tables = dict[str, dict[str, Any]]  # section -> key -> value, as in a TOML file
 def load(argv: Sequence[str], default: Path) -> Config:
     """The configuration of a command line: options win over `--config FILE`, which wins over the defaults.
 
-    Without --config the file `default` is read. Raises UserError for anything wrong, in one line.
+    Without --config the file `default` is read. Raises UserError for any invalid input.
     """
     parser = _Parser(add_help=False)
     parser.add_argument("--config", type=Path, default=default)
@@ -33,11 +33,11 @@ def load(argv: Sequence[str], default: Path) -> Config:
 
 
 def read(path: Path, above: Sequence[Path] = ()) -> Tables:
-    """The tables of a TOML file over those of its base. `above`: the files that have it as their base."""
+    """The tables of a TOML file, merged over those of its base. `above`: the files that extend this one."""
     if not path.is_file():
         raise UserError(f"--config {path}: no such file; name a TOML file, such as launch/configs/default.toml")
     if path.resolve() in above:
-        raise UserError(f"--config {path} is its own base; leave out one `base =`")
+        raise UserError(f"--config {path} is its own base; remove one `base =`")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -49,23 +49,24 @@ def read(path: Path, above: Sequence[Path] = ()) -> Tables:
 
 
 def parse(arguments: Sequence[str]) -> Tables:
-    """The tables of command-line options; values are text, except lists and tables."""
+    """The tables of command-line options. Values are strings, except lists and tables."""
     try:
         source: Any = pydantic_settings.CliSettingsSource(
             Config,  # type: ignore[arg-type]
             root_parser=_Parser(),
             cli_parse_args=_flags(arguments),
             cli_parse_none_str="null",
-            cli_avoid_json=True,  # in the help; it is still understood
+            cli_avoid_json=True,  # shortens the help; JSON values still work
             cli_implicit_flags=True,
         )
-        return source()
+        tables: Tables = source()
     except pydantic_settings.SettingsError as error:
         raise UserError(f"{str(error).strip().splitlines()[0]}; see --help for the options") from None
+    return tables
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:
-    """`--section.key true` and `--section.key false` of a switch as `--section.key` and `--no-section.key`."""
+    """Rewrite `--section.key true` and `--section.key false` of a switch to `--section.key` and `--no-section.key`."""
     switches = {f"--{name}" for name, default in options().items() if isinstance(default, bool)}
     result: list[str] = []
     for argument in arguments:
@@ -77,7 +78,7 @@ def _flags(arguments: Sequence[str]) -> list[str]:
 
 
 def merged(*layers: Mapping[str, Any]) -> Tables:
-    """Tables in which values of later layers win over those of earlier ones; tables within tables are merged too."""
+    """Merge the layers; later values win over earlier ones. Nested tables are merged too."""
     result: Tables = {}
     for layer in layers:
         for section, table in layer.items():
@@ -93,17 +94,14 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(*layers: Mapping[str, Any]) -> Config:
-    """The configuration that the layers make, later ones over earlier ones and all over the defaults.
-
-    Raises UserError for anything invalid, in one line.
-    """
+    """The configuration of the merged layers, over the defaults. Raises UserError for any invalid value."""
     tables = merged(*layers)
     for layer in layers:
         written = layer.get("method", {})
         if MethodConfig.model_fields.keys() <= written.keys() and written["name"] != tables["method"]["name"]:
             raise UserError(
                 f"method.name={tables['method']['name']} would rename {written['name']}, all of whose fields the file "
-                "sets; use a configuration that leaves them out"
+                "sets; use a configuration without them"
             )
     try:
         return Config.model_validate(tables)
@@ -123,7 +121,7 @@ def _explain(error: Any) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """The command line, with the help of `--help`; its errors are UserErrors."""
+    """The command line, with the text of `--help`. Raises UserError instead of exiting."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(

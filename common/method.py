@@ -1,7 +1,7 @@
-"""What a method is made of: its fields. The methods themselves are in common/methods.py.
+"""The fields that define a method. The methods themselves are in common/methods.py.
 
-A field names a pure function of the learner (`advantage` -> learner/advantage.py, ...) or holds one of its numbers.
-Every field can be overridden on the command line as --method.FIELD, so methods compose.
+A field names a pure function of the learner (`advantage` -> learner/advantage.py, ...) or is a number that it uses.
+The command line can override every field as --method.FIELD, so methods compose.
 """
 
 import importlib
@@ -14,63 +14,66 @@ from common.section import PLANNED, Section
 
 
 def function(path: str) -> Callable[..., Any]:
-    """The function that a dotted path names. Raises ValueError, in one line, where there is none."""
+    """The function at a dotted path. Raises ValueError, in one line, if there is none."""
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found: Any = getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: no such function ({error}); is its folder in PYTHONPATH?") from None
     if not callable(found):
         raise ValueError(f"{path} is not a function")
-    return found
+    called: Callable[..., Any] = found
+    return called
 
 
 def _one_of(field: str, *known: str) -> AfterValidator:
     def check(value: str) -> str:
-        # A dotted path is looked up later (Config): the module that defines METHOD may not have defined it yet.
+        # Config looks up a dotted path later, since a module may define METHOD before the function that it names.
         if value not in known and "." not in value:
-            raise ValueError(f"method.{field}={value} is none of {', '.join(known)}, nor the dotted path of a function")
+            raise ValueError(
+                f"unknown method.{field}={value}; choose one of {', '.join(known)}, or the dotted path of a function"
+            )
         return value
 
     return AfterValidator(check)
 
 
 class Fields(Section):
-    """One way to turn rewards and entropies into the per-token targets of the loss.
+    """How rewards and entropies become the per-token targets of the loss.
 
     loss = - sum_{i,t} token_weight_{i,t} * surrogate(ratio_{i,t}, advantage_i) + beta * KL - entropy_bonus * entropy
     """
 
     name: str = ""
-    """In the table."""
+    """The method's key in METHODS."""
     opening: Literal["plain", "reft"] = "plain"
-    """How a completion begins in training: sampled, or with one of the policy's likeliest first tokens (REFT)."""
+    """How a training completion begins: sampled, or with one of the policy's most likely first tokens (REFT)."""
     opening_candidates: int = Field(20, ge=1)
-    """reft: N, how many first tokens are candidates."""
+    """reft: N, number of candidate first tokens."""
     opening_distinct: int = Field(4, ge=1)
-    """reft: K of them begin equal shares of a group."""
+    """reft: K, number of candidates that are picked; each begins an equal share of a group."""
     opening_learned: bool = True
     """reft: whether the first token is in the loss."""
     advantage: Annotated[str, _one_of("advantage", "group_std", "group_mean", "leave_one_out", "asymmetric")] = (
         "group_std"
     )
-    """How rewards (asymmetric: correct answers) become advantages; or your own rewards_PG -> advantages_PG."""
+    """How rewards (asymmetric: correct answers) become advantages; or your own function of rewards_PG."""
     beta_pos: float = Field(0.5, allow_inf_nan=False)
-    """asymmetric: the power for correct answers; 0.5 and 0.5 is group_std."""
+    """asymmetric: the power for correct answers; with both powers 0.5 it equals group_std."""
     beta_neg: float = Field(0.5, allow_inf_nan=False)
-    """asymmetric: the power for incorrect ones."""
+    """asymmetric: the power for incorrect answers."""
     token_advantage: Literal["broadcast", "erpo-additive", "erpo-gated-outcome", "erpo-multiplicative"] = "broadcast"
-    """How a rollout's advantage becomes its tokens'; the three assemblies of ERPO need a reference pass."""
+    """How a rollout's advantage becomes token advantages; the three ERPO variants need a reference pass."""
     erpo_gate: float = Field(5.0, allow_inf_nan=False)
     """ERPO: sharpness gamma of the entropy gate."""
     erpo_weight: float = Field(0.2, ge=0, allow_inf_nan=False)
-    """ERPO: eta, how much progress counts beside the outcome."""
+    """ERPO: eta, weight of the progress term relative to the outcome."""
     erpo_progress: float = Field(0.1, ge=0, allow_inf_nan=False)
     """ERPO: beta_s, the scale of log pi - log pi_ref."""
     erpo_buckets: int = Field(10, ge=1)
-    """ERPO: K parts of the rollouts, within which progress is standardised."""
+    """ERPO: K, number of segments of the rollouts within which progress is standardised."""
     token_weight: Annotated[str, _one_of("token_weight", "uniform", "horizon", "residual")] = "uniform"
-    """How much tokens count: equally, by entropy, by the adapter; or your (entropy, mask, advantages) -> weights_BT."""
+    """Token weights: equal, by entropy, or by the adapter's effect; or your function of (entropy, mask, advantages)."""
     residual_power: float = Field(2.0, ge=0, allow_inf_nan=False)
     """residual: kappa, the power of the hidden states' distance."""
     alpha: float = Field(0.0, allow_inf_nan=False)
@@ -78,71 +81,72 @@ class Fields(Section):
     selective: bool = False
     """Discount only rollouts of negative advantage (Eq. 8)."""
     weight_gradient: bool = False
-    """Let the gradient through the token weights as well."""
+    """Let gradients flow through the token weights too."""
     top_entropy_fraction: float = Field(1.0, gt=0, le=1)
-    """Only this fraction of the step's tokens, those of highest entropy, has a weight (arXiv 2506.01939: 0.2)."""
+    """Only this fraction of the step's tokens, those of highest entropy, is weighted (arXiv 2506.01939: 0.2)."""
     entropy: Literal["exact", "topk-partial", "topk-renormalised"] = "exact"
-    """Of the whole vocabulary, or one of two estimates from the likeliest tokens."""
+    """Of the whole vocabulary, or one of two estimates from the K most likely tokens."""
     entropy_topk: int = Field(500, ge=1)
-    """K of the two estimates."""
+    """K of the two top-K estimates."""
     entropy_temperature: Literal["sampling", "one"] = "sampling"
-    """Entropy at actor.temperature or at 1."""
+    """Temperature of the entropy: actor.temperature, or 1."""
     normaliser: Literal["sequence-mean", "token-mean", "constant", "group", "step"] = "group"
-    """Weights are divided by the tokens of each sequence or of the step, the longest possible, or the weights' sum."""
+    """Divisor of the token weights: the number of tokens of each sequence (sequence-mean) or of the step (token-mean),
+    actor.max_tokens (constant), or the sum of the weights of each group (group) or of the step (step)."""
     ratio: Literal["token", "sequence", "power-mean", "stop-gradient"] = "token"
-    """Of each token, of the rollout (GSPO, HölderPO), or of each token as a constant factor (CISPO)."""
+    """Importance ratio per token, per rollout (GSPO; power-mean: HölderPO), or per token without gradient (CISPO)."""
     power_start: float = Field(2.0, allow_inf_nan=False)
-    """power-mean: p at the first step,"""
+    """power-mean: p at the first step; it changes linearly to power_end."""
     power_end: float = Field(-2.0, allow_inf_nan=False)
-    """and at the last; linear between."""
+    """power-mean: p at the last step."""
     power_clip: Literal["sequence", "token"] = "sequence"
-    """power-mean: clip the mean, or each token's ratio within it."""
+    """power-mean: clip the mean, or each token's ratio before the mean."""
     clip_low: float = Field(0.2, ge=0, le=1)
-    """The ratio counts from 1 - clip_low (1: from 0, no bound),"""
+    """The ratio is clipped below 1 - clip_low; 1: no lower bound."""
     clip_high: float = Field(0.2, ge=0)
-    """to 1 + clip_high."""
+    """The ratio is clipped above 1 + clip_high."""
     kl: Literal["none", "k1", "k2", "k3"] = "k3"
-    """Estimator of the divergence from the frozen model."""
+    """Estimator of the KL divergence from the frozen model."""
     beta: float = Field(0.04, ge=0, allow_inf_nan=False)
-    """Weight of that divergence in the loss."""
+    """Weight of the KL divergence in the loss."""
     entropy_bonus: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Weight of the mean entropy in the objective; with entropy_target, the weight that the run starts with."""
+    """Weight of the mean entropy in the objective; with entropy_target, its initial value."""
     entropy_target: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Nats. The bonus then adapts (arXiv 2505.22312): it grows while the entropy is lower, else shrinks and is off.
-    0: it stays constant."""
+    """Nats. The bonus adapts (arXiv 2505.22312): it grows while the entropy is below the target; otherwise it shrinks
+    and is not applied. 0: the bonus is constant."""
     entropy_bonus_step: float = Field(0.005, gt=0)
-    """By how much it adapts in a step."""
+    """Change of the adaptive bonus per step."""
     entropy_bonus_max: float = Field(1.0, gt=0)
-    """How far it grows."""
+    """Upper bound of the adaptive bonus."""
     group_filter: Literal["none", "zero-variance", "accuracy"] = "none"
-    """Groups that are excluded, from the KL too: of equal rewards, or with all answers correct or all incorrect."""
+    """Excludes groups, from the KL too, of equal rewards, or with all answers correct or all incorrect."""
     reward_threshold: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Groups whose rewards have a population standard deviation below this are excluded."""
+    """Excludes groups whose rewards have a population standard deviation below this."""
     refill_rounds: int = Field(0, ge=0)
-    """How many times a step samples new prompts in place of excluded groups."""
+    """How many times a step samples new prompts to replace excluded groups."""
     overlong_buffer: int = Field(0, ge=0)
-    """Tokens before actor.max_tokens over which a length penalty grows from 0 to overlong_penalty; 0: none."""
+    """Number of last tokens before actor.max_tokens over which a penalty grows to overlong_penalty; 0: none."""
     overlong_penalty: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """Penalty of a completion of full length."""
+    """Penalty of a completion of actor.max_tokens tokens."""
     importance: Annotated[
         Literal["auto", "none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"], PLANNED
     ] = "auto"
-    """Weights pi_learner / pi_actor, for rollouts that another policy sampled than the one that learns. auto:
-    token-truncate with run.max_staleness, else none."""
+    """Off-policy correction by weights pi_learner / pi_actor, for rollouts of an older version. auto: token-truncate
+    with run.max_staleness, else none."""
     importance_cap: float = Field(2.0, gt=0)
-    """Weights above it are cut to it (truncate) or to 0 (mask)."""
+    """Importance weights above it become it (truncate) or 0 (mask)."""
 
 
 class Method(Fields):
-    """An entry of the table: fields, and where they come from."""
+    """An entry of METHODS: field values and their source."""
 
     paper: str
     """Source of the method."""
     equation: str
-    """Its numbers there."""
+    """Numbers of its equations in the paper."""
     remark: str = ""
-    """What the paper supports, and what is ours."""
+    """Differences from the paper, and limits."""
 
     def values(self) -> dict[str, Any]:
-        """The fields that a configuration takes over."""
+        """The fields that a configuration copies from the method."""
         return {name: getattr(self, name) for name in Fields.model_fields if name != "name"}

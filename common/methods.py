@@ -1,7 +1,7 @@
-"""The table of methods: one entry each, words and numbers only (../README.md, "Methods").
+"""METHODS: one entry per method, words and numbers only (../README.md, "Methods").
 
-A method may also be a user's own: METHOD in a module that --method.name names, with functions of that module by dotted
-path.
+Users can add their own: --method.name takes the dotted path of a module with a METHOD, whose fields may name functions
+by dotted path.
 """
 
 import importlib
@@ -43,7 +43,7 @@ _TABLE = (
         name="asym-grpo",
         paper="arXiv 2604.04894",
         equation="-",
-        remark="from notes that agree, not from its text; right means the exact answer",
+        remark="from consistent notes, not from the paper's text; correct means the exact answer",
         advantage="asymmetric",
         beta_pos=0.9,
         beta_neg=0.4,
@@ -53,7 +53,7 @@ _TABLE = (
         name="erpo",
         paper="arXiv 2603.28204",
         equation="-",
-        remark="its parts from one secondary source, their assembly ours; no results of its authors were found",
+        remark="components from one secondary source, combined by us; no results of its authors were found",
         token_advantage="erpo-additive",
         normaliser="sequence-mean",
     ),
@@ -61,7 +61,7 @@ _TABLE = (
         name="arca",
         paper="arXiv 2606.00257",
         equation="its code",
-        remark="its text has power 1; its own result is no win: greedy .590 against uniform .620",
+        remark="the paper's text has power 1; its own result is worse than uniform: greedy 0.590 against 0.620",
         token_weight="residual",
         normaliser="sequence-mean",
     ),
@@ -69,7 +69,7 @@ _TABLE = (
         name="reft",
         paper="arXiv 2605.28295",
         equation="-",
-        remark="its opening on GRPO; the paper has G 8, here actor.group_size must be a multiple of opening_distinct",
+        remark="its opening with GRPO; the paper has G = 8; actor.group_size must be a multiple of opening_distinct",
         opening="reft",
         normaliser="sequence-mean",
     ),
@@ -77,7 +77,7 @@ _TABLE = (
         name="holder",
         paper="arXiv 2605.12058",
         equation="its code",
-        remark="p has no effect without several learner.inner_updates; the paper makes 8",
+        remark="p has no effect with learner.inner_updates=1; the paper uses 8",
         ratio="power-mean",
         normaliser="sequence-mean",
     ),
@@ -95,7 +95,7 @@ _TABLE = (
         name="dapo",
         paper="arXiv 2503.14476",
         equation="8-13",
-        remark="the paper's overlong_buffer is 4,096 of 20,480 tokens; set a share of actor.max_tokens",
+        remark="the paper's overlong_buffer is 4,096 of 20,480 tokens; set it in proportion to actor.max_tokens",
         normaliser="token-mean",
         clip_high=0.28,
         kl="none",
@@ -107,7 +107,7 @@ _TABLE = (
         name="gspo",
         paper="arXiv 2507.18071",
         equation="5, 7",
-        remark="without several learner.inner_updates its ratio is 1 and it is grpo",
+        remark="with learner.inner_updates=1 its ratio is 1, and it equals grpo",
         ratio="sequence",
         normaliser="sequence-mean",
         clip_low=3e-4,
@@ -117,7 +117,7 @@ _TABLE = (
         name="cispo",
         paper="arXiv 2506.13585",
         equation="4, 5",
-        remark="no lower bound; the upper one is ours, the paper names none",
+        remark="no lower bound; the upper bound is ours, the paper gives none",
         ratio="stop-gradient",
         normaliser="token-mean",
         clip_low=1.0,
@@ -129,7 +129,7 @@ _TABLE = (
         name="entropy-mask",
         paper="arXiv 2506.01939",
         equation="-",
-        remark="the top 20 % of the step's tokens, on DAPO's loss",
+        remark="the top 20 % of the step's tokens, with DAPO's loss",
         top_entropy_fraction=0.2,
         normaliser="token-mean",
         clip_high=0.28,
@@ -142,7 +142,7 @@ _TABLE = (
         name="rloo",
         paper="arXiv 2402.14740",
         equation="-",
-        remark="its advantage in GRPO's loss, the KL in the loss rather than in the reward",
+        remark="its advantage with GRPO's loss; the KL is in the loss rather than in the reward",
         advantage="leave_one_out",
         normaliser="sequence-mean",
     ),
@@ -151,7 +151,7 @@ METHODS = {method.name: method for method in _TABLE}
 
 
 class MethodConfig(Fields):
-    """The configuration's section: every field of the method that runs."""
+    """The configuration's [method] section: every field of the method that a run uses."""
 
     name: str = "sa-ah-grpo"
     """Method: see README.md, Methods."""
@@ -159,8 +159,8 @@ class MethodConfig(Fields):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Fields that are unset, or null, are the named method's. Where none is, the method is not looked up: a run's
-        config.toml means what it did when the table has changed."""
+        """Fill fields that are unset, or null, from the named method. If all are set, the method is not looked up, so
+        that a run's config.toml keeps its meaning when METHODS changes."""
         given = {key: value for key, value in given.items() if value is not None}
         if cls.model_fields.keys() <= given.keys():
             return given
@@ -168,14 +168,14 @@ class MethodConfig(Fields):
 
 
 def find(name: str) -> Method:
-    """The method of the table, or METHOD of the module that `name` is the path of. Raises ValueError for neither."""
+    """The method in METHODS, or METHOD of the module at the path `name`. Raises ValueError if there is neither."""
     if name in METHODS:
         return METHODS[name]
     try:
         method = importlib.import_module(name).METHOD
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"method.name={name} is unknown{suggest(name, METHODS)} (nor is it a module with a METHOD: {error})"
+            f"method.name={name} is unknown{suggest(name, METHODS)} (and it is not a module with a METHOD: {error})"
         ) from None
     if not isinstance(method, Method):
         raise ValueError(f"method.name={name}: its METHOD is not a common.methods.Method")

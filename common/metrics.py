@@ -1,4 +1,4 @@
-"""Writers of a run folder: one JSON object a line, and TensorBoard beside it."""
+"""Writers of a run's metrics (JSON lines and TensorBoard), and readers of JSON lines."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class JsonLines:
-    """A file with one JSON object a line, flushed at each."""
+    """A file with one JSON object per line, flushed after each."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", encoding="utf-8")
@@ -24,15 +24,15 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; [] if there is none. A last line torn by a crash is left out."""
+    """The objects of a JSON-lines file; [] if it does not exist. A last line cut off by a crash is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is torn, or nothing
+    return [json.loads(line) for line in lines[:-1]]  # the last one is empty, or cut off
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a JSON-lines file with the records that `keep` accepts, whole or not at all."""
+    """Rewrite a JSON-lines file, atomically, with the records that `keep` accepts."""
     if path.exists():
         temporary = path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in read_lines(path) if keep(r)))
@@ -40,7 +40,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 class MetricsWriter:
-    """metrics.jsonl and TensorBoard files of one run."""
+    """metrics.jsonl and the TensorBoard files of one run."""
 
     def __init__(self, folder: Path) -> None:
         self.lines = JsonLines(folder / "metrics.jsonl")
@@ -59,6 +59,6 @@ class MetricsWriter:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean; NaN of nothing."""
+    """Arithmetic mean; NaN without values."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan

@@ -1,7 +1,7 @@
-"""Child processes that do not outlive their parent (Linux). The one place that calls prctl or sets an affinity.
+"""Child processes that do not outlive their parent (Linux). Only this file calls prctl or sets a CPU affinity.
 
-`child` starts a command through this file, run as a script: it sets the parent-death signal and the processors, then
-becomes the command. Not a preexec_fn: our processes have threads, and Python code between fork and exec may deadlock.
+`child` runs this file as a script, which sets the parent-death signal and the affinity, then becomes the command by
+exec. A preexec_fn could deadlock: our processes have threads, and it runs Python code between fork and exec.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ def child(
     death_signal: signal.Signals = signal.SIGTERM,
     **popen: Any,
 ) -> subprocess.Popen[Any]:
-    """Start `command` on `processors` (none: on the caller's); it receives `death_signal` when its parent dies.
+    """Start `command` on `processors` (none: the caller's); it receives `death_signal` when its parent dies.
 
-    Linux sends that signal when the *thread* that called this ends: call it from one that lasts as long as the child.
+    Linux sends that signal when the *thread* that called this function ends, so that thread must outlive the child.
     `popen` are further arguments of subprocess.Popen.
     """
     settings = [str(os.getpid()), str(int(death_signal)), ",".join(map(str, processors))]
@@ -36,7 +36,7 @@ def child(
 
 
 def stop(process: subprocess.Popen[Any], seconds: float) -> None:
-    """Send SIGTERM, and SIGKILL to a process that has not ended after `seconds`. One that has ended is left alone."""
+    """Send SIGTERM, and SIGKILL if the process has not ended after `seconds`. No effect on a process that has ended."""
     process.terminate()
     try:
         process.wait(seconds)
@@ -51,7 +51,7 @@ def adopt_orphans() -> None:
 
 
 def kill_descendants() -> None:
-    """Kill every descendant of a process that adopts orphans: the children, then those whom these leave, until none."""
+    """Kill all descendants of a process that adopts orphans: its children, then their orphans, until none remain."""
     while children := psutil.Process().children():
         for process in children:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -65,9 +65,9 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _become(parent: str, death_signal: str, processors: str, *command: str) -> None:
-    """In the new process: the settings of `child`, which survive the exec."""
+    """In the new process: apply the settings of `child`, which survive exec, and become the command."""
     _prctl(PR_SET_PDEATHSIG, int(death_signal))
-    if os.getppid() != int(parent):  # it died before the line above, so no signal will come
+    if os.getppid() != int(parent):  # it died before the line above, so the signal will not come
         sys.exit(128 + int(death_signal))
     if processors:
         os.sched_setaffinity(0, map(int, processors.split(",")))

@@ -1,6 +1,6 @@
-"""What every section of the configuration is, and the roles that mark its fields.
+"""The base class of the configuration's sections, and the roles of their fields.
 
-A role stands on the field, as in `dir: Annotated[Path, COSMETIC]`; `common.config.options(COSMETIC)` lists them.
+A role is written at the field, as in `dir: Annotated[Path, COSMETIC]`; `common.config.options(COSMETIC)` lists them.
 """
 
 from enum import Enum, auto
@@ -9,18 +9,18 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Role(Enum):
-    """What else than the learning a field decides. A field without a role is part of what identifies an experiment."""
+    """What a field controls besides the learning. A field without a role is part of an experiment's identity."""
 
-    COSMETIC = auto()  # where and how often a run saves and reports; may differ when it resumes
+    COSMETIC = auto()  # where and how often a run saves and reports; may change when it resumes
     REPETITION = auto()  # differs between the repetitions of one experiment
-    MACHINE = auto()  # how the same step is fitted to a machine
-    PLANNED = auto()  # its default leaves the choice to the plan; a resumed run keeps what was chosen
+    MACHINE = auto()  # how a step is fitted to a machine
+    PLANNED = auto()  # unset by default, so that the plan chooses it; a resumed run keeps the choice
 
 
 COSMETIC, REPETITION, MACHINE, PLANNED = Role
 
 
 class Section(BaseModel):
-    """Unknown keys fail, values are frozen, and a docstring below a field is its help."""
+    """Unknown keys are errors, values are frozen, and the docstring below a field is its help text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

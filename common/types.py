@@ -1,8 +1,7 @@
-"""The shared vocabulary: what travels between the actor, the learner and the loop.
+"""The data types that the actor, the learner and the loop exchange.
 
-Dimension legend, used as suffixes of array names everywhere:
-P prompts of a step, G rollouts per prompt, B = P * G rollouts, T tokens of a rollout,
-N scored (sampled) tokens, V vocabulary, H hidden size.
+Array names end in their dimensions: P prompts per step, G rollouts per prompt, B = P * G rollouts, T tokens of a
+rollout, N scored (sampled) tokens, V vocabulary size, H hidden size.
 """
 
 import difflib
@@ -14,14 +13,14 @@ import numpy as np
 
 
 class UserError(ValueError):
-    """Bad input: one line that says what, the value and what to do. Ends the program with status 2."""
+    """Invalid input; its one line gives what, the value and what to do. Ends the program with status 2."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """The known word that `word` was meant to be, or all of them; the end of an error message."""
+    """The end of an error message: the known word closest to `word`, or all known words if none is close."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean {close[0]}?" if close else f"; choose one of {', '.join(known)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +31,9 @@ class Prompt:
     """
 
     messages: tuple[Mapping[str, str], ...]  # chat messages, rendered by the model's own template
-    answer: str  # ground truth, as the task's reward reads it
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # whatever else the reward needs; plain JSON values
-    index: int = 0  # position in the prompt stream of the run; sampling seeds derive from it
+    answer: str  # ground truth, in the form that the task's reward expects
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # further inputs of the reward; plain JSON values
+    index: int = 0  # position in the run's prompt stream; the sampling seed derives from it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +44,7 @@ class Score:
     """
 
     total: float  # the reward
-    correct: bool  # the answer is exactly correct: Pass@1, and the binary reward of methods that need one
+    correct: bool  # exactly correct: for Pass@1, and for methods with a binary reward
     parts: Mapping[str, float]  # the terms of total
 
 
@@ -57,14 +56,14 @@ class Rollout:
     """
 
     token_ids: np.ndarray  # int32 [T]
-    num_prompt_tokens: int  # that the group's rollouts share
-    mask: np.ndarray  # bool [T], true where the actor sampled the token (of an opener: where it is learned)
+    num_prompt_tokens: int  # length of the prompt, which all rollouts of the group share
+    mask: np.ndarray  # bool [T], true where the actor sampled the token (for an opener: only if it is in the loss)
     actor_logprobs: np.ndarray  # float32 [T], nats at the sampling temperature; 0 outside the mask
     text: str  # the completion, cut at a stop string
     finish_reason: str  # "stop", or "length" for a truncated completion
-    version: int  # of the adapter that sampled it
+    version: int  # the adapter version that sampled it
     score: Score | None = None  # None: the reward failed, and the rollout is excluded from the step
-    reward_error: str | None = None  # why it failed
+    reward_error: str | None = None  # why the reward failed
 
     @property
     def num_completion_tokens(self) -> int:
@@ -73,27 +72,27 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The G rollouts of one prompt, and the wall time of the request that they came with."""
+    """The G rollouts of one prompt, and the wall time of the request that sampled them."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
-    rollout_seconds: float = 0.0  # sampling of the whole request, shared by its groups
-    reward_seconds: float = 0.0  # scoring that was not finished when the sampling was
+    rollout_seconds: float = 0.0  # sampling time of the whole request, the same for all its groups
+    reward_seconds: float = 0.0  # scoring time of the request after its sampling had ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenTargets:
-    """What the learner made of one rollout, over its sampled tokens."""
+    """The learner's targets of one rollout, for its N sampled tokens."""
 
     advantage: float
-    entropies: np.ndarray  # float32 [N], nats, of which the weights are made
-    weights: np.ndarray  # float32 [N], before normalising
+    entropies: np.ndarray  # float32 [N], nats, from which the weights are computed
+    weights: np.ndarray  # float32 [N], before normalisation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     metrics: Mapping[str, float]
     tokens: tuple[TokenTargets | None, ...]  # B, in the order of the groups and their rollouts; None: excluded
-    skipped: str | None = None  # why the optimizer skipped the step (not finite); None: it was taken
+    skipped: str | None = None  # why the optimizer skipped the step (non-finite values); None: it was applied

@@ -1,8 +1,8 @@
-"""Benchmarks, each side by side and by turns; each prints a table, and one JSON object as its last line.
+"""Benchmarks of interleaved contenders; each prints a table, and one JSON object as its last line.
 
-    python launch/benchmark.py train    whole steps, and TRL's beside them (launch/benchmarks/step.py)
+    python launch/benchmark.py train    whole steps, ours and TRL's (launch/benchmarks/step.py)
     python launch/benchmark.py learn    the learner alone (launch/benchmarks/update.py): needs no Ray and no vLLM
-    python launch/benchmark.py head     the head alone (launch/benchmarks/head.py): needs neither, nor a model
+    python launch/benchmark.py head     the head alone (launch/benchmarks/head.py): needs no Ray, no vLLM and no model
     python launch/benchmark.py profile  a step's operations by time (launch/benchmarks/profile.py): needs no Ray
 
 Each has --help.

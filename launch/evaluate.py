@@ -15,26 +15,25 @@ from typing import Any
 if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import ray
-
 from actor.rollout import Sampling
 from common.command_line import load
 from common.config import Config
 from common.metrics import mean
-from common.types import Group, Prompt, UserError
+from common.types import Prompt, UserError
 from launch.planning import plan
 from launch.runtime import cluster, workers
+from launch.runtime.buffer import sample
 
 
 def interval(p: float, n: int) -> float:
-    """Half width of the 95 % interval of a fraction p of n: 1.96 sqrt(p (1 - p) / n) (arXiv 2606.05434, 4.4)."""
+    """Half-width of the 95 % interval of a fraction p of n: 1.96 sqrt(p (1 - p) / n) (arXiv 2606.05434, 4.4)."""
     return 1.96 * math.sqrt(p * (1 - p) / n)
 
 
 def evaluate(actors: Sequence[Any], prompts: Sequence[Prompt], config: Config, *, step: int) -> dict[str, Any]:
-    """The record of one evaluation of the adapter that the actors hold: a line of evaluations.jsonl.
+    """Evaluate the adapter that the actors hold; returns the record, one line of evaluations.jsonl.
 
-    A problem whose reward fails counts as wrong for Pass@1; the mean reward is over the others.
+    A problem whose reward fails counts as incorrect for Pass@1; the mean reward is over the others.
     """
     started = time.perf_counter()
     sampled = replace(Sampling.of(config), fixed_length=False, opening=None)
@@ -61,16 +60,8 @@ def evaluate(actors: Sequence[Any], prompts: Sequence[Prompt], config: Config, *
     return record | {"seconds": time.perf_counter() - started}
 
 
-def sample(actors: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-    """Groups of all prompts, shared out over the actors, in order."""
-    share = math.ceil(len(prompts) / len(actors))
-    parts = [prompts[start : start + share] for start in range(0, len(prompts), share)]
-    references = [actor.rollout.remote(part, sampling) for actor, part in zip(actors, parts, strict=False)]
-    return [group for part in ray.get(references) for group in part]
-
-
 def main(argv: Sequence[str]) -> int:
-    """Evaluate a checkpoint with its run's configuration and the options given; the record is the last line."""
+    """Evaluate a checkpoint with its run's configuration and the given options; prints the record as its last line."""
     try:
         if not argv or argv[0].startswith("-"):
             raise UserError("name a checkpoint: python launch/evaluate.py runs/x/checkpoints/step-000030 [OPTIONS]")
@@ -78,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         written = checkpoint.parent.parent / "config.toml"
         if not (checkpoint / "adapter_model.safetensors").is_file() or not written.is_file():
             raise UserError(
-                f"{checkpoint} is no checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030"
+                f"{checkpoint} is not a checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030"
             )
         checked = plan.make(load(["--config", str(written), *argv[1:]], written), saved=checkpoint)
         with cluster.connect(), workers.start(checked) as started:

@@ -1,11 +1,11 @@
-"""The experiment: a grid of runs as Ray tasks, on whatever the cluster has.
+"""Runs a grid of runs as Ray tasks.
 
 python launch/experiment.py --config launch/configs/grids/main_comparison.toml --scale cpu --cores 1 [OPTIONS]
 
-OPTIONS are those of launch/run.py and hold for every cell; --dry-run checks all cells and starts none. The same command
+OPTIONS are those of launch/run.py and apply to every cell; --dry-run checks all cells and starts none. The same command
 again resumes the grid: finished cells stay as they are, an interrupted one resumes from its last checkpoint, and one
 without a checkpoint starts again in an emptied folder. Grids in the same --dir share the cells of equal name. The
-format of a grid: launch/experiments/grid.py; what a cell takes of the cluster: launch/experiments/README.md.
+format of a grid is in launch/experiments/grid.py; launch/experiments/README.md has the resources that a cell takes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from launch.planning import plan
 
 
 def describe(cells: Sequence[Cell], todo: Sequence[Cell]) -> str:
-    """What --dry-run prints: what would happen to each cell, and the warnings of its kind."""
+    """What --dry-run prints: what would happen to each cell, and the warnings of each kind of cell."""
     plans = {cell.name: "resume" if cell.config.run.resume else "start" for cell in todo}
     lines = [f"{cell.name}: {plans.get(cell.name, 'finished')}" for cell in cells]
     for cell in {cell.kind: cell for cell in cells}.values():
@@ -37,7 +37,7 @@ def describe(cells: Sequence[Cell], todo: Sequence[Cell]) -> str:
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and those of launch/run.py."""
+    """This command's own options, and those of launch/run.py."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s --config GRID.toml [--scale NAME] [--dir runs/NAME] [--cores N] [--dry-run] [OPTIONS]",
         prog="launch/experiment.py",
@@ -48,8 +48,8 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", type=Path, help="the grid, such as launch/configs/grids/main_comparison.toml")
     parser.add_argument("--scale", help="a table [scale.NAME] of the grid, such as cpu")
-    parser.add_argument("--dir", type=Path, help="folder of the cells (runs/GRID or runs/GRID-SCALE)")
-    parser.add_argument("--cores", type=int, help="processors of a cell where there is no GPU (all of a machine)")
+    parser.add_argument("--dir", type=Path, help="folder of the cells (default: runs/GRID or runs/GRID-SCALE)")
+    parser.add_argument("--cores", type=int, help="processors per cell if there is no GPU (default: all of a machine)")
     parser.add_argument("--dry-run", action="store_true", help="check all cells, start none")
     try:
         arguments, options = parser.parse_known_args(list(argv))
@@ -64,9 +64,9 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 all cells are finished, 1 some failed, 2 bad input; 130 interrupted, by whatever signal."""
+    """Exit status: 0 all cells are finished, 1 some failed, 2 bad input, 130 interrupted by any signal."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # within ray.wait any other exception ends in status 1
+        signal.signal(number, signal.default_int_handler)  # any other exception within ray.wait would end in status 1
     try:
         arguments, options = _arguments(argv)
         folder = arguments.dir

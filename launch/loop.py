@@ -1,4 +1,4 @@
-"""The loop: take groups, learn from them, publish the adapter, let new rollouts start. All else hangs on it."""
+"""The training loop: take groups, learn from them, publish the adapter, let new rollouts start."""
 
 import json
 import time
@@ -19,7 +19,7 @@ MAX_SKIPPED_STEPS = 3
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on; it ends with status 1."""
+    """The run cannot continue; it ends with status 1."""
 
 
 def train(
@@ -31,11 +31,11 @@ def train(
     eval_prompts: Sequence[Prompt],
     first_step: int,
 ) -> None:
-    """Optimizer steps first_step + 1 .. run.steps, with the evaluations and checkpoints that are due.
+    """Run optimizer steps first_step + 1 .. run.steps, with the evaluations and checkpoints that are due.
 
-    Takes groups from `buffer`, and frees their place only after the adapter that they made is published: that starts
-    the next rollouts, so that none is stale from its beginning. Raises RunFailed after three skipped (non-finite) steps
-    in a row, AdapterMismatch from the channel.
+    New rollouts start when `buffer` releases a step's groups. That happens only after the adapter that was learned from
+    them is published, so that no rollout starts with an old adapter. Raises RunFailed after three skipped (non-finite)
+    steps in a row, and AdapterMismatch from the channel.
     """
     run = config.run
     num_skipped = 0
@@ -47,24 +47,22 @@ def train(
         taken = time.perf_counter()
         result = ray.get(workers.learner.update.remote(groups))
         learned = time.perf_counter()
-        buffer.wait_ahead()  # an actor loads an adapter between two steps' rollouts, not during them
-        idle = time.perf_counter()
+        buffer.drain()  # an actor must not load an adapter while it samples
+        drained = time.perf_counter()
         published = workers.channel.publish(workers.learner)
         ended = time.perf_counter()
         buffer.release(len(groups))
         times = StepTimes(
             wait_seconds=taken - started,
-            ahead_seconds=idle - learned,
+            ahead_seconds=drained - learned,
             learn_seconds=learned - taken,
-            publish_seconds=ended - idle,
+            publish_seconds=ended - drained,
             step_seconds=ended - started,
         )
         recorder.step(step, groups, result, published, times, num_discarded=len(buffer.discarded))
         num_skipped = num_skipped + 1 if result.skipped else 0
         if num_skipped == MAX_SKIPPED_STEPS:
-            raise RunFailed(
-                f"{num_skipped} steps in a row were not finite, the last: {result.skipped}; stopped at {step}"
-            )
+            raise RunFailed(f"{num_skipped} steps in a row were not finite; stopped at step {step}: {result.skipped}")
         if run.evaluate_every and due(step, run.evaluate_every, run.steps):
             recorder.evaluation(evaluate(workers.actors, eval_prompts, config, step=step))
         if due(step, run.checkpoint_every, run.steps):
@@ -72,12 +70,12 @@ def train(
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether what happens every `every` steps (0: never) and after the last one follows `step`."""
+    """Whether an action is due after `step`: after every `every` steps (0: never), and after the last one."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def save(folder: Path, workers: Workers, *, step: int, prompt_cursor: int) -> None:
-    """A checkpoint in the run folder, whole or not there."""
+    """Write a checkpoint into the run folder, atomically."""
     with checkpoint.written_whole(folder / "checkpoints" / checkpoint.name(step)) as whole:
         ray.get(workers.learner.save.remote(whole.resolve()))
         (whole / "run_state.json").write_text(json.dumps({"step": step, "prompt_cursor": prompt_cursor}))

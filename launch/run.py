@@ -2,7 +2,7 @@
 
 python launch/run.py --config launch/configs/default.toml --method.name sa-ah-grpo --run.dir runs/x
 python launch/run.py --dry-run      check everything, print the plan, start nothing
-python launch/run.py --methods      the table of methods and their parameters
+python launch/run.py --methods      the methods and their parameters
 python launch/run.py --help         every option
 """
 
@@ -32,11 +32,9 @@ from launch.runtime.console import Display
 from launch.runtime.recorder import Recorder, rewind
 from learner.selection import drop_reason
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.toml"
-
 
 def run(checked: Plan) -> None:
-    """Train as planned, into the run folder."""
+    """Train as planned; everything is written to the run folder."""
     config = checked.config
     checked.refuse_absent_gpu()
     method = config.method
@@ -73,7 +71,7 @@ def run(checked: Plan) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 finished, 1 failed, 2 bad input; 128 + the signal's number if stopped by one."""
+    """Exit status: 0 finished, 1 failed, 2 bad input; 128 + the signal's number if a signal stopped it."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     if "--methods" in argv:
@@ -84,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         options = [option for option in argv if option != "--dry-run"]
-        checked = plan.make(load(options, DEFAULT_CONFIG))
+        checked = plan.make(load(options, cluster.DEFAULT_CONFIG))
         if len(options) < len(argv):
             print(checked.describe())
         else:
@@ -96,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"run failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; continue with --run.resume", file=sys.stderr)
+        print("interrupted; resume it with --run.resume", file=sys.stderr)
         return 130
     return 0
 

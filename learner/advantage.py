@@ -1,4 +1,4 @@
-"""Group advantages: pure functions rewards_PG -> advantages_PG, one row of rollouts per prompt."""
+"""Group advantages: pure functions rewards_PG -> advantages_PG, for P prompts with G rollouts each."""
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ def group_std(rewards_PG: Tensor) -> Tensor:
 
 
 def group_mean(rewards_PG: Tensor) -> Tensor:
-    """r_i - mean r within each group: no division by the spread (Dr. GRPO, arXiv 2503.20783)."""
+    """r_i - mean r within each group: no division by the standard deviation (Dr. GRPO, arXiv 2503.20783)."""
     return rewards_PG - rewards_PG.mean(dim=-1, keepdim=True)
 
 
@@ -25,14 +25,14 @@ def leave_one_out(rewards_PG: Tensor) -> Tensor:
 
 
 def asymmetric(correct_PG: Tensor, *, beta_pos: float, beta_neg: float) -> Tensor:
-    """((1 - p) / p)^beta_pos for a correct rollout, -(p / (1 - p))^beta_neg for a wrong one (arXiv 2604.04894).
+    """((1 - p) / p)^beta_pos for a correct rollout, -(p / (1 - p))^beta_neg for an incorrect one (arXiv 2604.04894).
 
-    correct_PG holds 1 for a correct rollout and 0 for a wrong one; p is the fraction of correct ones in the group.
-    Groups all correct or all wrong have advantage 0. beta .5 and .5 is `group_std` without its epsilon. For other
-    betas a group's advantages do not sum to zero, on purpose.
+    correct_PG holds 1 for a correct rollout and 0 for an incorrect one; p is the fraction of correct ones in the group.
+    All advantages of a group without both kinds are 0. beta .5 and .5 is `group_std` without its epsilon. For other
+    betas the advantages of a group do not sum to zero, as the paper intends.
     """
     p_P1 = correct_PG.mean(dim=-1, keepdim=True)
     mixed_P1 = (p_P1 > 0) & (p_P1 < 1)
-    odds_P1 = ((1 - p_P1) / p_P1).where(mixed_P1, p_P1.new_ones(()))  # of being wrong
+    odds_P1 = ((1 - p_P1) / p_P1).where(mixed_P1, p_P1.new_ones(()))  # of an incorrect rollout
     advantages_PG = (odds_P1**beta_pos).where(correct_PG > 0, -(odds_P1**-beta_neg))
     return advantages_PG * mixed_P1

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are whole or not there, and the state of a learner beside its adapter."""
+"""Checkpoints: folders that appear only when they are complete, and the learner's state beside its adapter."""
 
 import json
 import os
@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from common.types import UserError
 
 TENSORS, NUMBERS = "learner_state.safetensors", "learner_state.json"
-PICKLE = "learner_state.pt"  # what older versions wrote
-OPTIMIZER, RANDOM_CPU, RANDOM_CUDA = "optimizer.", "random.cpu", "random.cuda"  # names of tensors
+PICKLE = "learner_state.pt"
+OPTIMIZER, RANDOM_CPU, RANDOM_CUDA = "optimizer.", "random.cpu", "random.cuda"  # keys in TENSORS; the first a prefix
 
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name once everything in it is on the disk.
+    """Yield a temporary folder, and rename it to `folder` once everything in it is on the disk.
 
-    A crash on the way leaves only the temporary one, which the next call removes.
+    A crash before that leaves only the temporary folder, which the next call removes.
     """
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -35,26 +35,26 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The whole checkpoint of the highest step in `folder` (step-000030, ...), or None."""
+    """The complete checkpoint of the highest step in `folder` (step-000030, ...), or None."""
     found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
     return max(found, key=step_of, default=None)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of optimizer steps behind a checkpoint, by its folder's name."""
+    """The number of optimizer steps that a checkpoint's folder name states."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def name(step: int) -> str:
-    """Folder name of the checkpoint after `step` optimizer steps."""
+    """The folder name of the checkpoint after `step` optimizer steps."""
     return f"step-{step:06d}"
 
 
 def save_state(folder: Path, learner: Mapping[str, Any]) -> None:
-    """The learner's own state and torch's random states into `folder`.
+    """Write the learner's own state and torch's random states into `folder`.
 
-    `learner["optimizer"]` holds tensors by name, all else plain JSON values. Nothing in the learner draws from NumPy's
-    or Python's global generators, so theirs are not kept.
+    `learner["optimizer"]` holds tensors by name, every other entry is a plain JSON value. The learner never draws from
+    the global generators of NumPy or Python, so their states are not saved.
     """
     tensors = {OPTIMIZER + name: tensor for name, tensor in learner["optimizer"].items()}
     tensors[RANDOM_CPU] = torch.get_rng_state()
@@ -66,9 +66,9 @@ def save_state(folder: Path, learner: Mapping[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Set torch's random states as `save_state` saw them; returns the learner's own state.
+    """Restore torch's random states, and return the learner's own state.
 
-    Runs no code that the files may hold. Raises UserError as `check` does.
+    The files cannot make it run code. Raises UserError as `check` does.
     """
     check(folder)
     tensors = load_file(folder / TENSORS)
@@ -80,11 +80,11 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def check(folder: Path) -> None:
-    """Raise UserError for a checkpoint of the older format, a pickle: reading it can run code that it holds."""
+    """Raise UserError for a checkpoint whose state is a pickle: reading one can run code that it holds."""
     if (folder / PICKLE).exists():
         raise UserError(
-            f"{folder} holds {PICKLE}, the format of an older version, which is no longer read; start the run again "
-            "in another folder"
+            f"{folder} holds {PICKLE}, a pickle, which can run code when it is read; start the run again in another "
+            "folder"
         )
 
 

@@ -1,6 +1,6 @@
-"""ERPO: advantages token by token (arXiv 2603.28204; the parts from one secondary source, their assembly is ours).
+"""ERPO: one advantage per token (arXiv 2603.28204). Formulas from a secondary source; `assemble` is our reading.
 
-Pure functions on padded [B, T] tensors, T over the sampled tokens of a rollout, 0 outside the mask; all detached.
+Pure functions on padded, detached [B, T] tensors; T counts the sampled tokens of a rollout; 0 outside the mask.
 """
 
 import torch
@@ -10,7 +10,7 @@ EPSILON = 1e-6
 
 
 def gate(entropy_BT: Tensor, mask_BT: Tensor, group_B: Tensor, *, sharpness: float) -> Tensor:
-    """sigmoid(sharpness * z), z the entropy standardised over all tokens of the group (population std)."""
+    """sigmoid(sharpness * z), where z is the entropy standardised over all tokens of the group (population std)."""
     standardised_BT = _standardise(entropy_BT, mask_BT, group_B[:, None].expand_as(mask_BT))
     return torch.sigmoid(sharpness * standardised_BT) * mask_BT
 
@@ -18,13 +18,13 @@ def gate(entropy_BT: Tensor, mask_BT: Tensor, group_B: Tensor, *, sharpness: flo
 def progress(
     logprobs_BT: Tensor, reference_logprobs_BT: Tensor, mask_BT: Tensor, group_B: Tensor, *, scale: float, buckets: int
 ) -> Tensor:
-    """scale * (log pi - log pi_ref), standardised within each of `buckets` equal parts of the rollouts of a group.
+    """scale * (log pi - log pi_ref), standardised over the tokens of a group that lie in the same bucket.
 
-    Token t of T lies in bucket floor(buckets * t / T). 0 where all tokens of a bucket agree.
+    Token t of T lies in bucket floor(buckets * t / T). 0 where all tokens of a bucket have the same value.
     """
     length_B1 = mask_BT.sum(dim=1, keepdim=True)
-    place_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
-    bucket_BT = (place_T * buckets // length_B1).clamp(max=buckets - 1)
+    position_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    bucket_BT = (position_T * buckets // length_B1).clamp(max=buckets - 1)
     raw_BT = scale * (logprobs_BT - reference_logprobs_BT)
     return _standardise(raw_BT, mask_BT, group_B[:, None] * buckets + bucket_BT)
 
@@ -32,10 +32,10 @@ def progress(
 def assemble(
     advantages_B: Tensor, gate_BT: Tensor, progress_BT: Tensor, mask_BT: Tensor, *, assembly: str, weight: float
 ) -> Tensor:
-    """Token advantages from the rollout's advantage A, the gate W and the progress s, with eta = `weight`.
+    """Token advantages from the rollout's advantage A, the gate W and the progress s; eta is `weight`.
 
     - "additive": A + eta W sgn(A) s
-    - "gated-outcome": T W / (sum of W) A + eta sgn(A) s, T tokens
+    - "gated-outcome": T W / (sum of W) A + eta sgn(A) s, for a rollout of T tokens
     - "multiplicative": W A
     """
     advantages_B1 = advantages_B[:, None]
@@ -48,7 +48,7 @@ def assemble(
 
 
 def _standardise(values_BT: Tensor, mask_BT: Tensor, cell_BT: Tensor) -> Tensor:
-    """(value - mean) / (population std + 1e-6) over the tokens of each cell; 0 in a cell without spread."""
+    """(value - mean) / (population std + 1e-6) over the tokens of each cell; 0 where all are equal."""
     values_N, cell_N = values_BT[mask_BT], cell_BT[mask_BT]
     num_cells = int(cell_N.max()) + 1
     count_C = values_N.new_zeros(num_cells).index_add(0, cell_N, torch.ones_like(values_N)).clamp(min=1)

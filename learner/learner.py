@@ -2,6 +2,7 @@
 
 import os
 import resource
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,18 +21,19 @@ from learner.optimizer import Optimizer
 from learner.policy.policy import Policy
 from learner.selection import select
 
-PROBE_STRENGTH, PROBE_NATS = 0.01, 2.0  # bfloat16 on SmolLM2: noise of .14 nats where 5.1 are moved
-PROBE_GAIN = 1.1  # a model of random weights predicts nearly uniformly: no adapter moves it by PROBE_NATS
+PROBE_STRENGTH = 0.01  # the first one tried
+PROBE_NATS = 2.0  # far above rounding: SmolLM2 in bfloat16 has 0.14 nats of noise where an adapter moves it by 5.1
+PROBE_GAIN = 1.1  # stops the search on a model of random weights, which no adapter moves by PROBE_NATS
 
 
 class Learner:
-    """One policy, its optimizer and the number of steps behind them."""
+    """One policy, its optimizer, and the number of optimizer steps taken."""
 
     def __init__(self, model_folder: Path, config: Config, canary_token_ids: np.ndarray) -> None:
         transformers.logging.disable_progress_bar()
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray gives an actor one thread
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # because Ray sets it to 1
         torch.manual_seed(config.run.seed)
-        assert config.learner.micro_batch_tokens is not None, "the memory plan has set it"
+        assert config.learner.micro_batch_tokens is not None, "the memory plan sets it"
         self.config = config
         self.micro_batch_tokens = config.learner.micro_batch_tokens
         self.policy = Policy(
@@ -51,7 +53,7 @@ class Learner:
     def update(self, groups: Sequence[Group]) -> UpdateResult:
         """One optimizer step: `learner.inner_updates` updates on the same groups.
 
-        A step of which every group is excluded changes nothing, and is not a skipped one.
+        Where every group is excluded, nothing changes, and the result does not count as a skipped step.
         """
         step, self.step = self.step, self.step + 1
         selection = select(groups, self.objective.method, max_tokens=self.config.actor.max_tokens)
@@ -86,17 +88,24 @@ class Learner:
         return UpdateResult(metrics=metrics, tokens=tokens, skipped=skipped)
 
     def adapter(self, canary: bool = True) -> Adapter:
-        """The current weights as version number of steps taken; with a canary, if it is asked for."""
+        """A copy of the current weights, whose version is the number of steps taken; with a canary on request."""
         return self.policy.adapter(self.step, self._canary() if canary else None)
 
     def _canary(self) -> Canary:
-        return self.policy.canary(self.canary_token_ids, self.canary_base_logprobs)
+        started = time.perf_counter()
+        logprobs = self.policy.logprobs(self.canary_token_ids)
+        return Canary(
+            token_ids=self.canary_token_ids,
+            logprobs=logprobs,
+            base_logprobs=self.canary_base_logprobs,
+            seconds=time.perf_counter() - started,
+        )
 
     def probe(self) -> Adapter:
-        """A strong random adapter under the number PROBE_VERSION, to find out whether an actor computes as we do.
+        """A strong random adapter, version PROBE_VERSION, that shows whether an actor computes what the learner does.
 
-        It is doubled until it moves the canary by PROBE_NATS in the mean, or by no more than PROBE_GAIN times what the
-        last one did. The learner's own weights stay.
+        Its strength is doubled until it moves the canary's log-probabilities by PROBE_NATS on average, or until a
+        doubling moves them by less than PROBE_GAIN times as much. The learner's own weights stay unchanged.
         """
         strength, moved = PROBE_STRENGTH, 0.0
         while True:
@@ -109,13 +118,13 @@ class Learner:
             strength *= 2
 
     def save(self, folder: Path) -> None:
-        """Adapter, optimizer, step and random state into the existing `folder`."""
+        """Write adapter, optimizer, step and random state into the existing `folder`."""
         self.policy.save(folder)
         learner = {"step": self.step, "optimizer": self.optimizer.state_dict()}
         checkpoint.save_state(folder, learner | {"entropy_bonus": self.objective.entropy_bonus})
 
     def load(self, folder: Path) -> int:
-        """All that `save` wrote; the next update is then the one that followed it. Returns the step."""
+        """Restore all that `save` wrote, so that training resumes exactly. Returns the step."""
         self.policy.load(folder)
         learner = checkpoint.load_state(folder)
         self.step, self.objective.entropy_bonus = learner["step"], learner["entropy_bonus"]
@@ -124,7 +133,7 @@ class Learner:
 
 
 def peak_bytes() -> float:
-    """Most memory this process has held: on the GPU if there is one, else resident."""
+    """The most memory that this process has held: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

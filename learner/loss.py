@@ -1,4 +1,4 @@
-"""The terms of the loss: pure functions per sampled token. The loss itself is a sum, see learner/learner.py."""
+"""The terms of the loss: pure functions per sampled token. learner/objective.py sums them."""
 
 import math
 
@@ -11,7 +11,7 @@ def clipped_surrogate(
 ) -> Tensor:
     """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = exp(logprobs - old_logprobs).
 
-    All arguments and the result have one shape; nats. To be maximised (arXiv 2606.05434, Eq. 2).
+    All arguments and the result have the same shape; nats. To be maximised (arXiv 2606.05434, Eq. 2).
     """
     ratio = torch.exp(logprobs - old_logprobs)
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
@@ -22,15 +22,15 @@ def stop_gradient_surrogate(
 ) -> Tensor:
     """sg(clip(rho, 1 - clip_low, 1 + clip_high)) A logprob: no token loses its gradient (CISPO, arXiv 2506.13585).
 
-    Its gradient alone has a meaning. Arguments as of `clipped_surrogate`; the old log-probabilities are constants.
+    Only its gradient has a meaning, its value has none. Arguments as of `clipped_surrogate`.
     """
     ratio = torch.exp(logprobs - old_logprobs).clamp(1 - clip_low, 1 + clip_high).detach()
     return ratio * advantages * logprobs
 
 
 def pessimistic_clip(log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
-    """The log ratio that `clipped_surrogate` takes: at most log(1 + clip_high) where A > 0, at least log(1 - clip_low)
-    where A < 0."""
+    """The log ratio at which `clipped_surrogate` evaluates A: at most log(1 + clip_high) where A > 0, at least
+    log(1 - clip_low) where A < 0."""
     highest = log_ratio.clamp(max=math.log1p(clip_high))
     lowest = log_ratio.clamp(min=math.log1p(-clip_low) if clip_low < 1 else -math.inf)
     return torch.where(advantages > 0, highest, torch.where(advantages < 0, lowest, log_ratio))
@@ -53,10 +53,10 @@ def kl(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: str) -> Tenso
 def adapt_entropy_bonus(
     bonus: float, entropy: float, *, target: float, step: float, maximum: float
 ) -> tuple[float, float]:
-    """The bonus to apply at this step, and the one to go on with (Skywork-OR1, arXiv 2505.22312, section 4).
+    """The bonus to apply at this step, and the next step's initial bonus (Skywork-OR1, arXiv 2505.22312, section 4).
 
-    Where the mean `entropy` (nats) is at most `target` the bonus is applied, else 0 is; below the target it grows by
-    `step` up to `maximum`, else it shrinks by `step` down to 0.
+    It is applied where the mean `entropy` (nats) is at most `target`. Below the target it grows by `step`, up to
+    `maximum`; else it shrinks by `step`, down to 0.
     """
     following = min(bonus + step, maximum) if entropy < target else max(bonus - step, 0.0)
     return (bonus if entropy <= target else 0.0), following

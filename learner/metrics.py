@@ -1,4 +1,4 @@
-"""What is reported of a step. Means are over the scored tokens of the step."""
+"""The metrics of a step. Means are over the scored tokens of the step."""
 
 import math
 
@@ -25,9 +25,7 @@ def step_metrics(
         "entropy/at_one_normalized_mean": stats.entropy_at_one_N.mean().item() / math.log(vocab_size),
         "entropy/bonus": targets.entropy_bonus,
         "weight/mean": targets.raw_weights_N.mean().item(),
-        "weight/negative_mean": _mean(
-            targets.raw_weights_N[negative_N]
-        ),  # 0 where no rollout is negative, as in the paper's Table 6
+        "weight/negative_mean": _mean(targets.raw_weights_N[negative_N]),  # 0 without any, as in the paper's Table 6
         "weight/effective_fraction": _effective_fraction(targets.token_weights_N),
         "weight/gini": token_weights.gini(batch.pad(targets.raw_weights_N), batch.mask_BT).mean().item(),
         "ratio/power": targets.power,
@@ -64,12 +62,12 @@ def _mean(values: torch.Tensor) -> float:
 
 
 def _std_within(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> float:
-    """Mean over rollouts of the population std of their tokens' values: 0 where a rollout's advantage is one number."""
+    """Mean over rollouts of the population std of their tokens' values: 0 where each rollout has a single value."""
     length_B1 = mask_BT.sum(dim=1, keepdim=True)
     centred_BT = (values_BT - values_BT.sum(dim=1, keepdim=True) / length_B1) * mask_BT
     return (centred_BT.square().sum(dim=1) / length_B1[:, 0]).sqrt().mean().item()
 
 
 def _effective_fraction(weights_N: torch.Tensor) -> float:
-    """(sum w)^2 / (N sum w^2): 1 where all tokens count alike."""
+    """(sum w)^2 / (N sum w^2): 1 where all weights are equal."""
     return (weights_N.sum().square() / (len(weights_N) * weights_N.square().sum())).item()

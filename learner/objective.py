@@ -1,6 +1,6 @@
 """The objective of a method: what it demands of a forward pass, the per-token targets of a step, and the loss.
 
-The one reader of the method's fields in the learner's computation (learner/selection.py reads those of the selection).
+Only this file and learner/selection.py read the method's fields.
 """
 
 from dataclasses import dataclass
@@ -29,38 +29,38 @@ def demands(config: Config) -> Demands:
         hidden_states=method.token_weight == "residual",
         topk=None if method.entropy == "exact" else method.entropy_topk,
         entropy_gradient=method.weight_gradient or method.entropy_bonus > 0 or method.entropy_target > 0,
-        dropout=not compares,  # which would be taken for something that the adapter has learned
+        dropout=not compares,  # its noise would look like a change that the adapter has learned
     )
 
 
 def _has_kl(method: MethodConfig) -> bool:
-    """Whether the loss has a divergence from the frozen model."""
+    """Whether the loss contains the divergence from the frozen model."""
     return method.kl != "none" and method.beta > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """Fixed at the start of a step. [N] over its scored tokens, detached; nats."""
+    """The per-token targets, fixed at the start of a step: [N] over its scored tokens, detached; nats."""
 
     old_logprobs_N: Tensor
     actor_logprobs_N: Tensor
-    reference_logprobs_N: Tensor | None  # None: the method compares with no reference
-    entropy_N: Tensor  # the one that the weights are made of
+    reference_logprobs_N: Tensor | None  # None without a reference pass
+    entropy_N: Tensor  # the one that the token weights are made of
     advantages_N: Tensor
     raw_weights_N: Tensor  # before normalising
-    token_weights_N: Tensor  # normalised over the step, times importance: the objective is a plain sum
-    importance_N: Tensor  # weights that correct for what the actor sampled otherwise
-    entropy_slopes_N: Tensor | None  # d objective / d entropy through the weights, where the method asks for it
+    token_weights_N: Tensor  # normalised over the step, times importance, so that the objective is a plain sum
+    importance_N: Tensor  # corrects for the difference between the policies of actor and learner
+    entropy_slopes_N: Tensor | None  # d objective / d entropy through the weights, for method.weight_gradient
     entropy_bonus: float  # weight of the mean entropy in the objective
-    next_entropy_bonus: float  # what the objective continues with after this step
-    power: float  # of the power-mean ratio at this step
+    next_entropy_bonus: float  # its value after this step
+    power: float  # p of the power-mean ratio
 
 
 class Objective:
-    """A method's objective; its state is the entropy bonus as adapted so far."""
+    """A method's objective. Its only state is the adaptive entropy bonus."""
 
     def __init__(self, config: Config, vocab_size: int) -> None:
-        assert config.method.importance != "auto", "the plan has resolved it"
+        assert config.method.importance != "auto", "the plan resolves auto"
         self.method = config.method
         self.demands = demands(config)
         self.num_steps = config.run.steps
@@ -71,7 +71,7 @@ class Objective:
     def targets(
         self, output: ForwardOutput, reference: ForwardOutput | None, batch: StepBatch, selection: Selection, step: int
     ) -> Targets:
-        """The targets of 0-based `step`, from its first forward pass and, if demanded, the adapter-off pass."""
+        """The targets of 0-based `step`, from its first forward pass and, if demanded, the reference pass."""
         method, stats = self.method, output.stats
         device = stats.logprob_N.device
         advantages_B, group_B = selection.advantages_B.to(device), selection.group_B.to(device)
@@ -85,7 +85,7 @@ class Objective:
         actor_logprobs_N = batch.gather([r.actor_logprobs[r.mask] for g in selection.groups for r in g.rollouts])
         importance_BT = self._importance(batch.pad(old_logprobs_N - actor_logprobs_N).double(), batch)
         slopes_N = None
-        if method.weight_gradient:  # at the step's start the ratio is 1, and the surrogate is the advantage
+        if method.weight_gradient:  # the ratio is 1 at the step's start, so the surrogate is the advantage
             (slopes_BT,) = torch.autograd.grad((weights_BT * importance_BT * advantages_BT).sum(), entropy_BT)
             slopes_N = batch.flatten(slopes_BT).float()
         entropy_bonus, next_entropy_bonus = self._entropy_bonuses(stats)
@@ -107,7 +107,7 @@ class Objective:
     def loss(self, output: ForwardOutput, targets: Targets, batch: StepBatch) -> tuple[Tensor, dict[str, float]]:
         """- sum of token weight * clipped surrogate + beta * mean KL (arXiv 2606.05434, Eq. 2, 6, 9), and its terms.
 
-        An entropy bonus subtracts itself times the mean entropy.
+        An entropy bonus subtracts the mean entropy times the bonus.
         """
         method, stats = self.method, output.stats
         log_ratio_N = self._log_ratio(stats.logprob_N, targets, batch)
@@ -142,7 +142,7 @@ class Objective:
         advantages_B: Tensor,
         reference: ForwardOutput | None,
     ) -> Tensor:
-        """[B, T] float64, before normalising."""
+        """[B, T] float64: token weights before normalising."""
         method = self.method
         if method.token_weight == "horizon":
             raw_BT = token_weights.horizon(
@@ -154,8 +154,8 @@ class Objective:
                 selective=method.selective,
             )
         elif method.token_weight == "residual":
-            assert reference is not None and reference.hidden_NH is not None, "the states were demanded"
-            assert output.hidden_NH is not None, "the states were demanded"
+            assert reference is not None and reference.hidden_NH is not None, "hidden states were demanded"
+            assert output.hidden_NH is not None, "hidden states were demanded"
             norm_N = (output.hidden_NH.float() - reference.hidden_NH.float()).norm(dim=1)
             raw_BT = token_weights.residual(batch.pad(norm_N), batch.mask_BT, power=method.residual_power)
         elif method.token_weight == "uniform":
@@ -175,7 +175,7 @@ class Objective:
         group_B: Tensor,
         reference: ForwardOutput | None,
     ) -> Tensor:
-        """[B, T] float64."""
+        """[B, T] float64: the advantage of each token."""
         method = self.method
         if method.token_advantage == "broadcast":
             return advantages_B[:, None] * batch.mask_BT
@@ -212,22 +212,22 @@ class Objective:
         )
 
     def _weight_entropy(self, stats: HeadStats) -> Tensor:
-        """[N] nats: the entropy that the weights are made of, detached."""
+        """[N] nats: the entropy that the token weights are made of, detached."""
         assert stats.entropy_at_one_N is not None, "the head computes both temperatures"
         if self.method.entropy == "exact":
             sampling = self.method.entropy_temperature == "sampling"
             return stats.entropy_N.detach() if sampling else stats.entropy_at_one_N
-        assert stats.topk_entropy_N is not None, "the top K were demanded"
+        assert stats.topk_entropy_N is not None, "top-K statistics were demanded"
         return stats.topk_entropy_N if self.method.entropy == "topk-renormalised" else stats.topk_partial_entropy_N
 
     def _log_ratio(self, logprobs_N: Tensor, targets: Targets, batch: StepBatch) -> Tensor:
-        """[N]: log of the ratio that the surrogate takes at each token."""
+        """[N]: log of the ratio in the surrogate of each token."""
         method = self.method
         difference_N = logprobs_N - targets.old_logprobs_N
         if method.ratio == "sequence":
             return batch.flatten(ratio.sequence(batch.pad(difference_N), batch.mask_BT))
         if method.ratio == "power-mean":
-            if method.power_clip == "token":  # the mean of ratios within the bounds lies within them too
+            if method.power_clip == "token":  # their mean then lies within the bounds too
                 difference_N = pessimistic_clip(
                     difference_N, targets.advantages_N, clip_low=method.clip_low, clip_high=method.clip_high
                 )
@@ -235,7 +235,7 @@ class Objective:
         return difference_N
 
     def _power(self, step: int) -> float:
-        """p of the power-mean ratio at 0-based step: linear from the first to the last."""
+        """p of the power-mean ratio at 0-based `step`: linear from power_start to power_end."""
         done = step / max(1, self.num_steps - 1)
         return self.method.power_start + done * (self.method.power_end - self.method.power_start)
 

@@ -1,4 +1,4 @@
-"""AdamW with a warmed-up cosine schedule; a step that is not finite is skipped."""
+"""AdamW with warm-up and a cosine schedule; a step whose loss or gradient is not finite is skipped."""
 
 import math
 from collections.abc import Mapping
@@ -10,9 +10,8 @@ from common.config import LearnerConfig
 
 
 def learning_rate(step: int, *, steps: int, peak: float) -> float:
-    """Rate of optimizer step `step`, 0..steps-1: linear warm-up over max(5, steps // 10) steps, then a cosine to 0.
-
-    The first step takes peak / warm-up, not 0: no step is without effect. (arXiv 2606.05434, Table 1.)
+    """Learning rate of optimizer step `step`, 0..steps-1: linear warm-up over max(5, steps // 10) steps, then a cosine
+    to 0 (arXiv 2606.05434, Table 1). The first rate is peak / warm-up, not 0, so that no step is without effect.
     """
     warmup = max(5, steps // 10)
     if step < warmup:
@@ -35,8 +34,8 @@ class Optimizer:
     def step(self, loss: Tensor, step: int) -> tuple[float, str | None]:
         """Backward, clip and update at optimizer step `step`.
 
-        Returns the gradient norm before clipping, and why the update was skipped (None: it was made). A skipped
-        update leaves weights and moments as they were.
+        Returns the gradient norm before clipping, and why the update was skipped, or None. A skipped update leaves
+        weights and moments unchanged.
         """
         self.adamw.zero_grad(set_to_none=True)
         if not torch.isfinite(loss):
@@ -51,14 +50,14 @@ class Optimizer:
         return norm, None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """AdamW's moments and counts, named "<number of the parameter>.<name>". The rest is the configuration's."""
+        """AdamW's moments and step counts, named "<parameter index>.<name>"; the configuration holds the rest."""
         state = self.adamw.state_dict()["state"]
-        return {f"{number}.{name}": tensor for number, each in state.items() for name, tensor in each.items()}
+        return {f"{index}.{name}": tensor for index, each in state.items() for name, tensor in each.items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            number, name = key.split(".")
-            state.setdefault(int(number), {})[name] = tensor
+            index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = tensor
         self.adamw.load_state_dict({**self.adamw.state_dict(), "state": state})

@@ -1,4 +1,4 @@
-"""Which rollouts a step trains on, and with what advantage."""
+"""Which rollouts a step trains on, and the advantage of each."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,19 +25,19 @@ class Selection:
     groups: tuple[Group, ...]  # without rollouts whose reward failed; without dropped groups
     advantages_B: Tensor  # float64
     group_B: Tensor  # int64, 0..P-1
-    index_B: tuple[int, ...]  # of each rollout among all rollouts of the step
-    dropped: Mapping[str, int]  # groups by the reason of drop_reason
+    index_B: tuple[int, ...]  # each rollout's index among all rollouts of the step
+    dropped: Mapping[str, int]  # number of groups by their drop_reason
 
     def metrics(self) -> dict[str, float]:
-        """The number of excluded groups, and by reason."""
+        """The number of excluded groups, in all and by reason."""
         by_reason = {f"groups/dropped_{reason}": float(count) for reason, count in self.dropped.items()}
         return {"groups/dropped": float(sum(self.dropped.values())), **by_reason}
 
 
 def select(groups: Sequence[Group], method: Fields, *, max_tokens: int) -> Selection:
-    """Exclude rollouts without a reward, and the groups that `method` drops; advantages of the rest.
+    """Exclude rollouts without a reward and the groups that `method` drops, and compute the advantages of the rest.
 
-    A group's advantages are taken over its scored rollouts alone. max_tokens is the longest completion possible.
+    The advantages of a group are computed from its scored rollouts alone. max_tokens is `actor.max_tokens`.
     """
     kept: list[Group] = []
     advantages: list[Tensor] = []
@@ -64,7 +64,7 @@ def select(groups: Sequence[Group], method: Fields, *, max_tokens: int) -> Selec
 
 
 def drop_reason(group: Group, method: Fields) -> str | None:
-    """Why `method` learns nothing from this group, in a word; None where it does."""
+    """Why `method` excludes this group, in a word; None where it does not."""
     scores = [rollout.score for rollout in group.rollouts if rollout.score is not None]
     if not scores:
         return "unscored"
@@ -80,7 +80,7 @@ def drop_reason(group: Group, method: Fields) -> str | None:
 
 
 def overlong(num_tokens: int, method: Fields, *, max_tokens: int) -> float:
-    """What a completion loses for its length: 0 up to max_tokens - overlong_buffer, then linear up to
+    """The reward that a completion loses for its length: 0 up to max_tokens - overlong_buffer, then linear up to
     overlong_penalty at max_tokens (DAPO, arXiv 2503.14476, Eq. 13)."""
     if method.overlong_buffer == 0:
         return 0.0
@@ -89,7 +89,7 @@ def overlong(num_tokens: int, method: Fields, *, max_tokens: int) -> float:
 
 
 def _advantages(group: Group, method: Fields, max_tokens: int) -> Tensor:
-    """[G] float64 of a group whose rollouts are all scored."""
+    """[G] float64, for a group whose rollouts are all scored."""
     if method.advantage == "asymmetric":
         correct_1G = torch.tensor([[_score(rollout).correct for rollout in group.rollouts]], dtype=torch.float64)
         return advantage.asymmetric(correct_1G, beta_pos=method.beta_pos, beta_neg=method.beta_neg)[0]
@@ -102,5 +102,5 @@ def _advantages(group: Group, method: Fields, max_tokens: int) -> Tensor:
 
 
 def _score(rollout: Rollout) -> Score:
-    assert rollout.score is not None, "only scored rollouts have a reward"
+    assert rollout.score is not None, "`select` keeps scored rollouts only"
     return rollout.score

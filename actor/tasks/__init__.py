@@ -1,4 +1,4 @@
-"""Tasks: each is a module with prompts and their reward.
+"""Tasks: each is a module with two functions.
 
 load(task: TaskConfig, split: "train" | "eval") -> list[Prompt]
 reward(completion: str, prompt: Prompt) -> Score
@@ -13,9 +13,9 @@ TASKS = ("gsm8k", "gym")
 
 
 def task_module(name: str) -> ModuleType:
-    """The module of a task: one of TASKS, or a module of the user's by its dotted path.
+    """The module of a task: one of TASKS, or the user's own by its dotted path.
 
-    Raises UserError for a name that is neither, a module that cannot be imported, and one without load and reward.
+    Raises UserError for an unknown name, a module that cannot be imported, and one without load or reward.
     """
     path = f"{__name__}.{name}" if name in TASKS else name
     try:
@@ -23,7 +23,7 @@ def task_module(name: str) -> ModuleType:
     except (ImportError, ValueError, TypeError) as error:  # ValueError, TypeError: an empty or a relative name
         known = ", ".join(TASKS)
         raise UserError(
-            f"task.name={name} is no task ({error}); name one of {known}, or a module that can be imported"
+            f"unknown task task.name={name} ({error}); name one of {known}, or a module that can be imported"
         ) from None
     for function in ("load", "reward"):
         if not callable(getattr(module, function, None)):

@@ -1,19 +1,19 @@
 """The composite reward of arXiv 2606.05434 (section 3.4, Eq. 10), and the prompt that asks for what it rewards.
 
-A task that uses it (gsm8k, gym) brings problems, and where it needs one a judge of its own for the first term.
+The tasks gsm8k and gym use it; a task may judge the answer, the first term, with a scorer of its own.
 
-What the paper leaves open is read as follows [R]:
+Our reading [R] of what the paper does not specify:
 
-- Numbers: digits of any script, with `1,234` groups, decimals, an exponent, a sign (ASCII or U+2212), and a currency
-  sign, a percent sign or units around them, which do not count. The last number of a text is its answer.
-- The answer is the last number inside <SOLUTION>. A solution without a number has no answer. Where there is no
-  <SOLUTION>, it is the number of the last `\\boxed{...}`, or else the last number of the whole text.
-- Of several blocks the last one counts; a block that is never closed reaches to the end of the text.
-- "Within 10 %" includes the bound, and leaves no partial credit where the true answer is 0.
+- A number is digits of any script, with `1,234` groups, decimals, an exponent and a sign (ASCII or U+2212). Currency
+  signs, percent signs and units around it are ignored. The last number of a text is its answer.
+- The answer is the last number inside <SOLUTION>; a solution without a number is no answer. Without <SOLUTION>, it is
+  the number of the last `\\boxed{...}`, or else the last number of the whole text.
+- Of several blocks the last one counts; an unclosed block extends to the end of the text.
+- "Within 10 %" includes the bound. There is no partial credit if the true answer is 0.
 - "Well formed": each tag once, in the order of TAGS.
-- A step is a label ("Step 2", "2." or "2)" at the start of a line) or an equation ("=" before a number). A line counts
-  its labels or its equations, whichever are more; a repeated line counts once. Text outside the reasoning tags is
-  reasoning without steps.
+- A step is a label ("Step 2", "2." or "2)" at the start of a line) or an equation ("=" before a number). The steps of a
+  line are its labels or its equations, whichever are more; a repeated line counts once. Text outside the reasoning tags
+  is reasoning without steps.
 """
 
 import re
@@ -45,20 +45,20 @@ _PLAIN = str.maketrans({"−": "-", "﹣": "-", "－": "-", "＋": "+", "，": "
 def score(completion: str, answer: str) -> dict[str, float]:
     """The composite reward of a completion against the true answer: Eq. 10, at most 7.5.
 
-    Returns its four terms `correct`, `format`, `present`, `steps`, and their sum `total`. Never raises:
-    whatever holds no number is an absent answer, also as the true answer.
+    Returns its four terms `correct`, `format`, `present`, `steps`, and their sum `total`. Never raises: if either text
+    has no number, the answer counts as absent.
     """
     parts = {"correct": correctness(read_answer(completion), read_number(answer)), **style(completion)}
     return {**parts, "total": round(sum(parts.values()), 1)}
 
 
 def style(completion: str) -> dict[str, float]:
-    """The terms of Eq. 10 that do not look at the answer: `format`, `present` and `steps`."""
+    """The terms of Eq. 10 that do not depend on the answer: `format`, `present` and `steps`."""
     return {"format": _format(completion), "present": _present(completion), "steps": _steps(completion)}
 
 
 def correctness(value: Decimal | None, truth: Decimal | None) -> float:
-    """The first term of Eq. 10: 4.0 exact, 1.5 within 10 % of the truth, 0.0 wrong, -0.5 absent or unparseable."""
+    """The first term of Eq. 10: 4.0 exact, 1.5 within 10 % of the truth, 0.0 incorrect, -0.5 absent or unparseable."""
     if value is None or truth is None:
         return -0.5
     if value == truth:
@@ -67,7 +67,7 @@ def correctness(value: Decimal | None, truth: Decimal | None) -> float:
 
 
 def read_answer(completion: str) -> Decimal | None:
-    """The number that a completion gives as its answer; None: it gives none."""
+    """The number that a completion gives as its answer, or None."""
     solution = inside(completion, *SOLUTION)
     if solution is not None:
         return read_number(solution)
@@ -76,7 +76,7 @@ def read_answer(completion: str) -> Decimal | None:
 
 
 def read_number(text: str) -> Decimal | None:
-    """The last number of a text; None where there is none, or none of fewer than 5000 digits."""
+    """The last number of a text; None if there is none, or it has 5000 digits or more."""
     text = text.translate(_PLAIN).replace("{,}", ",").replace("\\", "")
     match = max(_NUMBER.finditer(text), key=lambda found: found.start(), default=None)
     if match is None:
@@ -86,11 +86,11 @@ def read_number(text: str) -> Decimal | None:
         value = Decimal(sign + match["digits"].replace(",", "") + (match["exponent"] or ""))
     except InvalidOperation:  # an exponent that Decimal cannot hold
         return None
-    return value if abs(value.adjusted()) < 5000 else None  # beyond, differences could overflow
+    return value if abs(value.adjusted()) < 5000 else None  # differences of larger numbers could overflow
 
 
 def inside(text: str, opening: str, closing: str) -> str | None:
-    """What the last block between two tags holds; None: the opening tag is absent."""
+    """The text of the last block between two tags; None if the opening tag is absent."""
     end = text.rfind(closing)
     start = text.rfind(opening, 0, end) if end >= 0 else -1
     if start < 0:  # no closed block
@@ -99,13 +99,13 @@ def inside(text: str, opening: str, closing: str) -> str | None:
 
 
 def _format(completion: str) -> float:
-    places = [completion.find(tag) for tag in TAGS]
+    positions = [completion.find(tag) for tag in TAGS]
     if any(completion.count(tag) > 1 for tag in TAGS):
         return -0.5
-    if places[0] >= 0 and places == sorted(places):
+    if positions[0] >= 0 and positions == sorted(positions):
         return 1.5
-    terms = zip((0.2, 0.3, 0.2, 0.3), places, strict=True)
-    return round(sum((term for term, place in terms if place >= 0), 0.0), 1)
+    terms = zip((0.2, 0.3, 0.2, 0.3), positions, strict=True)
+    return round(sum((term for term, position in terms if position >= 0), 0.0), 1)
 
 
 def _present(completion: str) -> float:
@@ -134,11 +134,11 @@ def _num_steps(line: str) -> int:
 
 
 def chat(question: str, example: tuple[str, str, str] | None) -> tuple[Mapping[str, str], ...]:
-    """The messages of a problem: the tags explained, an example (question, working, answer) if any, the question."""
+    """The messages of a problem: the system prompt, an example (question, working, answer) if any, the question."""
     turns = [("system", SYSTEM)]
     if example is not None:
-        asked, working, answer = example
-        turns += [("user", asked), ("assistant", completion_of(working, answer))]
+        example_question, working, answer = example
+        turns += [("user", example_question), ("assistant", completion_of(working, answer))]
     return tuple({"role": role, "content": content} for role, content in [*turns, ("user", question)])
 
 

@@ -22,7 +22,7 @@ EXAMPLE = (
 
 
 def reward(completion: str, prompt: Prompt) -> Score:
-    """The composite reward of a completion of a prompt; correct is the exact answer."""
+    """The composite reward of a completion; `correct` means exactly the true answer."""
     parts = score(completion, prompt.answer)
     return Score(total=parts.pop("total"), correct=parts["correct"] == 4.0, parts=parts)
 
@@ -30,8 +30,8 @@ def reward(completion: str, prompt: Prompt) -> Score:
 def load(task: TaskConfig, split: Literal["train", "eval"]) -> list[Prompt]:
     """`task.num_train` (`task.num_eval`) problems of the train (test) split, drawn by `task.seed` without replacement.
 
-    A larger number extends a smaller draw, and neither split depends on the other. Raises UserError for data that
-    cannot be read, for a bad row, and for fewer rows than asked.
+    A larger number extends a smaller draw, and the splits are drawn independently. Raises UserError for data that
+    cannot be read, for an invalid row, and for fewer rows than requested.
     """
     name, wanted = ("train", task.num_train) if split == "train" else ("test", task.num_eval)
     rows = _rows(task.data, name)
@@ -48,7 +48,7 @@ def load(task: TaskConfig, split: Literal["train", "eval"]) -> list[Prompt]:
 
 
 def _rows(data: str | None, name: str) -> list[tuple[str, str]]:
-    """(question, answer) of every row of the split `name` of a folder or a hub data set."""
+    """(question, answer) of every row of the split `name`, from a folder or a hub data set."""
     if not data:
         raise UserError("task.data is not set; name a folder with train.jsonl and test.jsonl, or openai/gsm8k")
     if not Path(data).is_dir():
@@ -69,25 +69,26 @@ def _rows(data: str | None, name: str) -> list[tuple[str, str]]:
                 raise UserError(f"{path}:{number} is not JSON; correct or remove the line") from None
             rows.append(_row(row, f"{path}:{number}"))
     if not rows:
-        raise UserError(f"{path} is empty; task.data needs one JSON object a line with question and answer")
+        raise UserError(f"{path} is empty; task.data needs one JSON object per line with question and answer")
     return rows
 
 
 def _hub_rows(data: str, name: str) -> Iterable[Any]:
-    import datasets  # heavy, and only needed for the hub
+    import datasets  # slow to import, and only needed for the hub
 
     try:
-        return datasets.load_dataset(data, "main", split=name)
+        rows: Iterable[Any] = datasets.load_dataset(data, "main", split=name)
     except Exception as error:  # noqa: BLE001 (the hub's client and transports raise many unrelated types)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"task.data={data} is no folder and could not be loaded from the hub ({reason}); "
+            f"task.data={data} is not a directory and could not be loaded from the hub ({reason}); "
             "name a folder with train.jsonl and test.jsonl, or openai/gsm8k"
         ) from None
+    return rows
 
 
 def _row(row: Any, where: str) -> tuple[str, str]:
-    """Question and final answer of a row of GSM8K: {"question": "...", "answer": "... #### 42"}."""
+    """Question and final answer of a GSM8K row: {"question": "...", "answer": "... #### 42"}."""
     for key in ("question", "answer"):
         if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
             raise UserError(f"{where} has no {key}; give each row a question and an answer that ends in '#### 42'")

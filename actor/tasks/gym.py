@@ -1,12 +1,12 @@
-"""Any data set of reasoning-gym, generated on the spot, with the prompt and the reward of composite_reward.py.
+"""Any reasoning-gym data set, generated when it is loaded, with the prompt and reward of composite_reward.py.
 
 Train and eval have no problem in common, for any task.seed, task.num_train and task.num_eval: the hash of a question
-says to which half of all problems it belongs, and each split draws from its own half. A problem of eval comes once;
-a problem of train may return, as an easy data set has few. The worked example is in neither split.
+assigns it to one split. A problem occurs once in eval, but may repeat in train, since easy data sets have few.
+The worked example is in neither split.
 
-Readings of ours [R], for answers that are not a number: the answer is the text inside <SOLUTION>, or without one the
-last line of the completion. The data set's own scorer judges it: 1 is exact (4.0), from PARTIAL on it is partly right
-(1.5), below it is wrong (0.0); an empty answer, or one on which the scorer raises, is unparseable (-0.5).
+Our reading [R] of answers that are not numbers: the answer is the text inside <SOLUTION>, or without one the last line
+of the completion. The data set's own scorer judges it: 1 is correct (4.0), at least PARTIAL is partly correct (1.5),
+less is incorrect (0.0); an empty answer, or one on which the scorer raises, is unparseable (-0.5).
 """
 
 import hashlib
@@ -26,18 +26,18 @@ from actor.tasks.composite_reward import SOLUTION, chat, completion_of, inside, 
 from common.config import TaskConfig
 from common.types import Prompt, Score, UserError, suggest
 
-PARTIAL = 0.5  # of the data set's own scorer; most give 0.01 to 0.1 to any answer in the right format
+PARTIAL = 0.5  # lower bound of partial credit; most scorers give 0.01 to 0.1 to any answer in the expected format
 NUM_CANDIDATES = 32  # problems from which the worked example is chosen
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")  # no leading zeros: 0110 is a string
-# What a data set's scorer raises on text that is no answer. Anything else fails the reward, which counts and names it.
+# What data sets' scorers raise on an answer that they cannot parse. Any other exception is reported as a failed reward.
 UNPARSEABLE = (ValueError, SyntaxError, TypeError, LookupError, ArithmeticError)
 
 
 def load(task: TaskConfig, split: Literal["train", "eval"]) -> list[Prompt]:
     """`task.num_train` (`task.num_eval`) generated problems, the same for the same task section.
 
-    Raises UserError for an unknown data set, a bad option, a data set that has fewer problems than asked, and one
-    whose problems do not survive as JSON.
+    Raises UserError for an unknown data set, an invalid option, a data set that has fewer problems than requested, and
+    one whose problems JSON cannot represent.
     """
     wanted = task.num_train if split == "train" else task.num_eval
     example = _example(task) if task.example else None
@@ -68,7 +68,7 @@ def load(task: TaskConfig, split: Literal["train", "eval"]) -> list[Prompt]:
 
 
 def reward(completion: str, prompt: Prompt) -> Score:
-    """The composite reward (Eq. 10), with the data set's own scorer beside, or instead of, the number."""
+    """The composite reward (Eq. 10); the data set's own scorer also judges numbers, and alone any other answer."""
     parts = {"correct": _correctness(completion, prompt), **style(completion)}
     return Score(total=round(sum(parts.values()), 1), correct=parts["correct"] == 4.0, parts=parts)
 
@@ -77,7 +77,7 @@ def _correctness(completion: str, prompt: Prompt) -> float:
     if not _NUMBER.fullmatch(prompt.answer):
         return _judge(completion, prompt)
     correct = score(completion, prompt.answer)["correct"]
-    # Where the data set rounds its answers, its scorer allows for that.
+    # A data set that rounds its answers has a scorer that tolerates the rounding.
     return 4.0 if correct < 4.0 and _judge(completion, prompt) == 4.0 else correct
 
 
@@ -107,31 +107,31 @@ def _split(question: str) -> str:
 
 
 def _entries(task: TaskConfig, purpose: str, size: int) -> Iterator[dict[str, Any]]:
-    """`size` problems with question, answer and metadata; each purpose has a stream of its own."""
+    """`size` problems with question, answer and metadata; each purpose has its own random seed."""
     name, options = task.gym, task.gym_options
     if name not in DATASETS:
-        raise UserError(f"task.gym={name} is no reasoning-gym data set{suggest(name, DATASETS)}")
+        raise UserError(f"unknown reasoning-gym data set task.gym={name}{suggest(name, DATASETS)}")
     known = [field.name for field in fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
     for option in options:
         if option not in known:
             raise UserError(f"unknown option task.gym_options.{option} of task.gym={name}{suggest(option, known)}")
-    # Item i of most data sets depends on seed + i alone, so seeds that are close would share their problems.
+    # Item i of most data sets depends on seed + i alone, so neighbouring seeds would share problems.
     seed = int.from_bytes(hashlib.sha256(f"{task.seed} {purpose}".encode()).digest()[:4]) >> 1
     try:
         yield from reasoning_gym.create_dataset(name, **options, seed=seed, size=size)
-    except Exception as error:  # noqa: BLE001 (each data set checks its options in its own way, some while it generates)
+    except Exception as error:  # noqa: BLE001 (data sets raise many types for invalid options, some only while they generate)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"task.gym_options={options} does not suit task.gym={name}: {reason}; correct it") from None
 
 
 def _as_json(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry as JSON holds it; other values, such as the fractions of gsm_symbolic, as text."""
+    """The entry as plain JSON values; others, such as the fractions of gsm_symbolic, become text."""
     copy: dict[str, Any] = json.loads(json.dumps(entry, default=str))
     return copy
 
 
 def _check_json(task: TaskConfig, entry: dict[str, Any]) -> None:
-    """A problem travels to its reward as JSON: the scorer must judge the copy as it judges the problem itself."""
+    """Raise UserError unless the scorer judges the JSON copy of a problem, which its reward gets, as the original."""
     scorer = _scorer(task.gym, json.dumps(task.gym_options, sort_keys=True))
     try:
         copy = _as_json(entry)
@@ -139,11 +139,11 @@ def _check_json(task: TaskConfig, entry: dict[str, Any]) -> None:
     except (TypeError, ValueError, KeyError, AttributeError):
         kept = False
     if not kept:
-        raise UserError(f"task.gym={task.gym} has problems that JSON cannot hold; choose another data set")
+        raise UserError(f"task.gym={task.gym} has problems that JSON cannot represent; choose another data set")
 
 
 def _example(task: TaskConfig) -> tuple[str, str, str]:
-    """A worked example from a stream of its own: the shortest of those that earn the whole reward for steps."""
+    """A worked example, in neither split: the shortest of the candidates that earn the full reward for steps."""
     shown = [
         (entry["question"], _working(task.gym, entry), entry["answer"])
         for entry in _entries(task, "example", NUM_CANDIDATES)
@@ -155,7 +155,7 @@ def _example(task: TaskConfig) -> tuple[str, str, str]:
 
 
 def _working(name: str, entry: dict[str, Any]) -> str:
-    """The working of a problem; a sum of two terms already has more than four steps, which Eq. 10 rewards in full."""
+    """The working of a problem. Even a sum of two terms has more than four steps, which Eq. 10 rewards in full."""
     if name not in ("chain_sum", "decimal_chain_sum"):
         return "I work through the problem one step at a time and check the result."
     first, *rest = entry["metadata"]["expression"].split()

@@ -2,9 +2,9 @@
 
     python launch/benchmark.py head [--rows 512] [--hidden 576] [--vocab 49152] [--repeats 5]
 
-Runs what is installed, by turns, in one process, on the GPU if there is one; the first round warms up and is not
-counted. "trl/float32" is TRL's head on inputs in float32, where it rounds nothing. Logits are random, their spread
-from flat to near-certain over the rows; targets are drawn from the distributions. Needs no Ray and no vLLM.
+Runs the installed backends interleaved in one process, on the GPU if there is one; the first round warms up and is not
+counted. "trl/float32" is TRL's head on inputs in float32, where it does not round. The logits are random, from flat to
+near-certain distributions over the rows; the targets are drawn from these. Needs no Ray and no vLLM.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from learner import head
 CONTENDERS = ("torch", "triton", "trl", "liger", "trl/float32")
 WHATS = ("forward", "both", "both_with_entropy")
 PACKAGES = ("torch", "triton", "trl", "liger-kernel")
-ORACLE_ROWS = 64  # whose float64 logits exist at once
+ORACLE_ROWS = 64  # rows per chunk of the float64 logits
 
 
 class Problem(NamedTuple):
-    """Inputs, and the truth about them in float64."""
+    """Inputs, and the exact results in float64."""
 
     hidden_NH: Tensor
     weight_VH: Tensor
@@ -51,8 +51,8 @@ class Problem(NamedTuple):
 def problem(rows: int, hidden: int, vocab: int, *, temperature: float, dtype: torch.dtype, device: str) -> Problem:
     """Random logits whose standard deviation runs from 1 to 8 over the rows."""
     generator = torch.Generator(device).manual_seed(0)
-    spread_N1 = torch.linspace(0, 3, rows, device=device).exp2()[:, None]
-    hidden_NH = (torch.randn(rows, hidden, generator=generator, device=device) * spread_N1).to(dtype)
+    std_N1 = torch.linspace(0, 3, rows, device=device).exp2()[:, None]
+    hidden_NH = (torch.randn(rows, hidden, generator=generator, device=device) * std_N1).to(dtype)
     weight_VH = (torch.randn(vocab, hidden, generator=generator, device=device) / hidden**0.5).to(dtype)
     weight64_VH = weight_VH.double()
     columns = []
@@ -76,7 +76,7 @@ def problem(rows: int, hidden: int, vocab: int, *, temperature: float, dtype: to
 
 
 class Contender:
-    """A backend on the problem's inputs, or on the same values in another dtype."""
+    """A backend with the problem's inputs, or with the same values in another dtype."""
 
     def __init__(self, name: str, given: Problem) -> None:
         self.backend, _, dtype = name.partition("/")
@@ -115,7 +115,7 @@ class Contender:
         )
 
     def errors(self) -> dict[str, float]:
-        """Against float64 on the same values; of the gradient, relative by row, rounding to the dtype included."""
+        """Errors against float64 on the same values. The gradient's is relative, per row, and includes its rounding."""
         stats, gradient_NH = self.both()
         logprob_N = (stats.logprob_N - self.given.logprob_N).abs()
         entropy_N = (stats.entropy_N - self.given.entropy_N).abs()
@@ -130,7 +130,7 @@ class Contender:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds until the device has done it."""
+    """Seconds of `call`, until the device has finished."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     synchronize()
     started = time.perf_counter()
@@ -140,7 +140,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most memory that `call` holds beyond what is held before it: on the GPU, else resident (Linux)."""
+    """Peak memory of `call` beyond what is allocated before it: on the GPU, or else resident memory (Linux)."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -149,7 +149,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         call()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_bytes("VmRSS")
     call()
     return max(0, _status_bytes("VmHWM") - before)
@@ -162,9 +162,9 @@ def _status_bytes(name: str) -> int:
 
 
 def measure(given: Problem, names: Sequence[str], repeats: int) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Rounds of every contender, in an order that turns around; the first warms up and measures the memory.
+    """Rounds of every contender, in alternating order; the first one warms up and measures the memory.
 
-    Also returns why those that failed did: a peer's kernels may not suit the device.
+    Also returns the reasons of failed contenders: a peer's kernels may not support the device.
     """
     contenders, failed = {}, {}
     for name in names:
@@ -184,13 +184,13 @@ def measure(given: Problem, names: Sequence[str], repeats: int) -> tuple[dict[st
 
 
 def matrix_rate(given: Problem, repeats: int) -> float:
-    """Operations a second of the bare product, as the exact head must do it: float32 results."""
+    """Operations per second of the bare matmul with float32 results, which an exact head needs."""
     hidden_NH, weight_VH = given.hidden_NH, given.weight_VH
     if hidden_NH.is_cuda:
         product = lambda: torch.mm(hidden_NH, weight_VH.T, out_dtype=torch.float32)  # noqa: E731
     else:
         hidden32_NH, weight32_VH = hidden_NH.float(), weight_VH.float()
-        logits_VN = torch.empty(len(weight32_VH), len(hidden32_NH))  # made once: new memory costs as much as a product
+        logits_VN = torch.empty(len(weight32_VH), len(hidden32_NH))  # once: page faults cost as much as the matmul
         product = lambda: torch.mm(weight32_VH, hidden32_NH.T, out=logits_VN)  # noqa: E731
     product()
     seconds = statistics.median(timed(product) for _ in range(repeats))
@@ -198,14 +198,14 @@ def matrix_rate(given: Problem, repeats: int) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """One line a contender: medians with their ranges, memory, and errors."""
+    """One line per contender: medians with their ranges, memory, and errors."""
     drawn = Table(title="forward, and forward with backward of the log-probability; errors against float64")
     for name in (
         "backend",
         "forward ms",
         "both ms",
-        "/ floor",
-        "with entropy's ms",
+        "/ roofline",
+        "with entropy ms",
         "peak MB",
         "logprob RMS / max",
         "entropy RMS",
@@ -221,7 +221,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             row["backend"],
             forward,
             both,
-            f"{row['both_over_floor']:.2f}",
+            f"{row['both_over_roofline']:.2f}",
             with_entropy,
             f"{row['both_peak_bytes'] / 1e6:.0f}",
             f"{row['logprob_rms']:.1e} / {row['logprob_max']:.1e}",
@@ -242,7 +242,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: {default})")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--backends", nargs="+", choices=CONTENDERS, help="default: what can run here")
+    parser.add_argument("--backends", nargs="+", choices=CONTENDERS, help="default: all that can run here")
     return parser.parse_args(list(argv))
 
 
@@ -270,13 +270,13 @@ def main(argv: Sequence[str]) -> int:
     )
     contenders, failed = measure(given, names, arguments.repeats)
     rate = matrix_rate(given, arguments.repeats)
-    floor_seconds = 4 * arguments.rows * arguments.hidden * arguments.vocab / rate
+    roofline_seconds = 4 * arguments.rows * arguments.hidden * arguments.vocab / rate
     rows = [
         {
             "backend": name,
             **{f"{what}_seconds": seconds for what, seconds in contender.seconds.items()},
             **{f"{what}_peak_bytes": peak for what, peak in contender.peak_bytes.items()},
-            "both_over_floor": statistics.median(contender.seconds["both"]) / floor_seconds,
+            "both_over_roofline": statistics.median(contender.seconds["both"]) / roofline_seconds,
             **contender.errors(),
         }
         for name, contender in contenders.items()
@@ -284,15 +284,15 @@ def main(argv: Sequence[str]) -> int:
     Console(width=170).print(table(rows))
     for name, reason in failed.items():
         print(f"{name} failed: {reason}", file=sys.stderr)
-    said = {
+    result = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))},
         **vars(arguments),
         "failed": failed,
         "matrix_rate_flops": rate,
-        "floor_seconds": floor_seconds,
+        "roofline_seconds": roofline_seconds,
         "measured": rows,
     }
-    print(json.dumps(said))
+    print(json.dumps(result))
     return 0

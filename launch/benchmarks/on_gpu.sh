@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, one command each, each within 10 minutes. Without a GPU the same runs small, on the CPU.
+# What only a GPU can show: one command for each, within 10 minutes. Without a GPU the same runs small, on the CPU.
 #
 #     on_gpu.sh check                    the machine, the plan, the engine with its graphs, a verified start, three steps
 #     on_gpu.sh head                     the kernels' and the head's tests, and the head's benchmark at Qwen2.5's widths
@@ -9,9 +9,9 @@
 #     on_gpu.sh profile SHAPE            a step's kernels by time
 #     on_gpu.sh overlap SHAPE            sampling beside learning (run.max_staleness 1), with MPS and without, against 0
 #
-# Each part's output is a file of $OUT (default runs/on_gpu); a part whose file is there is not run again, so that a
-# command that was cut off goes on. head and learn need torch, triton, rich, no vLLM and no Ray. TRL runs where it is
-# installed; beside our side where the GPU has 70 GiB, else after it. PYTHON names the interpreter (default .venv's).
+# Each part's output is a file in $OUT (default runs/on_gpu). A part whose file exists is not run again, so that an
+# interrupted command resumes. head and learn need torch, triton, rich, no vLLM and no Ray. TRL runs if it is installed:
+# beside our side if the GPU has 70 GiB, else after it. PYTHON names the interpreter (default: that of .venv).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
@@ -21,11 +21,11 @@ mkdir -p "$out"
 
 has() { $python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
-part() { # NAME COMMAND...: run it unless its output is there already
+part() { # NAME COMMAND...: run it unless its output exists
     local file="$out/$1.txt"
     shift
     if [ -e "$file" ]; then
-        echo "== $file is there; delete it to run this part again"
+        echo "== $file exists; delete it to run this part again"
         return
     fi
     echo "== $*"
@@ -86,7 +86,7 @@ head)
     for width in $widths; do
         for temperature in 1.0 0.6; do
             part "head-$width-$temperature" $python launch/benchmark.py head \
-                --methods $rows --hidden "$width" --vocab $vocab --temperature $temperature
+                --rows $rows --hidden "$width" --vocab $vocab --temperature $temperature
         done
     done
     ;;

@@ -1,11 +1,11 @@
-"""Where the time of a step goes: the operations of one update and of one sampling, by their own time.
+"""The operations of one update and of one sampling, by their own time.
 
     python launch/benchmark.py profile [--model-shape qwen2.5-3b] [--prompt-tokens 100] [--top 20]
                                        [OPTIONS of launch/run.py]
 
 The learner updates on random rollouts (run.prompts_per_step prompts, actor.group_size completions each of
-actor.max_tokens tokens), then vLLM samples as many from random prompts, both in this process, each once to warm up and
-once under torch's profiler: kernels on a GPU, operators on a CPU. The profiler slows both; the shares are what counts.
+actor.max_tokens tokens), then vLLM samples as many from random prompts. Both run in this process, once to warm up and
+once under torch's profiler: kernels on a GPU, operators on a CPU. The profiler slows both: only shares count.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from learner.learner import Learner
 
 
 def operations(work: Callable[[], object]) -> dict[str, float]:
-    """Own seconds of each operation in one call of `work`, longest first; after a call that warms up."""
+    """Own seconds of each operation in one call of `work`, after a warm-up; longest first."""
     on_gpu = torch.cuda.is_available()
     work()
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
@@ -73,7 +73,7 @@ def _sampling(folder: Path, config: Config, prompts: list[list[int]], adapter: A
 
 
 def table(title: str, seconds: dict[str, float], top: int) -> Table:
-    """The `top` longest operations, and what the others take together."""
+    """The `top` longest operations, and the sum of the others."""
     whole = sum(seconds.values())
     made = Table("operation", "s", "share", title=f"{title}: {whole:.2f} s")
     shown = list(seconds.items())[:top]
@@ -98,15 +98,15 @@ def main(argv: Sequence[str]) -> int:
         except UserError as error:
             print(error, file=sys.stderr)
             return 2
-        said: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-        said["update"], adapter = _update(folder, config, arguments.prompt_tokens)
-        gc.collect()  # the learner's tensors, before vLLM asks for its share
+        result: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+        result["update"], adapter = _update(folder, config, arguments.prompt_tokens)
+        gc.collect()  # frees the learner's tensors before vLLM allocates its share
         torch.cuda.empty_cache()
         size = (config.run.prompts_per_step, arguments.prompt_tokens)
         prompts = np.random.default_rng(config.run.seed).integers(model.config.get_text_config().vocab_size, size=size)
-        said["sampling"] = _sampling(folder, config, prompts.tolist(), adapter)
+        result["sampling"] = _sampling(folder, config, prompts.tolist(), adapter)
     console = Console(width=140)
     for name in ("update", "sampling"):
-        console.print(table(name, said[name], arguments.top))
-    print(json.dumps(said))
+        console.print(table(name, result[name], arguments.top))
+    print(json.dumps(result))
     return 0

@@ -1,6 +1,5 @@
-"""The least time a step can take on this machine: rates that are measured, over work that is counted."""
+"""The roofline of a step, a lower bound of its time on this machine: counted work over measured rates."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,58 +8,53 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from common.config import ModelConfig
 from common.types import Group
+from launch.benchmarks.head import timed
 from launch.planning.memory import Size
 
-REPEATS = 5  # of each measurement, after one that warms up; the best counts
-WIDTH = {"cpu": 2048, "cuda": 8192}  # of the square matrices that the rate is measured with
+REPEATS = 5  # of each measurement, after a warm-up; the fastest counts
+WIDTH = {"cpu": 2048, "cuda": 8192}  # of the square matrices of the measured matmul
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Of the device that samples and learns."""
+    """Rates of the device that samples and learns."""
 
-    operations_per_second: float  # of a large matrix product in the model's dtype
+    operations_per_second: float  # of a large matmul in the model's dtype
     bytes_per_second: float  # read and written by a large copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What the work is counted from."""
+    """The sizes from which the work is counted."""
 
     trunk_parameters: int  # of the linear layers below the head
     head_parameters: int
     adapter_parameters: int
     attention_width: int  # layers * query heads * size of a head
-    weight_bytes: int  # read for each decoded token of a batch
-    kv_token_bytes: int  # of the cache, over all layers
+    weight_bytes: int  # read by each decode step
+    kv_token_bytes: int  # of the KV cache per token, over all layers
 
 
 def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
-    """Takes a second or two; nothing else may run on the device."""
+    """Measure the device for a second or two; nothing else may run on it."""
     width, copied = WIDTH[device.type], COPIED_BYTES[device.type]
     left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))  # ones draw less power
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return Rates(
-        operations_per_second=2 * width**3 / _best(lambda: left @ right, device),
-        bytes_per_second=2 * copied / _best(lambda: target.copy_(source), device),
+        operations_per_second=2 * width**3 / _fastest(lambda: left @ right),
+        bytes_per_second=2 * copied / _fastest(lambda: target.copy_(source)),
     )
 
 
-def _best(function: Callable[[], object], device: torch.device) -> float:
-    seconds = []
-    for _ in range(REPEATS + 1):
-        started = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+def _fastest(call: Callable[[], object]) -> float:
+    call()
+    return min(timed(call) for _ in range(REPEATS))
 
 
 def shape(config: PretrainedConfig, model: ModelConfig) -> Shape:
-    """Counted on the model's modules, whatever its architecture."""
+    """The sizes of a model of any architecture, counted on its modules."""
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     head = whole.get_output_embeddings()
@@ -82,9 +76,9 @@ def shape(config: PretrainedConfig, model: ModelConfig) -> Shape:
 
 
 def rollout_seconds(groups: Sequence[Group], shape: Shape, rates: Rates) -> float:
-    """Each prompt prefilled once, all rollouts decoded at once: by operations or by bytes, what takes longer.
+    """Each prompt is prefilled once, and all rollouts are decoded concurrently, bound by operations or by bytes.
 
-    A decoded token of the batch reads every weight once, and each rollout its own cache.
+    A decode step reads every weight once, and the KV cache of each rollout.
     """
     prefill = sum(
         2 * shape.trunk_parameters * prompt + 4 * shape.attention_width * _triangle(prompt)
@@ -94,7 +88,7 @@ def rollout_seconds(groups: Sequence[Group], shape: Shape, rates: Rates) -> floa
     seen = sum(prompt * length + _triangle(length) for prompt, length in rollouts)
     tokens = sum(length for _, length in rollouts)
     operations = 2 * (shape.trunk_parameters + shape.head_parameters) * tokens + 4 * shape.attention_width * seen
-    passes = max(length for _, length in rollouts) - 1  # the prefill gives the first tokens
+    passes = max(length for _, length in rollouts) - 1  # the prefill samples the first token
     moved = passes * shape.weight_bytes + seen * shape.kv_token_bytes
     return prefill / rates.operations_per_second + max(
         operations / rates.operations_per_second, moved / rates.bytes_per_second
@@ -102,10 +96,10 @@ def rollout_seconds(groups: Sequence[Group], shape: Shape, rates: Rates) -> floa
 
 
 def learn_seconds(groups: Sequence[Group], shape: Shape, rates: Rates, *, reference: bool) -> float:
-    """Forward, backward to the adapter, and the reference's forward if there is one; a group's prompt computed once.
+    """Forward, backward to the adapter, and the reference pass if there is one; a group's prompt is computed once.
 
-    A token takes 2 operations of a frozen weight forward and 2 backward (which makes no gradient for it), 2 and 4 of an
-    adapter's, and 4 of the head's where it is scored (learner/head).
+    Operations per token and weight: a frozen weight takes 2 forward and 2 backward (it has no gradient), an adapter's
+    weight 2 and 4, and the head's weights 4 in all, for scored tokens alone (learner/head).
     """
     tokens = sum(prompt + sum(lengths) for prompt, lengths in map(_lengths, groups))
     scored = sum(sum(lengths) for _, lengths in map(_lengths, groups))
@@ -114,11 +108,11 @@ def learn_seconds(groups: Sequence[Group], shape: Shape, rates: Rates, *, refere
         for prompt, lengths in map(_lengths, groups)
     )
     forward = 2 * shape.trunk_parameters * tokens + 4 * shape.attention_width * pairs
-    backward = forward + 4 * shape.attention_width * pairs  # attention has twice its products to undo
+    backward = forward + 4 * shape.attention_width * pairs  # the backward of attention has twice the matmuls
     head = 4 * shape.head_parameters * scored
     adapter = 6 * shape.adapter_parameters * tokens
-    again = (forward + 2 * shape.head_parameters * scored) if reference else 0
-    return (forward + backward + head + adapter + again) / rates.operations_per_second
+    reference_pass = (forward + 2 * shape.head_parameters * scored) if reference else 0
+    return (forward + backward + head + adapter + reference_pass) / rates.operations_per_second
 
 
 def _lengths(group: Group) -> tuple[int, list[int]]:

@@ -1,15 +1,15 @@
-"""Throughput of whole steps, side by side in one run and by turns.
+"""Throughput of whole steps of several contenders, interleaved in one run.
 
     python launch/benchmark.py train [--peer trl [--peer-after]] [--steps 3] [--batches 2 4 8] [--methods reft erpo]
                                      [--model-shape qwen2.5-3b] [--out FOLDER] [--config FILE.toml]
                                      [OPTIONS of launch/run.py]
 
 Each round runs one whole step of every contender (sampling, reward, learning, publishing) while the others are idle, in
-an order that turns around from round to round; the first round warms up and is not counted. --batches then runs two
-steps of each multiple of the prompts, counts the second, and fits how the cost grows with the tokens. Prints a table,
-and one JSON object as the last line; --out keeps that and a chart. --methods adds rows of the table of methods, without
-their group filter, refill and further inner updates, so that all of them learn the same; --model-shape takes random
-weights of a published shape. --peer-after runs the peer once ours has ended, where the two do not fit side by side.
+an order that alternates from round to round; the first round warms up and is not counted. --batches then runs two steps
+of each multiple of the prompts, counts the second, and fits how the cost grows with the tokens. Prints a table, and one
+JSON object as the last line; --out saves that and a chart. --methods adds further methods, without their group filter,
+refill and inner updates, so that all of them learn from the same tokens; --model-shape takes random weights of a
+published shape. --peer-after runs the peer after our side has ended, for GPUs on which the two do not fit together.
 """
 
 import argparse
@@ -36,27 +36,25 @@ from common.config import Config, with_values
 from common.methods import METHODS, MethodConfig
 from common.types import Group, UpdateResult, UserError
 from launch.benchmarks import roofline, step_results
-from launch.benchmarks.update import with_method
-from launch.evaluate import sample
+from launch.benchmarks.update import CONFIG, with_method
 from launch.planning import model_folder, plan
 from launch.planning.plan import Plan
 from launch.runtime import cluster, workers
-from launch.runtime.buffer import PromptStream
+from launch.runtime.buffer import PromptStream, sample
 from launch.runtime.recorder import num_completion_tokens
 from learner.learner import Learner
 from learner.objective import Objective, demands
 
-CONFIG = Path(__file__).parents[1] / "configs" / "benchmark.toml"
 CONTENDERS = {
     "sa-ah-grpo": MethodConfig(name="sa-ah-grpo"),
     "alpha 0": MethodConfig.model_validate({"name": "sa-ah-grpo", "alpha": 0.0}),
     "grpo": MethodConfig(name="grpo"),
 }
-Measured = dict[str, float]  # of a step: seconds by phase ("step" is the whole), floors, tokens, bytes
+Measured = dict[str, float]  # one step: seconds by phase ("step" is the whole), rooflines, tokens, bytes
 
 
 class AnyMethod(Learner):
-    """A learner with another objective at each step: the benchmarked methods differ in nothing else."""
+    """A learner that takes another objective at each step; the benchmarked methods differ in nothing else."""
 
     def update_with(self, config: Config, groups: Sequence[Group]) -> UpdateResult:
         self.objective = Objective(config, self.policy.vocab_size)
@@ -64,7 +62,7 @@ class AnyMethod(Learner):
 
 
 class Horizon:
-    """One actor and one learner, and the least that their steps can take."""
+    """One actor and one learner, and the roofline of their steps."""
 
     def __init__(self, checked: Plan, stack: ExitStack) -> None:
         self.config = checked.config
@@ -73,7 +71,7 @@ class Horizon:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.rates = roofline.measure_rates(getattr(torch, self.config.model.dtype), device)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # both sides need it
+            torch.cuda.empty_cache()  # the workers need the memory
         self.workers = stack.enter_context(workers.start(checked, learner_class=AnyMethod))
 
     def step(self, method: MethodConfig, batch: int = 1) -> Measured:
@@ -97,8 +95,10 @@ class Horizon:
             "step": ended - started,
             "tokens": num_completion_tokens(groups),
             "learner_peak_bytes": result.metrics["memory/peak_bytes"],
-            "rollout_floor": roofline.rollout_seconds(groups, self.shape, self.rates),
-            "learn_floor": roofline.learn_seconds(groups, self.shape, self.rates, reference=demands(config).reference),
+            "rollout_roofline": roofline.rollout_seconds(groups, self.shape, self.rates),
+            "learn_roofline": roofline.learn_seconds(
+                groups, self.shape, self.rates, reference=demands(config).reference
+            ),
         }
 
 
@@ -129,7 +129,7 @@ class Peer:
             "dtype": config.model.dtype,
             "seed": config.run.seed,
         }
-        if checked.memory is not None:  # TRL's vLLM gets what ours does
+        if checked.memory is not None:  # TRL's vLLM gets as much memory as ours
             gpu_bytes = torch.cuda.get_device_properties(0).total_memory
             job["gpu_memory_fraction"] = round(checked.memory.total("actor") / gpu_bytes, 4)
         (folder / "job.json").write_text(json.dumps(job))
@@ -151,13 +151,13 @@ class Peer:
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        said = self._answer()
+        result = self._answer()
         return {
-            "rollout": said["generate_seconds"],
-            "learn": said["step_seconds"] - said["generate_seconds"],
-            "step": said["step_seconds"],
-            "tokens": said["tokens"],
-            "learner_peak_bytes": said["peak_bytes"],
+            "rollout": result["generate_seconds"],
+            "learn": result["step_seconds"] - result["generate_seconds"],
+            "step": result["step_seconds"],
+            "tokens": result["tokens"],
+            "learner_peak_bytes": result["peak_bytes"],
         }
 
     def _answer(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _planned(config: Config, batch: int) -> Plan:
 def _measure(
     arguments: argparse.Namespace, checked: Plan, methods: dict[str, MethodConfig]
 ) -> tuple[roofline.Rates, dict[str, list[Measured]], dict[int, Measured]]:
-    """The device's rates, the rounds of every contender, and a step of ours for each multiple of the prompts."""
+    """The device's rates, the rounds of every contender, and one of our steps for each multiple of the prompts."""
     with ExitStack() as stack:
         stack.enter_context(cluster.connect())
         horizon = Horizon(checked, stack)

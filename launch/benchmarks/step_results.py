@@ -1,4 +1,4 @@
-"""What launch/benchmarks/step.py measured, as one JSON object, one table and one chart."""
+"""The results of launch/benchmarks/step.py as one JSON object, one table and one chart."""
 
 import json
 import platform
@@ -17,14 +17,14 @@ from launch.benchmarks.roofline import Rates
 from launch.planning.plan import Plan
 from launch.runtime import workers
 
-Rows = Mapping[str, Sequence[Mapping[str, float]]]  # by contender: its measured steps
-PHASES = {"rollout": "#0072b2", "learn": "#e69f00", "publish": "#009e73"}  # seconds of a step; colour-blind safe
+Results = Mapping[str, Sequence[Mapping[str, float]]]  # by contender: its measured steps
+PHASES = {"rollout": "#0072b2", "learn": "#e69f00", "publish": "#009e73"}  # phases of a step; colour-blind safe
 
 
 def summary(
-    plan: Plan, model: str, rates: Rates, measured: Rows, batches: Mapping[int, Mapping[str, float]]
+    plan: Plan, model: str, rates: Rates, measured: Results, batches: Mapping[int, Mapping[str, float]]
 ) -> dict[str, Any]:
-    """Medians, spreads, and every figure behind them. Peaks are the learner's, of the peer those of all it is."""
+    """Medians, and every figure behind them. Memory peaks are the learner's, or those of the peer's whole process."""
     config = plan.config
     over_grpo = ratios(measured, "sa-ah-grpo", "grpo")
     over_trl = ratios(measured, "trl", "sa-ah-grpo") if "trl" in measured else None
@@ -54,39 +54,39 @@ def summary(
 
 
 def _processor() -> str:
-    """The model's name, where the system tells it."""
+    """The processor's model name, if the system reports it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
-def ratios(measured: Rows, above: str, below: str) -> list[float]:
-    """Step time of `above` over that of `below`, round by round."""
+def ratios(measured: Results, above: str, below: str) -> list[float]:
+    """Step time of `above` over that of `below`, for each round."""
     pairs = zip(measured[above], measured[below], strict=True)
     return [a["step"] / b["step"] for a, b in pairs]
 
 
 def exponent(batches: Mapping[int, Mapping[str, float]]) -> float:
     """Slope of log seconds over log tokens: 1 is a cost linear in tokens."""
-    tokens, seconds = (np.log([row[key] for row in batches.values()]) for key in ("tokens", "step"))
+    tokens, seconds = (np.log([step[key] for step in batches.values()]) for key in ("tokens", "step"))
     return float(np.polyfit(tokens, seconds, 1)[0])
 
 
-def medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+def medians(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(step[key] for step in steps) for key in steps[0]}
 
 
-def table(measured: Rows) -> Table:
-    """Median seconds by phase, in per cent of them the floor, and the range of whole steps."""
+def table(measured: Results) -> Table:
+    """Median seconds by phase, the roofline in per cent of them, and the range of whole steps."""
     drawn = Table(
-        "", "rollout s", "floor %", "learn s", "floor %", "publish s", "step s", "range", "tokens/s", "learner GB"
+        "", "rollout s", "roofline %", "learn s", "roofline %", "publish s", "step s", "range", "tokens/s", "learner GB"
     )
-    for name, rows in measured.items():
-        middle, steps = medians(rows), [row["step"] for row in rows]
+    for name, steps in measured.items():
+        middle, seconds = medians(steps), [step["step"] for step in steps]
 
         def share(phase: str, middle: Mapping[str, float] = middle) -> str:
-            floor = f"{phase}_floor"
-            return f"{100 * middle[floor] / middle[phase]:.0f}" if floor in middle else "-"
+            bound = f"{phase}_roofline"
+            return f"{100 * middle[bound] / middle[phase]:.0f}" if bound in middle else "-"
 
         drawn.add_row(
             name,
@@ -96,7 +96,7 @@ def table(measured: Rows) -> Table:
             share("learn"),
             f"{middle['publish']:.2f}" if "publish" in middle else "-",
             f"{middle['step']:.2f}",
-            f"{min(steps):.2f}-{max(steps):.2f}",
+            f"{min(seconds):.2f}-{max(seconds):.2f}",
             f"{middle['tokens'] / middle['step']:.0f}",
             f"{middle['learner_peak_bytes'] / 1e9:.1f}",
         )
@@ -110,21 +110,22 @@ def keep(folder: Path, summary: Mapping[str, Any]) -> None:
     chart(summary["measured"]).savefig(folder / "benchmark.svg")
 
 
-def chart(measured: Rows) -> Figure:
-    """A bar for each contender, of the median seconds of its phases; a tick marks the floor of each."""
+def chart(measured: Results) -> Figure:
+    """A bar for each contender, of the median seconds of its phases; a black line marks the roofline of each."""
     figure = Figure(figsize=(8, 1 + 0.5 * len(measured)), layout="constrained")
     axes = figure.subplots()
-    for place, rows in enumerate(measured.values()):
-        middle, left = medians(rows), 0.0
+    for position, steps in enumerate(measured.values()):
+        middle, left = medians(steps), 0.0
         for phase, colour in PHASES.items():
             if phase not in middle:
                 continue
-            axes.barh(place, middle[phase], left=left, color=colour, label=phase if place == 0 else None)
-            if f"{phase}_floor" in middle:
-                axes.plot([left + middle[f"{phase}_floor"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1)
+            axes.barh(position, middle[phase], left=left, color=colour, label=phase if position == 0 else None)
+            if f"{phase}_roofline" in middle:
+                bound = left + middle[f"{phase}_roofline"]
+                axes.plot([bound] * 2, [position - 0.4, position + 0.4], color="black", linewidth=1)
             left += middle[phase]
     axes.set_yticks(range(len(measured)), list(measured))
     axes.invert_yaxis()
-    axes.set_xlabel("seconds a step, median; a black line is the floor of its phase")
+    axes.set_xlabel("s/step, median; a black line is the roofline of its phase")
     axes.legend(loc="lower right")
     return figure

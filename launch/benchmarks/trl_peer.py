@@ -1,13 +1,13 @@
 """TRL's GRPOTrainer as a peer of launch/benchmark.py, one optimizer step at a time.
 
-`python -m launch.benchmarks.trl_peer JOB.json` (the fields of Job) speaks JSON lines on stdout; what libraries print
-goes to stderr. After set-up it prints {"ready": true, ...}; each line `step` on stdin then runs one optimizer step,
-from fetching its prompts to the optimizer, and answers with one line; `quit` or the end of input ends the process.
-In between it is blocked on stdin, so that the other side of the benchmark can be timed alone.
+`python -m launch.benchmarks.trl_peer JOB.json` (the fields of Job) prints JSON lines on stdout; what libraries print
+goes to stderr. After set-up it prints {"ready": true, ...}. Each line `step` on stdin then runs one optimizer step,
+from fetching its prompts to the optimizer, and prints one line; any other line or the end of input ends the process.
+Between steps it is blocked on stdin, so that the other side of the benchmark can be timed alone.
 
-TRL does the work of the method "grpo": completions sampled in one batch by the current policy, Eq. 2 with the k3 KL
-to the model without its adapter, one update. `grpo_config` holds its settings and their reasons. Completions end at
-an end-of-sequence token or at max_tokens: TRL's own sampler takes no stop strings.
+TRL does the work of the method "grpo": it samples completions in one batch with the current policy, and makes one
+update with Eq. 2 and the k3 KL to the model without its adapter. `grpo_config` has its settings and their reasons.
+Completions end at an end-of-sequence token or at max_tokens: TRL's own sampler takes no stop strings.
 """
 
 import importlib
@@ -25,19 +25,19 @@ import trl
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from common.config import Section
+from common.section import Section
 from common.types import UserError
 
 
 class Job(Section):
-    """What the JSON file says; names and meanings are those of the options in common/config.py."""
+    """The JSON file; names and meanings are those of the options in common/config.py."""
 
     model_dir: Path
     task: str
     """Module of actor/tasks whose score(completion, answer)["total"] is the reward."""
     prompts: tuple[tuple[dict[str, str], ...], ...]
     answers: tuple[str, ...]
-    """One for each prompt. Both are taken in this order, prompts_per_step a step, and again from the start."""
+    """One for each prompt. Both are taken in this order, prompts_per_step per step, and again from the start."""
     group_size: int = 4
     prompts_per_step: int = 4
     max_tokens: int = 128
@@ -54,27 +54,29 @@ class Job(Section):
     """Of the frozen weights and the activations."""
     seed: int = 123
     threads: int | None = None
-    """Of torch on the CPU; None: as many as torch finds."""
+    """Threads of torch on the CPU; None: as many as torch finds."""
     gpu_memory_fraction: float = 0.3
     overrides: dict[str, Any] | None = None
-    """Fields of trl.GRPOConfig that win over the choices made here."""
+    """Fields of trl.GRPOConfig that override the choices of `grpo_config`."""
 
 
 def grpo_config(job: Job, output_dir: str) -> trl.GRPOConfig:
-    """TRL's settings for this job: the same work as ours and, within that, TRL's fastest.
+    """TRL's settings for this job: the same work as ours, and otherwise TRL's fastest.
 
-    Left at TRL's defaults: one update of a step's completions, advantages scaled by group, gradient norm at most 1.
+    TRL's defaults are kept for: one update per step, advantages scaled by group, gradient norm at most 1.
     """
     cuda = torch.cuda.is_available()
-    least = "min_tokens" if cuda else "min_new_tokens"
+    min_tokens = "min_tokens" if cuda else "min_new_tokens"
     settings: dict[str, Any] = {
         # the work
-        "model_init_kwargs": {"dtype": job.dtype},  # frozen weights as ours; TRL loads float32 unless told
+        "model_init_kwargs": {"dtype": job.dtype},  # frozen weights as ours; TRL's default is float32
         "num_generations": job.group_size,
-        "per_device_train_batch_size": job.group_size,  # micro-batches: the whole step at once took as long on 1
-        "gradient_accumulation_steps": job.prompts_per_step,  # core, and 3 x the memory; sampling is one batch
+        # One group per micro-batch: the whole step at once took as long on 1 core, at 3 times the memory. Sampling is
+        # one batch.
+        "per_device_train_batch_size": job.group_size,
+        "gradient_accumulation_steps": job.prompts_per_step,
         "max_completion_length": job.max_tokens,
-        "generation_kwargs": {least: job.max_tokens} if job.fixed_length else None,
+        "generation_kwargs": {min_tokens: job.max_tokens} if job.fixed_length else None,
         "temperature": job.temperature,
         "loss_type": "grpo",  # the mean over a completion's tokens, then over completions: Eq. 2
         "epsilon": job.clip,
@@ -85,14 +87,14 @@ def grpo_config(job: Job, output_dir: str) -> trl.GRPOConfig:
         "weight_decay": 0.01,
         "shuffle_dataset": False,
         "seed": job.seed,
-        "max_steps": 1_000_000,  # the other side says when to stop
+        "max_steps": 1_000_000,  # the other side ends the process
         # speed
         "bf16": job.dtype == "bfloat16",  # autocast: without it peft multiplies with the adapter in float32
-        "gradient_checkpointing": False,  # TRL's default, True, computes every layer's forward pass twice
+        "gradient_checkpointing": False,  # TRL's default, True, repeats every layer's forward pass
         "use_cpu": not cuda,
         "use_vllm": cuda,  # colocated, which fails on a CPU: 'Parameter' object has no attribute 'weight_loader'
         "vllm_gpu_memory_utilization": job.gpu_memory_fraction,
-        "vllm_importance_sampling_correction": False,  # True costs one more forward pass, which ours does not make
+        "vllm_importance_sampling_correction": False,  # True costs one extra forward pass, which ours does not make
         # silence
         "output_dir": output_dir,
         "report_to": "none",
@@ -104,7 +106,7 @@ def grpo_config(job: Job, output_dir: str) -> trl.GRPOConfig:
 
 
 class TimedTrainer(trl.GRPOTrainer):
-    """GRPOTrainer that notes what a step did: TRL gives its own timings to W&B and MLflow only."""
+    """A GRPOTrainer that records each step: TRL reports its own timings only to W&B and MLflow."""
 
     generate_seconds = 0.0
     loss = 0.0
@@ -112,7 +114,7 @@ class TimedTrainer(trl.GRPOTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
-        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)  # lists: the device is done
+        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)  # lists, so the device has finished
         self.generate_seconds += time.perf_counter() - start
         self.lengths += tuple(map(len, completion_ids))
         return completion_ids, logprobs
@@ -122,18 +124,18 @@ class TimedTrainer(trl.GRPOTrainer):
         self.loss += loss.item()
         return loss
 
-    def take_notes(self) -> dict[str, float]:
-        """What was noted since the last call."""
+    def take_records(self) -> dict[str, float]:
+        """What was recorded since the last call."""
         count = {"tokens": sum(self.lengths), "mean_length": sum(self.lengths) / len(self.lengths)}
-        notes = {"generate_seconds": self.generate_seconds, "loss": self.loss, **count}
+        records = {"generate_seconds": self.generate_seconds, "loss": self.loss, **count}
         self.generate_seconds, self.loss, self.lengths = 0.0, 0.0, ()
-        return notes
+        return records
 
 
 class StepOnRequest(TrainerCallback):
-    """Holds the trainer from the end of a step to the request for the next.
+    """Blocks the trainer from the end of a step until the next one is requested.
 
-    Held there, and not where a step begins, a step's time has the fetching of its prompts in it.
+    It does not block where TRL's step begins, because a step's time must include the fetching of its prompts.
     """
 
     def __init__(self, protocol: Any) -> None:
@@ -142,28 +144,28 @@ class StepOnRequest(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         chosen = ("use_vllm", "bf16", "gradient_checkpointing", "per_device_train_batch_size", "generation_batch_size")
-        self._say(ready=True, trl=trl.__version__, **{name: getattr(args, name) for name in chosen})
+        self._send(ready=True, trl=trl.__version__, **{name: getattr(args, name) for name in chosen})
         self._wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         step_seconds = time.perf_counter() - self.started
-        self._say(step_seconds=step_seconds, peak_bytes=peak_bytes(), **self.trainer.take_notes())
+        self._send(step_seconds=step_seconds, peak_bytes=peak_bytes(), **self.trainer.take_records())
         self._wait()
 
-    def _say(self, **message: Any) -> None:
+    def _send(self, **message: Any) -> None:
         print(json.dumps(message), file=self.protocol, flush=True)
 
     def _wait(self) -> None:
-        """Returns at the request for a step; ends the process at any other line and at the end of input."""
+        """Wait for the request of a step; any other line and the end of input end the process."""
         if sys.stdin.readline().strip() != "step":
             raise SystemExit(0)
         self.started = time.perf_counter()
 
 
 def peak_bytes() -> int:
-    """Largest memory so far: of torch on the GPU, or resident on a machine without one."""
+    """Peak memory so far: torch's on the GPU, or the resident memory on a machine without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -171,7 +173,7 @@ def peak_bytes() -> int:
 
 def main() -> None:
     protocol = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # stdout is the protocol's alone, also against what compiled libraries print
+    os.dup2(2, 1)  # stdout is for the protocol alone: compiled libraries print to it too
     job = Job.model_validate_json(Path(sys.argv[1]).read_bytes())
     if len(job.prompts) < job.prompts_per_step:
         raise UserError(f"{len(job.prompts)} prompts do not fill prompts_per_step={job.prompts_per_step}; give more")

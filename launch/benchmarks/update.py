@@ -1,10 +1,10 @@
-"""Methods by turns in one learner: what a step of learning costs, sampling and publishing left out.
+"""Interleaved methods in one learner: the cost of an update, without sampling and publishing.
 
     python launch/benchmark.py learn [--pairs 20] [--prompt-tokens 100] [OPTIONS of launch/run.py]
 
 One learner, in this process, updates on the same random rollouts (run.prompts_per_step prompts, actor.group_size
-completions each of actor.max_tokens tokens) with one method after the other, in an order that turns around from pair
-to pair; the first pair warms up and is not counted. Needs no Ray and no vLLM.
+completions each of actor.max_tokens tokens) with both methods, in an order that alternates from pair to pair; the first
+pair warms up and is not counted. Needs no Ray and no vLLM.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from common.command_line import load
 from common.config import Config
 from common.methods import MethodConfig
-from common.types import Group, Prompt, Rollout, Score, UserError
+from common.types import Group, UserError
 from launch.planning import memory_fit, model_folder, plan
+from launch.planning.synthetic import synthetic_groups
 from learner.learner import Learner
 from learner.objective import Objective
 
@@ -33,41 +34,27 @@ CONTENDERS = ("sa-ah-grpo", "grpo")
 
 
 def random_groups(config: Config, vocab_size: int, prompt_tokens: int) -> list[Group]:
-    """Random tokens; in each group every reward is another, so that half of the advantages are negative."""
-    generator = np.random.default_rng(config.run.seed)
-    tokens = prompt_tokens + config.actor.max_tokens
-    groups = []
-    for index in range(config.run.prompts_per_step):
-        prompt_ids = generator.integers(vocab_size, size=prompt_tokens)
-        rollouts = [
-            Rollout(
-                token_ids=np.append(prompt_ids, generator.integers(vocab_size, size=config.actor.max_tokens)).astype(
-                    np.int32
-                ),
-                num_prompt_tokens=prompt_tokens,
-                mask=np.arange(tokens) >= prompt_tokens,
-                actor_logprobs=np.full(tokens, -1.0, dtype=np.float32),
-                text="",
-                finish_reason="length",
-                version=0,
-                score=Score(total=float(place), correct=False, parts={}),
-            )
-            for place in range(config.actor.group_size)
-        ]
-        groups.append(Group(prompt=Prompt(messages=(), answer="", index=index), rollouts=tuple(rollouts)))
-    return groups
+    """The groups of one step."""
+    return synthetic_groups(
+        config.run.prompts_per_step,
+        config.actor.group_size,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=config.actor.max_tokens,
+        vocab_size=vocab_size,
+        seed=config.run.seed,
+    )
 
 
 def with_method(config: Config, method: MethodConfig) -> Config:
-    """`config` with another method, its importance weights included."""
+    """`config` with another method. If the method's importance weights are unset, those of `config` stay."""
     importance = config.method.importance if method.importance == "auto" else method.importance
     return config.model_copy(update={"method": method.model_copy(update={"importance": importance})})
 
 
 def planned(options: Sequence[str], prompt_tokens: int) -> tuple[Config, Path, PreTrainedModel]:
-    """The configuration of benchmark.toml and `options` with its unset choices made, the model's folder, and the model.
+    """The completed configuration of benchmark.toml and `options`, the model's folder, and the model without weights.
 
-    The model has no weights. Raises UserError for what is invalid or does not fit.
+    Raises UserError for what is invalid or does not fit.
     """
     config = plan.with_importance(load(options, CONFIG))
     folder = model_folder.resolve(config.model.path)
@@ -77,7 +64,7 @@ def planned(options: Sequence[str], prompt_tokens: int) -> tuple[Config, Path, P
 
 
 def measure(learner: Learner, groups: Sequence[Group], pairs: int) -> dict[str, list[float]]:
-    """Seconds of `pairs` counted updates by method."""
+    """Seconds of `pairs` counted updates, by method."""
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for number in range(pairs + 1):
         for name in CONTENDERS[:: -1 if number % 2 else 1]:
@@ -93,7 +80,7 @@ def measure(learner: Learner, groups: Sequence[Group], pairs: int) -> dict[str, 
 
 
 def summary(seconds: dict[str, list[float]], num_tokens: int) -> dict[str, Any]:
-    """Ratios pair by pair, and completion tokens a second."""
+    """Ratios of the pairs, and completion tokens per second."""
     ratios = sorted(a / b for a, b in zip(*(seconds[name] for name in CONTENDERS), strict=True))
     return {
         "completion_tokens": num_tokens,
@@ -120,14 +107,14 @@ def main(argv: Sequence[str]) -> int:
     learner = Learner(folder, config, np.arange(8, dtype=np.int32))
     groups = random_groups(config, learner.policy.vocab_size, arguments.prompt_tokens)
     num_tokens = sum(int(rollout.mask.sum()) for group in groups for rollout in group.rollouts)
-    said = summary(measure(learner, groups, arguments.pairs), num_tokens)
-    for name, each in said["seconds"].items():
+    result = summary(measure(learner, groups, arguments.pairs), num_tokens)
+    for name, each in result["seconds"].items():
         print(
             f"{name:12} median {statistics.median(each):.2f} s ({min(each):.2f}-{max(each):.2f}), "
-            f"{said['tokens_per_second'][name]:.0f} completion tokens/s"
+            f"{result['tokens_per_second'][name]:.0f} completion tokens/s"
         )
-    low, *_, high = said["sa_ah_over_grpo_quartiles"]
-    print(f"sa-ah-grpo / grpo: median {said['sa_ah_over_grpo']:.3f}, quartiles {low:.3f}-{high:.3f}")
+    low, *_, high = result["sa_ah_over_grpo_quartiles"]
+    print(f"sa-ah-grpo / grpo: median {result['sa_ah_over_grpo']:.3f}, quartiles {low:.3f}-{high:.3f}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    print(json.dumps({"gpu": gpu, "model": config.model.path, **said}))
+    print(json.dumps({"gpu": gpu, "model": config.model.path, **result}))
     return 0

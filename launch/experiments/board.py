@@ -1,4 +1,4 @@
-"""What a person sees of a grid: a live table on a terminal, plain lines elsewhere."""
+"""The display of a grid: a live table on a terminal, plain lines elsewhere."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,37 +14,37 @@ from launch.runtime.console import minutes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far one cell is."""
+    """The progress of one cell."""
 
     name: str
     state: str  # a key of STATES
     step: int
     steps: int
-    reward: float | None = None  # mean of the last steps
+    reward: float | None = None  # mean over the last steps
     left_seconds: float | None = None
 
 
-STATES = {"running": "cyan", "failed": "red", "waiting": "dim", "finished": "green"}  # colour; in the order shown
-TENTHS = 10  # a line of a cell for each tenth of its steps, where there is no terminal
+STATES = {"running": "cyan", "failed": "red", "waiting": "dim", "finished": "green"}  # colours, in the order shown
+TENTHS = 10  # without a terminal, a cell has one line for each tenth of its steps
 
 
 class Board:
-    """The cells of a grid."""
+    """The display of all cells of a grid."""
 
     def __init__(self, title: str, *, console: Console | None = None) -> None:
         self.title = title
         self.console = console or Console(soft_wrap=True, highlight=False)
-        self.printed: dict[str, tuple[str, int]] = {}  # by cell: its state and tenth of the steps in its last line
+        self.printed: dict[str, tuple[str, int]] = {}  # state and tenth of the steps in the last line of each cell
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         if self.live:
             self.live.start()
 
     def note(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line, above the live table if there is one."""
         self.console.print(text, markup=False)
 
     def show(self, cells: Sequence[Progress], left_seconds: float | None) -> None:
-        """The current state of all cells, and the seconds that the grid still takes (None: unknown)."""
+        """Show the state of all cells, and the seconds that the grid still takes (None: unknown)."""
         if self.live:
             self.live.update(self._table(cells, left_seconds), refresh=True)
             return
@@ -64,7 +64,7 @@ class Board:
         table.add_column("state")
         for label in ("step", "reward", "left"):
             table.add_column(label, justify="right")
-        order = list(STATES)  # the end of a table that is longer than the terminal is cut off
+        order = list(STATES)  # a terminal cuts off the end of a long table
         for cell in sorted(cells, key=lambda cell: order.index(cell.state)):
             state, *rest = _cell(cell)
             table.add_row(escape(cell.name), f"[{STATES[state]}]{state}[/]", *rest)

@@ -1,10 +1,10 @@
-"""A grid: one run's configuration, varied. From its TOML file to cells, each of them an ordinary run.
+"""A grid varies one run's configuration. This module reads its TOML file and makes the cells, each an ordinary run.
 
 The file has the tables of a run's configuration, which all cells share, and
 
     [grid]
     seeds = [1, 2, 3]                              # run.seed
-    models = ["Qwen/Qwen2.5-1.5B-Instruct"]        # model.path; without it the one of [model]
+    models = ["Qwen/Qwen2.5-1.5B-Instruct"]        # model.path; default: that of [model]
     variants = [
         { name = "ah-grpo_alpha-0.5", method = { name = "ah-grpo", alpha = 0.5 } },
         { name = "holder", method = { name = "holder" }, learner = { inner_updates = 2 } },
@@ -13,12 +13,13 @@ The file has the tables of a run's configuration, which all cells share, and
     [scale.cpu.run]                                # --scale cpu: overrides the tables above, [grid] included
     steps = 30
 
-A variant's tables override the shared ones, options of the command line override all. A cell is one variant with one
-model and one seed, in the folder VARIANT[_MODEL]_seed-N (MODEL of grid.models). All cells have equal steps.
+A variant's tables override the shared ones; command-line options override both. A cell is one variant with one model
+and one seed, in the folder VARIANT[_MODEL]_seed-N (MODEL if grid.models is set). All cells have equal steps.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from common.config import Config, with_values
 from common.section import Section
 from common.types import UserError, suggest
 
-OWNED = {  # what a grid sets itself
+OWNED = {  # options that a grid sets itself, and what to use instead
     "run.dir": "use --dir",
     "run.seed": "use grid.seeds",
     "run.resume": "a grid always resumes",
@@ -37,21 +38,21 @@ OWNED = {  # what a grid sets itself
 
 
 class Variant(Section):
-    """A name, and the tables in which its cells differ from the shared ones."""
+    """A name, and the tables that override the shared ones."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
-    """The first part of the names of its folders."""
+    """The first part of the names of its cells' folders."""
 
 
 class Grid(Section):
     """The [grid] table."""
 
     seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
-    """run.seed of the cells; they share task.seed, and so the data."""
+    """run.seed of the cells. All cells have the same task.seed, and so the same data."""
     models: tuple[str, ...] = ()
-    """model.path of the cells; none: the shared one."""
+    """model.path of the cells; empty: the shared one."""
     variants: tuple[Variant, ...] = Field(min_length=1)
     """The runs to be compared."""
 
@@ -61,20 +62,20 @@ class Cell:
     """One run of a grid."""
 
     name: str
-    kind: str  # the name without the seed: cells of a kind differ in run.seed and run.dir alone
+    kind: str  # the name without the seed: cells of a kind differ only in run.seed and run.dir
     config: Config
 
 
 def cells(path: Path, folder: Path, *, scale: str | None = None, options: Sequence[str] = ()) -> list[Cell]:
     """The cells of the grid file `path`, with run folders in `folder`.
 
-    They are ordered seed by seed, so that an unfinished grid has runs of every variant. Raises UserError for an invalid
-    file or invalid options.
+    They are ordered by seed, so that an unfinished grid has runs of every variant. Raises UserError for an invalid file
+    or invalid options.
     """
     grid, shared = _read(path, scale)
     given = parse(options)
     _refuse_owned(grid, shared, given)
-    build(shared, given)  # an error here must not name a variant
+    build(shared, given)  # reports an error of the shared tables without naming a variant
     kinds: list[tuple[str, Config]] = []
     for model in grid.models or (None,):
         for variant in grid.variants:
@@ -89,11 +90,12 @@ def cells(path: Path, folder: Path, *, scale: str | None = None, options: Sequen
             except UserError as error:
                 raise UserError(f"variant {variant.name}: {error}") from None
     _check_distinct(kinds, grid.seeds)
-    return [
-        Cell(name=f"{kind}_seed-{seed}", kind=kind, config=_placed(config, folder / f"{kind}_seed-{seed}", seed))
-        for seed in grid.seeds
-        for kind, config in kinds
-    ]
+    made = []
+    for seed, (kind, config) in product(grid.seeds, kinds):
+        name = f"{kind}_seed-{seed}"
+        config = with_values(config, {"run.dir": folder / name, "run.seed": seed})
+        made.append(Cell(name=name, kind=kind, config=config))
+    return made
 
 
 def _read(path: Path, scale: str | None) -> tuple[Grid, Tables]:
@@ -138,7 +140,3 @@ def _check_distinct(kinds: Sequence[tuple[str, Config]], seeds: Sequence[int]) -
                 raise UserError(f"{other} and {name} are the same run; leave one out, or the option that makes them so")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"grid.seeds={list(seeds)} names a seed twice; name each once")
-
-
-def _placed(config: Config, folder: Path, seed: int) -> Config:
-    return with_values(config, {"run.dir": folder, "run.seed": seed})

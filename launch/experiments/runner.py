@@ -1,4 +1,4 @@
-"""Runs the cells of a grid as Ray tasks, and reads from their run folders how far each of them is."""
+"""Runs the cells of a grid as Ray tasks, and reads their progress from their run folders."""
 
 import contextlib
 import fcntl
@@ -23,13 +23,13 @@ from launch.planning import plan
 from launch.runtime import cluster, recorder
 from learner import checkpoint
 
-RECENT = 5  # steps whose mean reward is shown
+RECENT = 5  # steps in the mean reward that is shown
 POLL_SECONDS = 2.0
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Refuse a second driver on the folder for the length of the block, or until this process ends, however it ends."""
+    """Refuse a second driver on the folder until the block or this process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
@@ -40,12 +40,12 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def unfinished(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that have not reached their last step, with run.resume set where there is a checkpoint.
+    """The cells that have not reached their last step, with run.resume set if they have a checkpoint.
 
-    Raises UserError for any invalid cell; a finished one is invalid if its run's options differ from the grid's.
+    Raises UserError for any invalid cell, also for a finished one whose options differ from the grid's.
     """
     for cell in {cell.kind: cell for cell in cells}.values():
-        plan.make(cell.config, saved=cell.config.run.dir)  # checks all but the run folder, which differs by seed
+        plan.make(cell.config, saved=cell.config.run.dir)  # checks all except the run folder, which differs by seed
     todo = []
     for cell in cells:
         folder = cell.config.run.dir
@@ -60,12 +60,12 @@ def unfinished(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _died_early(folder: Path) -> bool:
-    """Whether the folder is that of a run without a checkpoint. We delete no other."""
+    """Whether the folder is that of a run without a checkpoint; no other folder is ever deleted."""
     return (folder / "config.toml").is_file() and checkpoint.latest(folder / "checkpoints") is None
 
 
 def _clear(cell: Cell) -> None:
-    """Remove what an interrupted run wrote after its last checkpoint; without one, its whole folder."""
+    """Remove what an interrupted run wrote after its last checkpoint, or its whole folder if it has none."""
     folder = cell.config.run.dir
     if _died_early(folder):
         shutil.rmtree(folder)
@@ -74,7 +74,7 @@ def _clear(cell: Cell) -> None:
 
 
 def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board, cores: int | None) -> dict[str, str]:
-    """Run the cells of `todo` on the cluster, `cores` each; returns why each failed cell failed, by its name."""
+    """Run the cells of `todo` on the cluster, `cores` each; returns the reasons of the failed cells by name."""
     states = {cell.name: "finished" for cell in cells} | {cell.name: "waiting" for cell in todo}
     log_sizes = {cell.name: _size(_log(cell)) for cell in todo}
     failed: dict[str, str] = {}
@@ -111,14 +111,14 @@ def run(cells: Sequence[Cell], todo: Sequence[Cell], board: Board, cores: int | 
 
 @contextlib.contextmanager
 def _cancelled_at_exit(tasks: Mapping[Any, Cell]) -> Iterator[None]:
-    """Cancel the remaining tasks when the block ends, however it ends."""
+    """Cancel the remaining tasks when the block ends, also by an exception."""
     try:
         yield
     finally:
         if tasks:
             for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(name, signal.SIG_IGN)  # the rest takes a bounded time: a second Ctrl-C is not needed
-            for reference in reversed(list(tasks)):  # the waiting ones first: none must start when another ends
+            for reference in reversed(list(tasks)):  # waiting tasks first: none must start when another one ends
                 ray.cancel(reference)
             ray.wait(list(tasks), num_returns=len(tasks), timeout=cell_process.STOP_SECONDS + 5)
 
@@ -129,12 +129,12 @@ def _reason_of(reference: Any) -> str | None:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        is_traceback = isinstance(error, ray.exceptions.RayTaskError)  # which ends with its reason
+        is_traceback = isinstance(error, ray.exceptions.RayTaskError)  # a traceback ends with the reason
         return f"Ray: {lines[-1 if is_traceback else 0]}"
 
 
 def progress(cell: Cell, state: str) -> Progress:
-    """How far a cell is, read from its run folder."""
+    """The progress of a cell, read from its run folder."""
     lines = read_lines(cell.config.run.dir / "metrics.jsonl")
     step, steps = (lines[-1]["step"] if lines else 0), cell.config.run.steps
     recent = [line["reward/mean"] for line in lines[-RECENT:] if line.get("reward/mean") is not None]
@@ -150,7 +150,7 @@ def progress(cell: Cell, state: str) -> Progress:
 
 
 def _log(cell: Cell) -> Path:
-    """Beside the run folder, which must be empty when its run starts."""
+    """The log is beside the run folder, which must be empty when its run starts."""
     return cell.config.run.dir.with_name(cell.name + ".log")
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 MIN_CAPABILITY = 8.0  # sm_80: bfloat16 units and FlashAttention
 MIN_DRIVER = {12: 525, 13: 580}  # by CUDA's major version (NVIDIA's table of CUDA Toolkit and minimum driver versions)
 LOCKED_CUDA = 13  # of the torch in requirements-gpu.lock
-MIN_SHARED_BYTES = 640 << 20  # Ray's object store (launch/runtime/cluster.py) and a little
-SPARE_BYTES = 1 << 30  # what others may use of the memory that is planned: the plan leaves as much free
+MIN_SHARED_BYTES = 640 << 20  # Ray's object store (launch/runtime/cluster.py) and a reserve
+SPARE_BYTES = 1 << 30  # that other processes may use of a GPU: from 20 GiB on, the plan leaves as much free
 GIB = 2**30
 
 
@@ -38,9 +38,9 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What is checked."""
+    """What `problems` checks of a machine."""
 
-    gpus: tuple[Gpu, ...]  # that CUDA_VISIBLE_DEVICES leaves
+    gpus: tuple[Gpu, ...]  # visible to CUDA (CUDA_VISIBLE_DEVICES)
     has_compiler: bool
     has_python_header: bool
     shared_bytes: int  # free in /dev/shm
@@ -48,15 +48,15 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Torch:
-    """What the installed torch has."""
+    """The installed torch."""
 
     version: str
-    cuda: str | None  # that it was built for; None: a CPU build
+    cuda: str | None  # version that it was built for; None: a CPU build
     num_gpus: int  # that it can use
 
 
 def here() -> Machine:
-    """This machine. Asks the driver by nvidia-smi, which makes no CUDA context."""
+    """This machine, as nvidia-smi reports it, which creates no CUDA context."""
     return Machine(
         gpus=tuple(_gpus()),
         has_compiler=any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))),
@@ -66,8 +66,8 @@ def here() -> Machine:
 
 
 def _gpus() -> list[Gpu]:
-    """Those that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves; none where it is absent or fails."""
-    capabilities = dict(_ask("index,compute_cap"))  # which drivers before 470 do not know
+    """The visible GPUs; none if nvidia-smi is absent or fails."""
+    capabilities = dict(_ask("index,compute_cap"))  # a query of its own: drivers before 470 reject this field
     found = [
         Gpu(
             index=int(index),
@@ -88,7 +88,7 @@ def _gpus() -> list[Gpu]:
 
 
 def _ask(fields: str) -> list[list[str]]:
-    """A row of words for each GPU."""
+    """The fields of each GPU, as text."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -99,7 +99,7 @@ def _ask(fields: str) -> list[list[str]]:
 
 
 def _number(word: str, default: float = 0.0) -> float:
-    """nvidia-smi writes [N/A] for what it does not know, such as the memory of a MIG instance."""
+    """A number of nvidia-smi, which writes [N/A] for what it does not know, such as the memory of a MIG instance."""
     try:
         return float(word)
     except ValueError:
@@ -107,7 +107,7 @@ def _number(word: str, default: float = 0.0) -> float:
 
 
 def _build_problems(machine: Machine) -> Iterator[str]:
-    """pycosat, of reasoning-gym, is compiled when it is installed; Triton compiles a launcher at run time."""
+    """reasoning-gym's pycosat is compiled when it is installed; Triton compiles a launcher at run time."""
     if not machine.has_compiler:
         yield "no C compiler (cc, gcc or clang), which pycosat is built with and Triton needs; install gcc"
     if not machine.has_python_header:
@@ -116,9 +116,9 @@ def _build_problems(machine: Machine) -> Iterator[str]:
 
 
 def problems(machine: Machine, torch: Torch | None, planned_bytes: int | None = None) -> Iterator[str]:
-    """Why a set-up, or a run on the machine's GPUs, would fail, a line each.
+    """Why a set-up, or a run on the machine's GPUs, would fail: one line per problem.
 
-    `torch` is None before it is installed. `planned_bytes` of each GPU are asked for; None: all of it.
+    `torch` is None before it is installed. `planned_bytes` is what the run takes of each GPU; None: all of it.
     """
     if machine.gpus or torch is None:
         yield from _build_problems(machine)
@@ -150,7 +150,7 @@ def problems(machine: Machine, torch: Torch | None, planned_bytes: int | None = 
         if planned > gpu.total_bytes > 0:
             yield (
                 f"run.gpu_memory_gib={planned / GIB:g} exceeds the {gpu.total_bytes / GIB:.1f} GiB of GPU {gpu.index}, "
-                f"{gpu.name}; lower it, or look at such a plan with CUDA_VISIBLE_DEVICES= and --dry-run"
+                f"{gpu.name}; lower it, or print such a plan with CUDA_VISIBLE_DEVICES= and --dry-run"
             )
         elif gpu.used_bytes + planned > gpu.total_bytes + SPARE_BYTES:
             used, total = gpu.used_bytes / GIB, gpu.total_bytes / GIB

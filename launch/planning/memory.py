@@ -1,7 +1,7 @@
 """The memory plan's parts: what the learner and the actor of a run take on one GPU, before either starts.
 
-Planned is the longest step: every prompt as long as the longest, every completion actor.max_tokens long. The GPU holds
-one learner and one actor; further actors are planned on GPUs of their own.
+The plan is for the longest step: every prompt is as long as the longest one, every completion has actor.max_tokens. The
+GPU holds one learner and one actor; further actors have GPUs of their own.
 """
 
 import math
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from actor.gpu_share import PREFILL_TOKENS, graph_sizes
 from common.config import Config, ModelConfig
-from common.types import Group, Prompt, Rollout
+from launch.planning.synthetic import synthetic_groups
 from learner.batch import pack
 from learner.head.interface import GPU_WORKSPACE_BYTES
 from learner.objective import demands
@@ -25,50 +24,50 @@ from learner.policy.activations import Activations
 GIB = 2**30
 KV_CACHE = "KV cache"
 BLOCK_TOKENS = 16  # of vLLM's KV cache
-ADAPTER_BYTES = 16  # a parameter: itself, its gradient and AdamW's two moments, all float32
-LOGIT_BYTES = 16  # a logit while vLLM samples: logits, log-probabilities, probabilities, noise, all float32
-RESIDENT_FACTOR = 2  # vLLM's fused layers hold zeros beside B (actor/vllm_worker.py): 1.5 times at Qwen2.5's shapes
+ADAPTER_BYTES = 16  # per parameter: the weight, its gradient and AdamW's two moments, all float32
+LOGIT_BYTES = 16  # per logit while vLLM samples: logits, log-probabilities, probabilities, noise, all float32
+RESIDENT_FACTOR = 2  # vLLM's fused layers pad B with zeros (actor/vllm_worker.py): 1.5 times at Qwen2.5's shapes
 
-# What only a GPU can tell: from others' reports, not measured by us yet.
+# The constants below can only be measured on a GPU. They come from public reports; we have not measured them yet.
 #
 # A process's CUDA context, with the kernels that it has loaded, grows with the number of multiprocessors: .10 GiB with
 # the 34 of an RTX 4060 Ti, .42 with the 142 of an RTX 6000 Ada, .54 with the 188 of an RTX PRO 6000 (llama.cpp#23604,
 # unsloth-zoo#1053); an A100 has 108, an H100 132.
 #
-# The driver of a run has none: it asks for the GPU's properties alone, which creates no context (seen in
+# The driver of a run has no context: it reads the GPU's properties alone, which creates none (reported in
 # unsloth-zoo#1053 with torch 2.10 on CUDA 13). The process of launch/benchmark.py has one, since it measures the GPU's
-# rates: that is no part of the plan, and takes a quarter of the 2 GiB that SPARE_FRACTION leaves on 40 GiB.
+# rates. The plan does not include it: it takes a quarter of the 2 GiB that SPARE_FRACTION leaves on 40 GiB.
 CONTEXT_BYTES = GIB // 2
 
-# vLLM captures each of gpu_share.graph_sizes twice, whole and piecewise, into one pool. Reports agree on some 24 MiB a
-# graph (gpustack/runner#251: .36 GiB for 16; vllm#22897: 24 to 28 MiB each; vllm#50780: 24). The first graph takes the
-# pool's base, which later ones use too (vllm/v1/worker/gpu/cudagraph_utils.py). With 256 sequences, 9 sizes and 18
-# graphs, that is .81 GiB; vLLM's default of 51 sizes, 35 of them also whole, would be 2.9.
+# vLLM captures each of gpu_share.graph_sizes as a full and as a piecewise CUDA graph, into one pool. Reports agree on
+# about 24 MiB per graph (gpustack/runner#251: .36 GiB for 16; vllm#22897: 24 to 28 MiB each; vllm#50780: 24). The first
+# graph takes the pool's base, which the others share (vllm/v1/worker/gpu/cudagraph_utils.py). With 256 sequences, 9
+# sizes and 18 graphs, that is .81 GiB; vLLM's default of 51 sizes, 35 of them also full graphs, would be 2.9.
 GRAPH_POOL_BYTES, GRAPH_BYTES = GIB // 4, GIB // 32
-GRAPHS_A_SIZE = 2
+GRAPHS_PER_SIZE = 2
 
-# Kept out of the plan, which counts the bytes of tensors: what the allocators of both sides lose to rounding and
-# fragments. vLLM asks for nearly all of its memory once. The learner asks for other sizes at each micro-batch; in
-# segments of fixed size it could lose a third of what it holds (torchtune#1185: 16.4 GiB, 10.8 without). 5 % can be
-# enough because its process grows its segments instead, by pages of 2 or 20 MiB
+# The plan counts the bytes of tensors. This share of the GPU stays unplanned, for what the allocators of both sides
+# lose to rounding and fragmentation. vLLM allocates nearly all of its memory once. The learner allocates other sizes
+# for each micro-batch; in segments of fixed size it could lose a third of what it holds (torchtune#1185: 16.4 GiB, 10.8
+# without). 5 % can be enough because its segments grow instead, by pages of 2 or 20 MiB
 # (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, launch/runtime/workers.py).
 SPARE_FRACTION = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Numbers of a model and of the adapter that it gets."""
+    """Sizes of a model and of its adapter."""
 
-    num_parameters: int  # tied ones once
+    num_parameters: int  # tied weights count once
     num_adapter_parameters: int
-    kv_elements: int  # keys and values of a token, over all layers
+    kv_elements: int  # keys and values of one token, over all layers
     hidden: int
     intermediate: int
     vocab: int
 
     @classmethod
     def of(cls, model: PreTrainedModel, config: ModelConfig) -> "Size":
-        """Of `model`, which may lie on the meta device."""
+        """The size of `model`, which may be on the meta device."""
         text = model.config.get_text_config()
         adapted = [
             module
@@ -89,17 +88,17 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What is planned, besides the configuration."""
+    """What the plan needs besides the configuration."""
 
     size: Size
     longest_prompt_tokens: int
-    activations: Callable[[tuple[int, ...], str], Activations]  # of a row's lengths and learner.recompute
+    activations: Callable[[tuple[int, ...], str], Activations]  # of a packed sequence's lengths and learner.recompute
 
 
 class Part(NamedTuple):
-    """Something that takes memory."""
+    """One use of memory."""
 
-    side: str  # learner or actor
+    side: str  # "learner" or "actor"
     name: str
     num_bytes: int
     note: str = ""  # the setting that it depends on
@@ -107,7 +106,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """The parts of a resolved run, and the GPU that they are to fit on."""
+    """The parts of a resolved run, and the size of the GPU."""
 
     gpu_bytes: int
     parts: tuple[Part, ...]
@@ -122,15 +121,15 @@ class Memory:
 
     @property
     def learner_peak_bytes(self) -> int:
-        """The prediction of the learner's memory/peak_bytes, which the CUDA context is no part of."""
+        """The prediction of the learner's memory/peak_bytes, which does not include the CUDA context."""
         return self.total("learner") - CONTEXT_BYTES
 
     def of(self, side: str, name: str) -> int:
-        """Bytes of one part, 0 where there is none."""
+        """Bytes of one part; 0 if there is none."""
         return sum(part.num_bytes for part in self.parts if (part.side, part.name) == (side, name))
 
     def table(self) -> str:
-        """A line for each part, GiB."""
+        """One line per part, in GiB."""
         rows = [(side, f"{name} ({note})" if note else name, size) for side, name, size, note in self.parts]
         rows += [(side, "together", self.total(side)) for side in ("learner", "actor")]
         rows += [("", "left free", self.gpu_bytes - self.total())]
@@ -159,8 +158,8 @@ def _learner(config: Config, work: Work) -> list[Part]:
 
 def _actor(config: Config, work: Work, gpu_bytes: int) -> list[Part]:
     side, actor, size, itemsize = "actor", config.actor, work.size, _itemsize(config)
-    sequences = actor.num_sequences or rollouts_at_once(config)
-    graphs = GRAPHS_A_SIZE * len(graph_sizes(sequences))
+    sequences = actor.num_sequences or concurrent_rollouts(config)
+    graphs = GRAPHS_PER_SIZE * len(graph_sizes(sequences))
     tokens = max(PREFILL_TOKENS, sequences)
     sampling = tokens * (2 * size.hidden + 3 * size.intermediate) * itemsize + sequences * size.vocab * LOGIT_BYTES
     parts = [
@@ -171,33 +170,33 @@ def _actor(config: Config, work: Work, gpu_bytes: int) -> list[Part]:
         Part(side, "adapter", size.num_adapter_parameters * itemsize * RESIDENT_FACTOR),
     ]
     cache = kv_cache_bytes(config, work)
-    if actor.kv_cache_gib is None and actor.gpu_memory_fraction is not None:  # all that is left of its share
+    if actor.kv_cache_gib is None and actor.gpu_memory_fraction is not None:  # the rest of its share
         cache = max(cache, int(gpu_bytes * actor.gpu_memory_fraction) - sum(part.num_bytes for part in parts))
     return [*parts, Part(side, KV_CACHE, cache, f"{sequences} sequences")]
 
 
-def rollouts_at_once(config: Config) -> int:
-    """Of one actor in a step."""
+def concurrent_rollouts(config: Config) -> int:
+    """Rollouts that one actor samples in a step."""
     return math.ceil(config.run.prompts_per_step / config.actor.num_actors) * config.actor.group_size
 
 
 def kv_cache_bytes(config: Config, work: Work) -> int:
-    """As set, or for `actor.num_sequences` of the longest sequences, their prompts counted for each.
+    """Bytes as set, or those of `actor.num_sequences` sequences of the longest length, without prefix sharing.
 
     At least one sequence of model.max_length: vLLM does not start with less.
     """
     if config.actor.kv_cache_gib is not None:
         return round(config.actor.kv_cache_gib * GIB)
-    sequences = config.actor.num_sequences or rollouts_at_once(config)
+    sequences = config.actor.num_sequences or concurrent_rollouts(config)
     longest = math.ceil((work.longest_prompt_tokens + config.actor.max_tokens) / BLOCK_TOKENS)
-    blocks = max(sequences * longest, math.ceil(config.model.max_length / BLOCK_TOKENS)) + 1  # vLLM's block of nulls
+    blocks = max(sequences * longest, math.ceil(config.model.max_length / BLOCK_TOKENS)) + 1  # vLLM's null block
     return blocks * BLOCK_TOKENS * work.size.kv_elements * _itemsize(config)
 
 
 def step_activations(config: Config, work: Work) -> Activations:
-    """Of the longest step, what the head keeps for it included."""
-    assert config.learner.micro_batch_tokens is not None, "set before it is planned"
-    step_tokens, most_tokens, row = _longest_step(
+    """The activations of the longest step, with what the head keeps of it."""
+    assert config.learner.micro_batch_tokens is not None, "the caller has chosen it"
+    step_tokens, max_tokens, sequence = _longest_step(
         config.run.prompts_per_step,
         config.actor.group_size,
         work.longest_prompt_tokens,
@@ -205,44 +204,34 @@ def step_activations(config: Config, work: Work) -> Activations:
         config.learner.micro_batch_tokens,
         config.learner.gradient_accumulation,
     )
-    one = work.activations(row, config.learner.recompute)
-    kept = one.kept * step_tokens // sum(row) + _head_bytes(config, work)
-    return Activations(kept=kept, peak=kept + (one.peak - one.kept) * most_tokens // sum(row))
+    one = work.activations(sequence, config.learner.recompute)
+    kept = one.kept * step_tokens // sum(sequence) + _head_bytes(config, work)
+    return Activations(kept=kept, peak=kept + (one.peak - one.kept) * max_tokens // sum(sequence))
 
 
 def _head_bytes(config: Config, work: Work) -> int:
-    """What the head keeps of a step's N scored tokens: float32 gradients, and for some methods the states [N, H]."""
+    """What the head keeps for a step's N scored tokens: float32 gradients; for some methods hidden states [N, H]."""
     needed = demands(config)
     gradients = 1 + needed.entropy_gradient
-    states = 2 if needed.hidden_states else 0  # with the adapter and without
+    states = 2 if needed.hidden_states else 0  # of the policy and of the reference
     scored = config.run.prompts_per_step * config.actor.group_size * config.actor.max_tokens
     return scored * work.size.hidden * (4 * gradients + _itemsize(config) * states)
 
 
 @lru_cache
 def _longest_step(
-    num_prompts: int, group_size: int, prompt_tokens: int, completion_tokens: int, most_tokens: int, least_number: int
+    num_prompts: int, group_size: int, prompt_tokens: int, completion_tokens: int, max_tokens: int, min_number: int
 ) -> tuple[int, int, tuple[int, ...]]:
-    """Tokens of the step and of its largest micro-batch, and the lengths of its first row."""
-    tokens = prompt_tokens + completion_tokens
-    rollout = Rollout(
-        token_ids=np.zeros(tokens, dtype=np.int32),
-        num_prompt_tokens=prompt_tokens,
-        mask=np.arange(tokens) >= prompt_tokens,
-        actor_logprobs=np.zeros(tokens, dtype=np.float32),
-        text="",
-        finish_reason="length",
-        version=0,
-        score=None,
+    """Tokens of the step and of its largest micro-batch, and the lengths of its first packed sequence."""
+    [group] = synthetic_groups(
+        1, group_size, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, vocab_size=1, seed=0
     )
-    group = Group(prompt=Prompt(messages=(), answer="", index=0), rollouts=(rollout,) * group_size)
-    batch = pack(
-        [group] * num_prompts, max_tokens=most_tokens, min_micro_batches=least_number, device=torch.device("cpu")
-    )
+    cpu = torch.device("cpu")
+    batch = pack([group] * num_prompts, max_tokens=max_tokens, min_micro_batches=min_number, device=cpu)
     lengths: Sequence[int] = [len(micro_batch.token_ids_L) for micro_batch in batch.micro_batches]
     return sum(lengths), max(lengths), batch.micro_batches[0].lengths[0]
 
 
 def _itemsize(config: Config) -> int:
-    assert config.model.dtype != "auto", "the plan has resolved it"
+    assert config.model.dtype != "auto", "the caller has resolved it"
     return 2 if config.model.dtype == "bfloat16" else 4

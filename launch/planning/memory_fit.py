@@ -1,4 +1,4 @@
-"""The memory plan's choices: what is left open in a configuration, set to what fits; or what would make it fit."""
+"""The memory plan's choices: sets what a configuration leaves unset to what fits, or names a change that fits."""
 
 import bisect
 import math
@@ -20,21 +20,22 @@ from launch.planning.memory import GIB, Memory, Size, Work
 from learner.objective import demands
 from learner.policy.activations import Activations, measure
 
-MODES = ("none", "layer", "micro-batch")  # learner.recompute: least computed twice first
-GPU_TOKENS, CPU_TOKENS = 16384, 4096  # most of a micro-batch: beyond them it is no faster
-SEQUENCES = (256, 128, 64, 32)  # sampled at once by an evaluation, where the memory is there
+MODES = ("none", "layer", "micro-batch")  # learner.recompute, in the order of more activation checkpointing
+GPU_TOKENS, CPU_TOKENS = 16384, 4096  # of the largest micro-batch: a larger one is no faster
+SEQUENCES = (256, 128, 64, 32)  # concurrent sequences of an evaluation, where they fit
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them; the last on Arm
-CPU_FRACTION = 0.5  # of the available memory, for the learner's activations
+CPU_FRACTION = 0.5  # of the available memory: what the learner's activations may take
 GPU = "run.gpu_memory_gib"
 SHARE = "actor.gpu_memory_fraction"
 
-OPEN = options(MACHINE, PLANNED)  # what the plan sets where it is unset, and its unset value
+UNSET = options(MACHINE, PLANNED)  # the options that the plan sets if they are unset, with their unset values
 
 
 def resolve(config: Config, model: PreTrainedModel, *, longest_prompt_tokens: int) -> tuple[Config, Memory | None]:
-    """`config` with every open choice made, and the plan of the GPU: the present one, or one of run.gpu_memory_gib.
+    """`config` with every unset option chosen, and the memory plan (None on a CPU).
 
-    `model` may lie on the meta device. Raises UserError for what does not fit.
+    The plan is for a GPU of run.gpu_memory_gib, or for the one of this machine. `model` may be on the meta device.
+    Raises UserError if the run does not fit.
     """
 
     gpu_bytes = None
@@ -77,7 +78,7 @@ def dtype(config: Config) -> tuple[str, str]:
 
 
 def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Instruction sets that Linux names for the first processor; none where there is no such file."""
+    """Instruction sets that Linux names for the first processor; none if there is no such file."""
     lines = path.read_text().splitlines() if path.exists() else []
     return next(
         (
@@ -90,7 +91,7 @@ def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
 
 
 def on_cpu(config: Config, work: Work, available_bytes: int) -> Config:
-    """`config` with the learner's open choices made: nothing computed twice if the step's activations then fit."""
+    """`config` with the learner's unset options chosen: no activation checkpointing if the activations then fit."""
     tokens = config.learner.micro_batch_tokens or CPU_TOKENS
     config = with_values(config, {"learner.micro_batch_tokens": tokens})
     if config.learner.recompute != "auto":
@@ -102,7 +103,7 @@ def on_cpu(config: Config, work: Work, available_bytes: int) -> Config:
 
 
 def on_gpu(config: Config, work: Work, gpu_bytes: int) -> Config:
-    """`config` with every open choice made so that both sides fit. Raises UserError, which names a change that does."""
+    """`config` with every unset option chosen so that both sides fit, or a UserError that names a change that does."""
     chosen = _choose(config, work, gpu_bytes)
     if chosen is None:
         raise UserError(_refusal(config, work, gpu_bytes))
@@ -113,7 +114,7 @@ def _choose(config: Config, work: Work, gpu_bytes: int) -> Config | None:
     candidates = list(_learner_choices(config, work))
     idle = replace(work, activations=lambda *_: Activations(kept=0, peak=0))
     if not _fits(candidates[-1], idle, gpu_bytes):
-        return None  # nothing has to be measured
+        return None  # even without activations: no need to measure them
     for candidate in candidates:
         if _fits(candidate, work, gpu_bytes):
             return _with_share(candidate, work, gpu_bytes)
@@ -121,7 +122,7 @@ def _choose(config: Config, work: Work, gpu_bytes: int) -> Config | None:
 
 
 def _learner_choices(config: Config, work: Work) -> Iterator[Config]:
-    """Fastest first."""
+    """The learner's choices, fastest first."""
     learner = config.learner
     modes = MODES if learner.recompute == "auto" else (learner.recompute,)
     all_tokens = [learner.micro_batch_tokens] if learner.micro_batch_tokens else _token_choices(config, work)
@@ -131,10 +132,10 @@ def _learner_choices(config: Config, work: Work) -> Iterator[Config]:
 
 
 def _token_choices(config: Config, work: Work) -> list[int]:
-    """Budgets of a micro-batch down to one prompt with one rollout, which is never cut."""
-    least = work.longest_prompt_tokens + config.actor.max_tokens
+    """Budgets of a micro-batch, down to one prompt with one rollout, which is never split."""
+    min_tokens = work.longest_prompt_tokens + config.actor.max_tokens
     tokens = [GPU_TOKENS]
-    while tokens[-1] > least:
+    while tokens[-1] > min_tokens:
         tokens.append(tokens[-1] // 2)
     return tokens
 
@@ -148,11 +149,11 @@ def _fits(config: Config, work: Work, gpu_bytes: int) -> bool:
 
 
 def _with_share(config: Config, work: Work, gpu_bytes: int) -> Config:
-    """The actor's open choices: as many sequences at once as fit, up to what an evaluation can use."""
+    """The actor's unset options: as many concurrent sequences as fit, up to what an evaluation can use."""
     if config.actor.num_sequences is None:
-        least = memory.rollouts_at_once(config)
-        more = [number for number in SEQUENCES if number > least and config.run.evaluate_every]
-        candidates = (with_values(config, {"actor.num_sequences": number}) for number in (*more, least))
+        needed = memory.concurrent_rollouts(config)
+        more = [number for number in SEQUENCES if number > needed and config.run.evaluate_every]
+        candidates = (with_values(config, {"actor.num_sequences": number}) for number in (*more, needed))
         config = next(candidate for candidate in candidates if _fits(candidate, work, gpu_bytes))
     planned = memory.plan(config, work, gpu_bytes)
     share = math.ceil(planned.total("actor") / gpu_bytes * 1e4) / 1e4
@@ -161,16 +162,16 @@ def _with_share(config: Config, work: Work, gpu_bytes: int) -> Config:
 
 
 def _refusal(config: Config, work: Work, gpu_bytes: int) -> str:
-    least = min(memory.plan(each, work, gpu_bytes).total() for each in _learner_choices(config, work))
+    min_bytes = min(memory.plan(each, work, gpu_bytes).total() for each in _learner_choices(config, work))
     usable = gpu_bytes * (1 - memory.SPARE_FRACTION)
     return (
         f"the GPU's {gpu_bytes / GIB:.1f} GiB, of which {usable / GIB:.1f} can be planned, are too few for this run, "
-        f"which takes at least {least / GIB:.1f}; {_remedy(config, work, gpu_bytes)}"
+        f"which takes at least {min_bytes / GIB:.1f}; {_remedy(config, work, gpu_bytes)}"
     )
 
 
 def _remedy(config: Config, work: Work, gpu_bytes: int) -> str:
-    """The first change, least harm first, with which the run fits."""
+    """The first change with which the run fits; changes that cost only time come first."""
 
     def works(values: Mapping[str, Any]) -> bool:
         return _choose(with_values(config, values), work, gpu_bytes) is not None
@@ -186,27 +187,27 @@ def _remedy(config: Config, work: Work, gpu_bytes: int) -> str:
 
 
 def _single_changes(config: Config, work: Work) -> Iterator[dict[str, Any]]:
-    """Those that cost time at most, of what was set by hand."""
+    """Changes of options that the user set, which cost time at most."""
     if config.learner.recompute != "auto":
         yield from ({"learner.recompute": mode} for mode in MODES)
     if config.learner.micro_batch_tokens is not None:
         yield from ({"learner.micro_batch_tokens": tokens} for tokens in _token_choices(config, work))
-    yield from ({name: OPEN[name]} for name in OPEN if value_of(config, name) != OPEN[name])
+    yield from ({name: unset} for name, unset in UNSET.items() if value_of(config, name) != unset)
 
 
 def _scales(config: Config) -> Iterator[list[dict[str, Any]]]:
-    """Those that make it another run; each list from the smallest change to the largest."""
+    """Changes that make it another run; each list goes from the smallest change to the largest."""
     yield [{"run.prompts_per_step": number} for number in range(config.run.prompts_per_step - 1, 0, -1)]
     shorter = [config.actor.max_tokens * eighths // 8 for eighths in range(7, 0, -1)]
-    least = max(2, config.method.overlong_buffer)
-    yield [{"actor.max_tokens": number} for number in shorter if number >= least]
+    min_tokens = max(2, config.method.overlong_buffer)
+    yield [{"actor.max_tokens": number} for number in shorter if number >= min_tokens]
 
 
 def _larger_gpu(config: Config, work: Work) -> str:
-    """The smallest one that all fits on, in whole GiB. A share of it that was set would grow with it, and is left."""
-    shareless = with_values(config, {SHARE: OPEN[SHARE]})
-    least = min(memory.plan(each, work, 0).total() for each in _learner_choices(shareless, work))
-    gib = math.ceil(least / (1 - memory.SPARE_FRACTION) / GIB)
+    """The smallest GPU that fits, in whole GiB. A share set by the user would grow with the GPU, and is left out."""
+    shareless = with_values(config, {SHARE: UNSET[SHARE]})
+    min_bytes = min(memory.plan(each, work, 0).total() for each in _learner_choices(shareless, work))
+    gib = math.ceil(min_bytes / (1 - memory.SPARE_FRACTION) / GIB)
     also = "" if value_of(config, SHARE) is None else f" and leave out {SHARE}"
     return f"use a GPU of {gib} GiB ({GPU}={gib}){also}"
 

@@ -1,4 +1,4 @@
-"""Everything that is known, and everything that can be wrong, before a process starts or a model is loaded."""
+"""The plan of a run: checks everything that can be checked before a process starts or a model is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ from learner import checkpoint, head
 from learner.objective import demands
 from learner.policy.policy import unsupported
 
-CANARY_TOKENS = 128  # at most; enough to average the noise of bfloat16 out
+CANARY_TOKENS = 128  # at most; enough to average out the noise of bfloat16
 
 OVERLAP_ON_A_GPU = (
-    "run.max_staleness=1 on one GPU: the kernels of its two processes take turns, unless MPS runs, so that little may "
-    "be gained; not measured yet (launch/benchmarks/on_gpu.sh overlap)"
+    "run.max_staleness=1 on one GPU: the kernels of its two processes take turns unless MPS runs, so the gain may be "
+    "small; not measured yet (launch/benchmarks/on_gpu.sh overlap)"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A checked run."""
+    """A run whose configuration has been checked and completed."""
 
     config: Config
     model_folder: Path
@@ -39,23 +39,23 @@ class Plan:
     train_prompts: tuple[Prompt, ...]
     eval_prompts: tuple[Prompt, ...]
     canary_token_ids: np.ndarray  # int32 [T]: the start of the first training prompt
-    resume_from: Path | None  # checkpoint
+    resume_from: Path | None  # a checkpoint
     longest_prompt_tokens: int
     num_adapter_parameters: int
     dtype_reason: str  # why model.dtype is what it is
-    memory: Memory | None  # None: no GPU to plan
+    memory: Memory | None  # None on a CPU
 
     def refuse_absent_gpu(self) -> None:
-        """Raise UserError where a GPU is planned for and there is none: its choices are not a CPU's."""
+        """Raise UserError if the plan is for a GPU and there is none: its choices do not suit a CPU."""
         if self.memory is not None and not torch.cuda.is_available():
             raise UserError(
                 f"run.gpu_memory_gib={self.config.run.gpu_memory_gib} plans for a GPU, and there is none; leave it "
-                "out, or only look at the plan with launch/run.py --dry-run"
+                "out, or only print the plan with launch/run.py --dry-run"
             )
 
     def warnings(self) -> list[str]:
-        """What is allowed, but may not do what its name says, here."""
-        overlaps = self.config.run.max_staleness and (self.memory is not None)
+        """Warnings of the configuration, and those that depend on the device."""
+        overlaps = self.config.run.max_staleness and self.memory is not None
         return warnings(self.config) + ([OVERLAP_ON_A_GPU] if overlaps else [])
 
     def describe(self) -> str:
@@ -64,10 +64,10 @@ class Plan:
         return (
             f"{dump(self.config)}\n"
             f"# {len(self.train_prompts)} training and {len(self.eval_prompts)} evaluation prompts, longest "
-            f"{self.longest_prompt_tokens} tokens; {step} rollouts a step, at most "
+            f"{self.longest_prompt_tokens} tokens; {step} rollouts per step, at most "
             f"{step * self.config.actor.max_tokens} completion tokens\n"
             f"# adapter: {self.num_adapter_parameters / 1e6:.2f} M parameters, "
-            f"{self.num_adapter_parameters * 4 / 1e6:.1f} MB in float32 a version\n"
+            f"{self.num_adapter_parameters * 4 / 1e6:.1f} MB in float32 per version\n"
             f"# model.dtype={self.config.model.dtype}: {self.dtype_reason}"
             + ("" if self.memory is None else "\n# " + self.memory.table().replace("\n", "\n# "))
             + "".join(f"\n# warning: {warning}" for warning in self.warnings())
@@ -75,9 +75,9 @@ class Plan:
 
 
 def make(config: Config, *, saved: Path | None = None) -> Plan:
-    """Check `config` against the run folder, the data and the model's own configuration; UserError says what is off.
+    """Check `config` against the machine, the run folder, the data and the model's own configuration.
 
-    With `saved`, a checkpoint to evaluate, the run folder is only read.
+    With `saved`, a checkpoint to evaluate, the run folder is only read. Raises UserError for whatever is invalid.
     """
     _check_machine(config)
     config = with_importance(config)
@@ -91,7 +91,7 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     resume_from = saved or run_folder(config)
     if resume_from is not None:
         checkpoint.check(resume_from)
-    config = _as_before(config)
+    config = _with_planned_options(config)
     task = task_module(config.task.name)
     train_prompts = tuple(task.load(config.task, "train"))
     eval_prompts = tuple(task.load(config.task, "eval"))[: config.evaluation.num_problems]
@@ -118,8 +118,8 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
 
 
 def _check_machine(config: Config) -> None:
-    """Refuse what would fail on the machine's GPUs only after minutes, or leave a run waiting."""
-    with catch_warnings(action="ignore"):  # torch's own lines on a driver that is too old
+    """Refuse what would otherwise fail on this machine only after minutes, or leave a run waiting."""
+    with catch_warnings(action="ignore"):  # torch's own warning about an old driver
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     torch_here = checks.Torch(version=torch.__version__, cuda=torch.version.cuda, num_gpus=num_gpus)
     planned = config.run.gpu_memory_gib
@@ -128,14 +128,14 @@ def _check_machine(config: Config) -> None:
 
 
 def with_importance(config: Config) -> Config:
-    """With the importance weights that `auto` stands for."""
+    """`config` with method.importance=auto resolved: truncated importance weights if rollouts may be stale."""
     if config.method.importance != "auto":
         return config
     return with_values(config, {"method.importance": "token-truncate" if config.run.max_staleness else "none"})
 
 
 def warnings(config: Config) -> list[str]:
-    """What is allowed, but does not do what its name says."""
+    """A line for each option that is allowed but has no effect, or none of the one that its name suggests."""
     method = config.method
     found = []
     if method.ratio != "token" and config.learner.inner_updates == 1:
@@ -145,13 +145,13 @@ def warnings(config: Config) -> list[str]:
     if config.model.lora_dropout > 0 and not demands(config).dropout:
         found.append(
             f"model.lora_dropout={config.model.lora_dropout} is off in every pass of this method, which compares the "
-            "adapter with its absence"
+            "policy with the base model"
         )
     return found
 
 
-def _as_before(config: Config) -> Config:
-    """`config`, unset choices of the plan made as when the run began that it resumes."""
+def _with_planned_options(config: Config) -> Config:
+    """`config`, with unset options of the plan as in the run that it resumes."""
     written = config.run.dir / "config.toml"
     if not config.run.resume or not written.is_file():
         return config
@@ -161,7 +161,7 @@ def _as_before(config: Config) -> Config:
 
 
 def _began_with(config: Config) -> Config:
-    """The configuration of the run in run.dir."""
+    """The configuration with which the run in run.dir began."""
     try:
         return with_importance(build(read(config.run.dir / "config.toml")))
     except UserError as error:
@@ -169,7 +169,7 @@ def _began_with(config: Config) -> Config:
 
 
 def run_folder(config: Config) -> Path | None:
-    """The checkpoint to resume from; refuses to write over another run."""
+    """The checkpoint to resume from, or None; refuses to write over another run."""
     folder, written = config.run.dir, config.run.dir / "config.toml"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is not a directory; name another")
@@ -179,7 +179,7 @@ def run_folder(config: Config) -> Path | None:
         return None
     if not written.exists():
         raise UserError(f"run.dir={folder} has no run to resume; leave out --run.resume to start one")
-    began, config = _began_with(config), _as_before(with_importance(config))
+    began, config = _began_with(config), _with_planned_options(with_importance(config))
     for name in options().keys() - options(COSMETIC).keys():
         before, now = value_of(began, name), value_of(config, name)
         if before != now:
@@ -198,7 +198,7 @@ def check_model(config: Config, folder: Path) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(model_config)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.path={config.model.path} is no causal language model: {str(error).splitlines()[0]}"
+            f"model.path={config.model.path} is not a causal language model: {str(error).splitlines()[0]}"
         ) from None
     if reason := unsupported(model_config, config.model.max_length):
         raise UserError(f"model.path={config.model.path} {reason}; use another model")
@@ -211,7 +211,7 @@ def check_model(config: Config, folder: Path) -> PreTrainedModel:
     for target in config.model.lora_targets:
         if target not in names:
             raise UserError(
-                f"model.lora_targets: {target} is no linear module of the model; it has {', '.join(sorted(names))}"
+                f"model.lora_targets: {target} is not a linear module of the model; it has {', '.join(sorted(names))}"
             )
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions and config.model.max_length > positions:

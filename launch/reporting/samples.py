@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.reporting.data.runs import Run, is_step, number
 
-MAX_BYTES = 3_000_000  # of records in one report, all runs together: a browser opens that at once
+MAX_BYTES = 3_000_000  # of records in one report, over all runs: a browser opens that without delay
 HEAD = re.compile(
     rb'\{"step": (\d{1,15}), "prompt_index": (\d{1,15}), '
 )  # the beginning of a line that the recorder wrote

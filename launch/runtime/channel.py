@@ -1,6 +1,6 @@
-"""The weight-sync channel: an adapter version goes through Ray's object store to every actor, and comes back proved.
+"""The weight-sync channel: sends an adapter version to every actor, and verifies that each of them computes with it.
 
-The store holds one copy per node; actors on it map that copy, they do not receive it.
+Ray's object store holds one copy per node, which the actors on the node map into their memory.
 """
 
 import math
@@ -15,60 +15,61 @@ import ray
 from actor.actor import Receipt
 from common.adapter import Adapter
 
-# Of what the random adapter moves the canary by, what an actor may differ: a hundred times the noise of float32, four
-# times that of bfloat16 on SmolLM2. One module of 210 without its adapter lies .017 to .39 off.
-CANARY_SHARE = 0.01  # of the time between two publishes
-PROBE_SHARE = {"float32": 0.005, "bfloat16": 0.1}
+CANARY_FRACTION = 0.01  # of the time between two publishes
+# The verified start publishes a random adapter, the probe. An actor may differ from the learner by this fraction of
+# what the probe moves the canary by: a hundred times the noise of float32, four times that of bfloat16 on SmolLM2. One
+# module of 210 without its adapter makes a difference of .017 to .39.
+PROBE_FRACTION = {"float32": 0.005, "bfloat16": 0.1}
 
 
 class AdapterMismatch(RuntimeError):
-    """An actor does not sample with the weights that the learner published. Ends the run."""
+    """An actor does not sample with the weights that the learner published. This ends the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What every actor proved of one version."""
+    """What was verified of one version in every actor."""
 
     version: int
     load_seconds: float  # of the slowest actor, canary included
-    canary_version: int  # the last one that was proved by a canary too; the two numbers are of that
+    canary_version: int  # the last version whose canary was compared; the two numbers below are from that comparison
     canary_difference: float  # nats, mean |learner - actor| of the worst actor
     canary_signal: float  # nats, mean |adapter - base| in the learner: what an unused adapter would differ by
 
 
 class Channel:
-    """Publishes to `actors` (handles of actor.actor.Actor), and insists on proof."""
+    """Publishes to `actors` (handles of actor.actor.Actor), and verifies what they hold."""
 
     def __init__(self, actors: Sequence[Any], *, canary_bound_nats: float) -> None:
         self.actors = list(actors)
         self.canary_bound_nats = canary_bound_nats
-        self._canary_every = 1  # publishes
-        self._num_without = 0  # since the last canary
-        self._published_at = 0.0  # clock
+        self._canary_every = 1  # compare the canary at every n-th publish
+        self._num_without = 0  # publishes since the last canary
+        self._published_at = 0.0  # time of the last publish
         self._canary = (-1, math.nan, math.nan)  # version, difference, signal
 
     def verify(self, learner: Any) -> Published:
-        """A verified start: publish the learner's adapter, a strong random one that must be computed alike, and return.
+        """A verified start: publish a strong random adapter, compare both sides, then publish the learner's own.
 
-        Finds modules that are not adapted, or with another's factors, share or scale, and prefixes cached of an older
-        version. Raises AdapterMismatch, naming the numbers that disagree.
+        Finds modules without an adapter, with another module's adapter or with a wrong scale, and prefix caches of an
+        older version. Raises AdapterMismatch, which names the numbers that disagree.
         """
         self.publish(learner, canary=True)
         probe_ref = learner.probe.remote()
         probe: Adapter = ray.get(probe_ref)
-        self._prefix_differences(probe)  # fills the caches
+        self._prefix_differences(probe)  # fills the prefix caches under the old version
         for receipt in ray.get([actor.load.remote(probe_ref) for actor in self.actors]):
             check_probe(probe, receipt)
         assert probe.canary is not None
-        bound = PROBE_SHARE[probe.dtype] * _distance(probe.canary.logprobs, probe.canary.base_logprobs)
+        bound = PROBE_FRACTION[probe.dtype] * _distance(probe.canary.logprobs, probe.canary.base_logprobs)
         for difference in self._prefix_differences(probe):
             if not difference <= bound:
                 raise AdapterMismatch(
-                    f"a token behind the canary differs by {difference:.4f} nats (bound {bound:.4f}) between sampling "
-                    "and a pass that reads no prefix cache: an actor reads prefixes of an older version"
+                    f"a token after the canary differs by {difference:.4f} nats (bound {bound:.4f}) between sampling "
+                    "and a pass without prefix cache: an actor reads cached prefixes of an older version"
                 )
         published = self.publish(learner, canary=True)
-        self._canary_every = 1  # the first step says how long a step takes
+        self._canary_every = 1  # until the first step has shown how long a step takes
         return published
 
     def _prefix_differences(self, probe: Adapter) -> list[float]:
@@ -76,10 +77,10 @@ class Channel:
         return ray.get([actor.prefix_difference.remote(probe.canary.token_ids) for actor in self.actors])
 
     def publish(self, learner: Any, *, canary: bool | None = None) -> Published:
-        """Returns when every actor holds the adapter of `learner` (a handle) and has proved it.
+        """Publish the adapter of `learner` (a handle); returns when it is verified that every actor holds it.
 
-        Version and checksum are proved each time; the canary, two forward passes, as often as a hundredth of the time
-        between two publishes allows, unless `canary` says. Raises AdapterMismatch, naming both numbers.
+        Version and checksum are verified each time. The canary, two forward passes, is compared as often as
+        CANARY_FRACTION of the time allows, or as `canary` demands. Raises AdapterMismatch, which names both numbers.
         """
         due = self._num_without + 1 >= self._canary_every if canary is None else canary
         adapter_ref = learner.adapter.remote(due)
@@ -96,7 +97,7 @@ class Channel:
                 _distance(adapter.canary.logprobs, adapter.canary.base_logprobs),
             )
             seconds = adapter.canary.seconds + max(receipt.canary_seconds for receipt in receipts)
-            self._canary_every = math.ceil(seconds / (CANARY_SHARE * (now - self._published_at)))
+            self._canary_every = math.ceil(seconds / (CANARY_FRACTION * (now - self._published_at)))
             self._num_without = 0
         self._published_at = now
         version, difference, signal = self._canary
@@ -110,18 +111,18 @@ class Channel:
 
 
 def check_probe(probe: Adapter, receipt: Receipt) -> None:
-    """AdapterMismatch where an actor computes the random adapter of a verified start otherwise than the learner."""
+    """Raise AdapterMismatch if an actor and the learner disagree on the random adapter of a verified start."""
     _check_identity(probe, receipt)
     assert probe.canary is not None and receipt.canary_logprobs is not None
     moved = _distance(probe.canary.logprobs, probe.canary.base_logprobs)
     difference = _distance(probe.canary.logprobs, receipt.canary_logprobs)
-    bound = PROBE_SHARE[probe.dtype] * moved
+    bound = PROBE_FRACTION[probe.dtype] * moved
     if not difference <= bound:
         raise AdapterMismatch(
             f"an actor does not compute what the learner does: a random adapter moves the canary by {moved:.4f} nats "
-            f"in the learner, to a mean log-probability of {probe.canary.logprobs.mean():.4f}, and the actor's "
-            f"{receipt.canary_logprobs.mean():.4f} lies {difference:.4f} off (bound {bound:.4f}): a module is without "
-            "its adapter, or has another's, or is wrongly scaled"
+            f"in the learner, to a mean log-probability of {probe.canary.logprobs.mean():.4f}; the actor has "
+            f"{receipt.canary_logprobs.mean():.4f}, a difference of {difference:.4f} (bound {bound:.4f}): a module has "
+            "no adapter, another module's adapter, or a wrong scale"
         )
 
 
@@ -131,15 +132,15 @@ def _check_identity(adapter: Adapter, receipt: Receipt) -> None:
     if receipt.checksum != adapter.checksum:
         raise AdapterMismatch(
             f"adapter version {adapter.version} has checksum {adapter.checksum} in the learner, "
-            f"but {receipt.checksum} in an actor, whose buffers hold something else"
+            f"but {receipt.checksum} in an actor, whose buffers hold other values"
         )
 
 
 def check(adapter: Adapter, receipt: Receipt, *, bound_nats: float) -> float:
-    """Mean |learner - actor| log-probability of the canary, nats; AdapterMismatch if anything disagrees.
+    """Mean |learner - actor| log-probability of the canary, in nats; raises AdapterMismatch if they disagree.
 
-    The bound is on the noise between two implementations in bfloat16. An adapter that moves the canary by more
-    than the bound must also leave the actor nearer to the learner's adapter than to its base.
+    The bound allows for the noise between two implementations in bfloat16. If the adapter moves the canary by more than
+    the bound, the actor must also be nearer to the learner's policy than to the base model.
     """
     _check_identity(adapter, receipt)
     canary = adapter.canary
@@ -147,7 +148,7 @@ def check(adapter: Adapter, receipt: Receipt, *, bound_nats: float) -> float:
     difference = _distance(canary.logprobs, receipt.canary_logprobs)
     from_base = _distance(canary.base_logprobs, receipt.canary_logprobs)
     unused = _distance(canary.logprobs, canary.base_logprobs) > bound_nats and from_base < difference
-    if not difference <= bound_nats or unused:  # a NaN is a mismatch too
+    if not difference <= bound_nats or unused:  # not <=: a NaN is a mismatch too
         raise AdapterMismatch(
             f"adapter version {adapter.version} is not what an actor samples with: mean log-probability of the canary "
             f"{canary.logprobs.mean():.4f} in the learner, {receipt.canary_logprobs.mean():.4f} in the actor, mean "

@@ -1,8 +1,8 @@
-"""How Ray is started, joined and left: the only place that knows.
+"""Starts, joins and leaves Ray; no other module does.
 
 A Ray that is started here runs under a supervisor: a process that starts it, adopts every orphan among its descendants,
-and kills them all when the process that asked for it ends. Without one, a `kill -9` of the driver leaves Ray's agents
-and vLLM's engines behind.
+and kills them all when its parent ends. Without a supervisor, a `kill -9` of the driver would leave Ray's agents and
+vLLM's engines running.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = ROOT / "launch" / "configs" / "default.toml"
 
 OBJECT_STORE_BYTES = 512 << 20  # a few adapter versions and groups; Ray's own default is 30 % of the memory
-JOB_STOP_SECONDS = 15  # after which Ray kills a driver that was asked to stop
+JOB_STOP_SECONDS = 15  # Ray kills a driver that has not stopped by then
 SUPERVISOR_STOP_SECONDS = 20
 
 
 @contextlib.contextmanager
 def connect() -> Iterator[None]:
-    """Be connected to Ray for the length of the block; call it from the main thread.
+    """Connect to Ray for the duration of the block; call it from the main thread.
 
-    The first of these that applies: the cluster of the Ray job that this process runs in; the one that RAY_ADDRESS
+    Uses the first of these that exists: the cluster of the Ray job that this process runs in; the one that RAY_ADDRESS
     names; the one that `ray start` started on this machine; a new one, which ends with the block or with this process.
     RAY_ADDRESS=local asks for a new one. What actors print appears in this process's output.
     """
@@ -73,7 +73,7 @@ def ray_address(*, job_server: bool) -> Iterator[str]:
 
 
 def _started_by_hand() -> bool:
-    """Whether a Ray that `ray start` started on this machine answers; a killed one leaves its address file behind."""
+    """Whether a Ray of `ray start` answers on this machine; a killed one leaves its address file behind."""
     host, _, port = (read_ray_address() or "").rpartition(":")
     if not host:
         return False
@@ -90,8 +90,8 @@ def _supervised(*, job_server: bool) -> Iterator[str]:
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),  # for the workers too
         "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
-        "RAY_worker_niceness": "0",  # at Ray's default of 15 anything else on the machine starves the training
-        "RAY_ADDRESS": "",  # "local" must not reach the commands of Ray itself, which take it for an address
+        "RAY_worker_niceness": "0",  # at Ray's default of 15 any other process on the machine starves the training
+        "RAY_ADDRESS": "",  # Ray's own commands would take "local" for an address
     }
     supervisor = child(
         [sys.executable, "-m", "launch.runtime.cluster", str(job_server).lower()],
@@ -99,13 +99,13 @@ def _supervised(*, job_server: bool) -> Iterator[str]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a Ctrl-C must reach this process alone, which then stops the supervisor
+        start_new_session=True,  # a Ctrl-C must reach only this process, which then stops the supervisor
     )
     assert supervisor.stdout
     try:
         address = supervisor.stdout.readline().strip()
         if not address:
-            raise RuntimeError("Ray did not start; the lines above say why")
+            raise RuntimeError("Ray did not start; see the lines above for the reason")
         yield address
     finally:
         stop(supervisor, SUPERVISOR_STOP_SECONDS)
@@ -113,14 +113,14 @@ def _supervised(*, job_server: bool) -> Iterator[str]:
 
 def supervise(job_server: str) -> None:
     """The supervisor: start a Ray, print its address, and on SIGTERM kill it with all its descendants."""
-    signal.signal(signal.SIGTERM, exit_on_signal)  # which also comes when the parent dies
+    signal.signal(signal.SIGTERM, exit_on_signal)  # also sent when the parent dies
     adopt_orphans()
-    # A folder of its own, to touch neither another user's /tmp/ray nor the address file of a Ray started by hand; not
-    # below TMPDIR: the paths of Ray's sockets are limited to 107 bytes.
+    # Its own folder, so that it touches neither another user's /tmp/ray nor the address file of a Ray started by hand.
+    # Not below TMPDIR, which may be long: the paths of Ray's sockets are limited to 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
     try:
         with open(folder / "start.log", "w") as log:
-            # RAY_TMPDIR: a Ray that one of its tasks starts (a cell of a grid) has its folder in this one.
+            # A Ray that one of its tasks starts (a cell of a grid) creates its folder in this one.
             environment = {**os.environ, "RAY_TMPDIR": str(folder)}
             head = subprocess.Popen(_head_command(folder, job_server), env=environment, stdout=log, stderr=log)
         record = folder / "ray_current_cluster"  # written when Ray is up
@@ -137,7 +137,7 @@ def supervise(job_server: str) -> None:
 
 
 def _head_command(folder: Path, job_server: str) -> list[str]:
-    """`ray start` with free ports in place of the fixed ones: other Rays may run on this machine."""
+    """`ray start` with free ports instead of the fixed ones: other Rays may run on this machine."""
     options = {
         "port": 0,
         "dashboard-port": 0,
@@ -153,10 +153,10 @@ def _head_command(folder: Path, job_server: str) -> list[str]:
 
 
 def _num_gpus() -> int:
-    """As torch counts them. Ray counts 0 where NVML fails, and a task that asks for a GPU then waits for ever."""
+    """The GPUs as torch counts them. Ray counts 0 if NVML fails, and a task that asks for a GPU would wait forever."""
     if shutil.which("nvidia-smi") is None:
         return 0
-    import torch  # here: without a GPU the supervisor does without it
+    import torch  # a late import: without a GPU the supervisor does not need it
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -168,7 +168,7 @@ def _free_port() -> int:
 
 
 def exit_on_signal(number: int, _: object) -> None:
-    """A signal handler that exits, once: a parent's death is signalled again for each of its threads."""
+    """A signal handler that exits once: the kernel repeats the death signal for each thread of the parent."""
     signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 

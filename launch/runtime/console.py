@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live panel on a terminal, plain lines elsewhere (a Ray job's log)."""
+"""The display of a run: a live panel on a terminal, plain lines elsewhere (a Ray job's log)."""
 
 import time
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from common.types import Group
 
-# Metric, label, format: the columns of a step, in the order in which they are read.
+# Metric, label and format of each column, from left to right.
 COLUMNS = (
     ("reward/mean", "reward", "{:.2f}"),
     ("reward/std", "±", "{:.2f}"),
@@ -26,12 +26,12 @@ COLUMNS = (
     ("throughput/tokens_per_second", "tok/s", "{:.0f}"),
     ("time/step_seconds", "s/step", "{:.1f}"),
 )
-PART = "reward/parts/"  # begins the name of the metric of each part of a task's reward
-RECENT = 12  # steps of the live table
+PART = "reward/parts/"  # the prefix of the metrics of a task's parts of the reward
+RECENT = 12  # steps in the live table
 
 
 class Display:
-    """Progress of a run of `steps` optimizer steps, of which `first_step` are done."""
+    """The progress of a run of `steps` optimizer steps, of which `first_step` were done before."""
 
     def __init__(self, title: str, *, steps: int, first_step: int = 0, console: Console | None = None) -> None:
         self.title = title
@@ -45,11 +45,11 @@ class Display:
             self.live.start()
 
     def note(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line, above the live panel if there is one."""
         self.console.print(text, markup=False)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A finished optimizer step."""
+        """Show a finished optimizer step."""
         self.recent = [*self.recent, (step, metrics)][-RECENT:]
         if self.live:
             self.live.update(self._panel(step))
@@ -60,7 +60,7 @@ class Display:
             self.note(f"step {step}/{self.steps} {shown} left {self._left(step)}")
 
     def sample(self, step: int, group: Group) -> None:
-        """The best and the worst completion of a group."""
+        """Print the best and the worst completion of a group."""
         scored = sorted(((r.score, r) for r in group.rollouts if r.score), key=lambda pair: pair[0].total)
         self.note(f"--- sample of step {step}: {group.prompt.messages[-1]['content']} [answer {group.prompt.answer}]")
         for name, (score, rollout) in zip(("best", "worst"), scored[-1:] + scored[:1], strict=False):
@@ -69,7 +69,7 @@ class Display:
         self.note("---")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """A finished evaluation (launch/evaluate.py)."""
+        """Print the record of an evaluation (launch/evaluate.py)."""
         several = f", pass@{record['k']} {record['pass_at_k']:.3f}" if "k" in record else ""
         self.note(
             f"evaluation at step {record['step']}: Pass@1 {record['pass_at_1']:.3f} ± {record['ci95']:.3f}{several}, "
@@ -85,7 +85,7 @@ class Display:
         return minutes(per_step * (self.steps - step))
 
     def _panel(self, step: int) -> Panel:
-        parts = _parts(self.recent[-1][1])  # under the table, wrapped: a task may have any number of them
+        parts = _parts(self.recent[-1][1])  # wrapped under the table: a task may have any number of parts
         caption = Text(f"reward of step {step}: {parts}") if parts else None
         table = Table(box=None, padding=(0, 1), caption=caption)
         table.add_column("step", justify="right")
@@ -102,7 +102,7 @@ def _cells(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def _parts(metrics: Mapping[str, float]) -> str:
-    """Name and value of every part of the reward; empty where the task has none."""
+    """Name and value of every part of the reward; empty if the task has none."""
     parts = {name.removeprefix(PART): value for name, value in metrics.items() if name.startswith(PART)}
     return " ".join(f"{name} {value:.2f}" for name, value in parts.items())
 

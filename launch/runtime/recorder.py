@@ -1,4 +1,4 @@
-"""What a step leaves behind: metrics, rollouts, evaluations in the run folder, and a line on the display."""
+"""Records each step: metrics, rollouts and evaluations in the run folder, and a line on the display."""
 
 import math
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from launch.runtime.console import PART, Display
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Wall seconds of the loop's phases."""
+    """Wall-clock seconds of the phases of a step."""
 
-    wait_seconds: float  # for groups
+    wait_seconds: float  # for the step's groups
     learn_seconds: float
-    ahead_seconds: float  # for the rollouts of the next step, before publishing (run.max_staleness)
-    publish_seconds: float  # adapter out of the learner, into every actor, proved
+    ahead_seconds: float  # for prefetched rollouts in flight, before publishing (run.max_staleness)
+    publish_seconds: float  # from the learner to every actor, verification included
     step_seconds: float
 
 
 class Recorder:
-    """Writes the files of a run folder and tells the display."""
+    """Writes the files of a run folder and updates the display."""
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, display: Display, *, sample_every: int):
         self.tokenizer = tokenizer
@@ -46,9 +46,9 @@ class Recorder:
         *,
         num_discarded: int = 0,
     ) -> None:
-        """Everything of optimizer step `step`, 1-based: the number of the adapter version that it made.
+        """Record optimizer step `step` (from 1 on).
 
-        `num_discarded` groups were sampled for it, and replaced because nothing is learned from them.
+        `num_discarded` groups were sampled for it and replaced, because the method's group filter dropped them.
         """
         metrics = {
             **group_metrics(groups, published.version),
@@ -79,7 +79,7 @@ class Recorder:
             self.display.sample(step, groups[0])
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """One evaluation (launch/evaluate.py)."""
+        """Record an evaluation (launch/evaluate.py)."""
         self.evaluations.write(record)
         self.display.evaluation(record)
 
@@ -91,7 +91,7 @@ class Recorder:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Forget what a run folder says of steps after `step`: a resumed run writes them again."""
+    """Remove the records of steps after `step` from a run folder: a resumed run writes them again."""
     for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
         keep_lines(folder / name, lambda record: record["step"] <= step)
 
@@ -101,10 +101,10 @@ def num_completion_tokens(groups: Sequence[Group]) -> int:
 
 
 def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """What the rollouts alone say. `version` is the adapter that the step made: staleness 0 is one before it.
+    """The metrics of the rollouts alone. `version` is the adapter after the step: the one before it has staleness 0.
 
-    reward/std is the population spread over all rollouts of the step; reward/group_std the mean over groups of the
-    spread within them.
+    reward/std is the population standard deviation over all rollouts of the step; reward/group_std is the mean over
+    groups of the standard deviation within each.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores = [rollout.score for rollout in rollouts if rollout.score is not None]
@@ -129,10 +129,7 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
 
 
 def part_metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """reward/parts/<name>: the mean of each part of the reward, whatever a task calls its parts.
-
-    A part that some scores lack is averaged over the scores that have it.
-    """
+    """reward/parts/<name>: the mean of each part of the reward, over the scores that have it."""
     names = dict.fromkeys(name for score in scores for name in score.parts)
     return {PART + name: mean(s.parts[name] for s in scores if name in s.parts) for name in names}
 
@@ -140,7 +137,7 @@ def part_metrics(scores: Sequence[Score]) -> dict[str, float]:
 def rollout_records(
     step: int, groups: Sequence[Group], result: UpdateResult, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """One JSON object a rollout: text, reward and its parts, and the learner's values token by token."""
+    """One JSON object per rollout: text, reward and its parts, and the learner's values per token."""
     records = []
     rollouts = [(group, rollout) for group in groups for rollout in group.rollouts]
     for (group, rollout), tokens in zip(rollouts, result.tokens, strict=True):

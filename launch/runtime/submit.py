@@ -1,4 +1,4 @@
-"""A run as a Ray job: what `make run` calls.
+"""Submits a run as a Ray job; `make run` calls it.
 
 python -m launch.runtime.submit [OPTIONS of launch/run.py]
 """
@@ -24,10 +24,10 @@ AGENT_START_SECONDS = 60
 def submit(options: Sequence[str]) -> int:
     """Run launch/run.py with `options` as a Ray job, follow its log, and return the driver's exit status.
 
-    It is what `ray job submit` does, which turns every failure into status 1. The job is stopped when this call is
-    interrupted.
+    `ray job submit` does the same, but turns every failure into status 1. If this call is interrupted, the job is
+    stopped.
     """
-    logging.disable(logging.WARNING)  # of Ray's job client
+    logging.disable(logging.WARNING)  # hides the messages of Ray's job client
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, exit_on_signal)
     command = shlex.join([sys.executable, "launch/run.py", *options])
@@ -39,13 +39,13 @@ def submit(options: Sequence[str]) -> int:
             return _exit_status(_ended(client, job))
         finally:
             for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(name, signal.SIG_IGN)  # what follows is bounded in time: no second Ctrl-C is needed
+                signal.signal(name, signal.SIG_IGN)  # the rest takes a bounded time: a second Ctrl-C is not needed
             client.stop_job(job)
             _ended(client, job)
 
 
 def _start(client: JobSubmissionClient, command: str) -> str:
-    """Submit the job; on a Ray that has only just started, the agent that is to run it may take a while to come."""
+    """Submit the job. Retries while a Ray that has just started has no agent yet."""
     deadline = time.monotonic() + AGENT_START_SECONDS
     while True:
         try:
@@ -62,7 +62,7 @@ async def _follow(client: JobSubmissionClient, job: str) -> None:
 
 
 def _ended(client: JobSubmissionClient, job: str) -> JobInfo:
-    """What the job server says of the job once it has ended, or a little after it should have."""
+    """The job's information once it has ended, or when it should have been killed."""
     deadline = time.monotonic() + JOB_STOP_SECONDS + 5
     info = client.get_job_info(job)
     while not info.status.is_terminal() and time.monotonic() < deadline:
@@ -81,9 +81,9 @@ def _exit_status(info: JobInfo) -> int:
 
 
 def _check(options: Sequence[str]) -> int:
-    """The exit status of launch/run.py --dry-run, whose plan is shown only if it was asked for."""
+    """The exit status of launch/run.py --dry-run; its output is shown only if `options` have --dry-run."""
     others = [option for option in options if option != "--dry-run"]
-    load(others, DEFAULT_CONFIG)  # which alone tells a misspelt option at once, and answers --help
+    load(others, DEFAULT_CONFIG)  # finds a misspelt option, and answers --help, before a process starts
     command = [sys.executable, "launch/run.py", "--dry-run", *others]
     return subprocess.run(
         command, cwd=ROOT, stdout=None if len(others) < len(options) else subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""The processes of a run: one learner and its actors, as Ray actors on whatever the cluster has."""
+"""The processes of a run: one learner and its actors, as Ray actors."""
 
 import contextlib
 import os
@@ -18,12 +18,12 @@ from launch.planning.plan import Plan
 from launch.runtime.channel import Channel
 from learner.learner import Learner
 
-PLACEMENT_SECONDS = 60  # that other jobs have to free the GPUs in
+PLACEMENT_SECONDS = 60  # to wait for GPUs that other jobs hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """Handles, and the channel between them."""
+    """Handles of the learner and the actors, and the channel between them."""
 
     learner: Any
     actors: list[Any]
@@ -33,9 +33,9 @@ class Workers:
 
 @contextlib.contextmanager
 def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Workers]:
-    """Learner and actors for the length of the block, with a verified start and the learner's adapter published.
+    """Run the learner and the actors for the duration of the block, after a verified start.
 
-    Raises UserError for too few GPUs.
+    Raises UserError if there are too few GPUs.
     """
     config = plan.config
     num_actors = config.actor.num_actors
@@ -50,7 +50,7 @@ def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Wor
                 published = channel.verify(learner)
                 yield Workers(learner=learner, actors=actors, channel=channel, version=published.version)
         finally:
-            with contextlib.suppress(ray.exceptions.RayError):  # what does not close in time is killed
+            with contextlib.suppress(ray.exceptions.RayError):  # an actor that does not close in time is killed
                 ray.get([actor.close.remote() for actor in actors], timeout=20)
             for actor in actors:
                 ray.kill(actor)
@@ -58,10 +58,9 @@ def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Wor
 
 @contextlib.contextmanager
 def placed(num_gpus: int, *, wait_seconds: float = PLACEMENT_SECONDS) -> Iterator[list[dict[str, Any]]]:
-    """Ray's options that place a worker on each of `num_gpus` whole GPUs, held for the length of the block.
+    """Ray's options that place a worker on each of `num_gpus` whole GPUs, reserved for the duration of the block.
 
-    Raises UserError, with what is asked for and what the cluster has: at once where it has too few GPUs, and after
-    `wait_seconds` where others hold them.
+    Raises UserError at once if the cluster has too few GPUs, and after `wait_seconds` if other jobs hold them.
     """
     if not num_gpus:
         yield []
@@ -88,7 +87,7 @@ def placed(num_gpus: int, *, wait_seconds: float = PLACEMENT_SECONDS) -> Iterato
 
 @contextlib.contextmanager
 def _learner(plan: Plan, learner_class: type[Learner], place: dict[str, Any]) -> Iterator[Any]:
-    """A learner for the length of the block, at the checkpoint of the plan if it has one."""
+    """Run the learner for the duration of the block, from the checkpoint of the plan if it has one."""
     handle = _remote(learner_class, plan.config, place, first_half=False).remote(
         plan.model_folder, plan.config, plan.canary_token_ids
     )
@@ -106,13 +105,13 @@ def cores() -> list[int]:
 
 
 def half(processors: Sequence[int], *, first: bool) -> list[int]:
-    """The first half of the processors, or the others; one alone is in both."""
+    """The first half of the processors, or the second; a single processor is in both."""
     middle = len(processors) // 2
     return list(processors[: max(1, middle)] if first else processors[middle:])
 
 
 class _OnHalf:
-    """Keeps its process on half of its processors, from before the constructor of the class that it is mixed into."""
+    """A mixin that pins its process to half of the processors before the constructor of the other class runs."""
 
     first_half: bool
 
@@ -122,26 +121,26 @@ class _OnHalf:
 
 
 def _remote(side: type, config: Config, place: dict[str, Any], *, first_half: bool) -> Any:
-    """`side` as a Ray actor at `place`; on half of its processors where both sides work at the same time on a CPU."""
+    """`side` as a Ray actor at `place`; pinned to half of the processors if the sides overlap on a CPU."""
     if not config.run.max_staleness or torch.cuda.is_available():
         return ray.remote(side).options(**_options(side, len(cores())), **place)
 
-    on_half = type(side.__name__, (_OnHalf, side), {"first_half": first_half})  # by this name Ray's logs call it
+    on_half = type(side.__name__, (_OnHalf, side), {"first_half": first_half})  # the name in Ray's logs
     return ray.remote(on_half).options(**_options(side, len(half(cores(), first=first_half))), **place)
 
 
 def _options(side: type, num_threads: int) -> dict[str, Any]:
-    """Ray's options for either side. They share each GPU: the fractions say so and reserve nothing."""
+    """Ray's options for either side. Both share a GPU, so each asks for half of it; this reserves no memory."""
     environment = {
         "OMP_NUM_THREADS": str(num_threads),  # Ray would set it to 1
-        "GOMP_SPINCOUNT": "3000",  # waiting threads soon sleep: spinning steals the other side's cores
+        "GOMP_SPINCOUNT": "3000",  # threads that wait soon sleep: spinning would take cores from the other side
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }
-    if issubclass(side, Learner):  # its micro-batches differ in length, and would leave holes of every size
+    if issubclass(side, Learner):  # its micro-batches differ in length, which would fragment fixed segments
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return {
-        "num_cpus": 0,  # Ray must not queue one side behind the other: they take turns on the same cores
+        "num_cpus": 0,  # Ray must not queue one side behind the other: they alternate on the same cores
         "num_gpus": 0.5 if torch.cuda.is_available() else 0,
         "runtime_env": {"env_vars": environment},
     }

@@ -1,8 +1,9 @@
 """The fused entropy path: log-probability and exact entropy of the vocabulary projection, never N x V logits.
 
-The projection is frozen, so the gradient is made in the forward pass: u = d logprob / d hidden, and where asked for
-v = d entropy / d hidden, are kept per row, and backward is a row scale. A backend computes them for a chunk of rows:
-torch_backend.py on any device, triton_backend.py on an NVIDIA GPU. peers.py holds TRL's and Liger's heads, to compare.
+The projection is frozen, so the gradients are made in the forward pass: u = d logprob / d hidden and, on request,
+v = d entropy / d hidden are kept for each token, and the backward pass only scales them. A backend computes a chunk of
+tokens at a time: torch_backend.py on any device, triton_backend.py on an NVIDIA GPU. peers.py wraps TRL's and Liger's
+heads for comparison.
 """
 
 import os
@@ -24,26 +25,26 @@ PACKAGES = {"triton": "triton", "trl": "trl", "liger": "liger_kernel"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadStats:
-    """Per scored token, nats; float32, or float64 for float64 inputs.
+    """Statistics of each scored token, in nats; float32, or float64 for float64 inputs.
 
-    The first is differentiable in the hidden states, and so is the second where its gradient was asked for.
+    logprob_N is differentiable in the hidden states; entropy_N is too, unless `entropy_gradient=False`.
     """
 
     logprob_N: Tensor
     entropy_N: Tensor
     entropy_at_one_N: Tensor | None = None  # the entropy at temperature 1, no gradient
-    topk_entropy_N: Tensor | None = None  # entropy of the K likeliest tokens, renormalised, no gradient
+    topk_entropy_N: Tensor | None = None  # entropy of the K most likely tokens, renormalised, no gradient
     topk_mass_N: Tensor | None = None  # their probability
 
     @property
     def topk_partial_entropy_N(self) -> Tensor:
-        """- sum of p log p over the K likeliest tokens, not renormalised."""
-        assert self.topk_entropy_N is not None and self.topk_mass_N is not None, "topk was not asked for"
+        """- sum of p log p over the K most likely tokens, not renormalised."""
+        assert self.topk_entropy_N is not None and self.topk_mass_N is not None, "call head_stats with topk"
         return self.topk_mass_N * (self.topk_entropy_N - self.topk_mass_N.log())
 
 
 def concatenate(parts: Sequence[HeadStats]) -> HeadStats:
-    """The statistics of consecutive parts of the scored tokens as one."""
+    """Join the statistics of consecutive parts of the scored tokens."""
     whole: dict[str, Any] = {}
     for field in fields(HeadStats):
         column = [getattr(part, field.name) for part in parts]
@@ -66,14 +67,14 @@ def head_stats(
 ) -> HeadStats:
     """Log-probability of each target and entropy of its distribution softmax(z / temperature).
 
-    z = hidden weight^T + bias, and with `softcap` c then c tanh(z / c) (Gemma 2). hidden_NH and weight_VH share one
-    floating dtype; target_N holds vocabulary indices (one outside gives NaN).
-    `topk=K` adds the entropy and the mass of the K likeliest tokens, `entropy_at_one` the entropy at temperature 1;
-    `entropy_gradient=False` saves a matrix product where only the log-probability is differentiated.
+    z = hidden weight^T + bias, and with `softcap` c then c tanh(z / c) (Gemma 2). hidden_NH and weight_VH have the same
+    floating dtype; target_N holds vocabulary indices (an index outside the vocabulary gives NaN).
+    `topk=K` adds the entropy and the mass of the K most likely tokens, `entropy_at_one` the entropy at temperature 1;
+    `entropy_gradient=False` saves a matmul where only the log-probability is differentiated.
 
-    Memory is flat in N V: one chunk of rows, and 4 N H bytes for each gradient. A call under no_grad gives bitwise
-    the values of the call with gradient. Raises ValueError for a weight or bias that requires a gradient (the head is
-    frozen: none is made), for numbers out of range, and for what a peer's backend does not offer.
+    Memory does not grow with N V: it holds one chunk of logits, and 4 N H bytes for each gradient. A call under no_grad
+    returns bitwise the values of the call with gradient. Raises ValueError for a weight or bias that requires a
+    gradient (the head is frozen and makes none), for numbers out of range, and for options that a peer's backend lacks.
     """
     projection = Projection(weight_VH=weight_VH, bias_V=bias_V, softcap=softcap)
     name = resolve(backend, hidden_NH)
@@ -103,7 +104,7 @@ def head_stats(
 
 
 def _check(hidden_NH: Tensor, projection: Projection, temperature: float, topk: int | None, backend: str) -> None:
-    """Raise ValueError for what head_stats names."""
+    """Raise ValueError for the inputs that head_stats rejects."""
     if projection.weight_VH.requires_grad or (projection.bias_V is not None and projection.bias_V.requires_grad):
         raise ValueError("weight_VH or bias_V requires a gradient, but the head is frozen; train the layers below it")
     if topk is not None and topk < 1:
@@ -157,7 +158,7 @@ class _Head(torch.autograd.Function):
 def _module(backend: str) -> Any:
     if backend == "torch":
         return torch_backend
-    from learner.head import triton_backend  # only here: without a GPU triton is not needed
+    from learner.head import triton_backend  # imported on use, since triton may be absent without a GPU
 
     return triton_backend
 
@@ -170,7 +171,7 @@ def resolve(backend: str, hidden_NH: Tensor) -> str:
 
 
 def missing(backend: str) -> str | None:
-    """Why `backend` cannot be used on this machine, in a few words; None where it can."""
+    """Why `backend` cannot be used on this machine, in a few words; None if it can."""
     package = PACKAGES.get(backend)
     if package and find_spec(package) is None:
         return f"needs the package {package.replace('_', '-')}"

@@ -1,11 +1,11 @@
-"""What learner/head asks of a backend for a chunk of rows, and what it gets."""
+"""What learner/head passes to a backend for a chunk of c tokens, and what the backend returns."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-GPU_WORKSPACE_BYTES = 512 * 2**20  # of a chunk on a GPU: float32 logits, and the weights made of them
+GPU_WORKSPACE_BYTES = 512 * 2**20  # for a chunk on a GPU: its float32 logits and the token weights made from them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,7 @@ class Projection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What is computed besides log-probability and entropy."""
+    """What a backend computes besides log-probability and entropy."""
 
     u: bool  # d logprob / d hidden
     v: bool  # d entropy / d hidden
@@ -28,7 +28,7 @@ class Wanted:
 
 
 class Chunk(NamedTuple):
-    """Columns of c rows; float32, or float64 for float64 inputs; None where not wanted."""
+    """The statistics of c tokens; float32, or float64 for float64 inputs; None where not wanted."""
 
     logprob_c: Tensor
     entropy_c: Tensor

@@ -1,7 +1,6 @@
-"""TRL's and Liger's heads behind the arguments of ours: references to compare with, never the default.
+"""TRL's and Liger's heads with the arguments of ours: references for comparison, never the default.
 
-Both round the logits to the inputs' dtype before the softmax. Arguments as in learner/head/interface.py; each returns
-the columns of learner.head.HeadStats.
+Both round the logits to the inputs' dtype before the softmax. Each function returns the five tensors of HeadStats.
 """
 
 from collections.abc import Callable
@@ -16,10 +15,10 @@ Apply = Callable[[float], tuple[Tensor, Tensor]]
 
 
 def trl(hidden_NH: Tensor, projection: Projection, target_N: Tensor, temperature: float, at_one: bool) -> Columns:
-    """trl.kernels.ChunkedLogProbFunction (TRL 1.16): online sums over vocabulary chunks, recomputed in backward."""
+    """trl.kernels.ChunkedLogProbFunction (TRL 1.16): online sums over vocabulary chunks, computed again in backward."""
     from trl.kernels import ChunkedLogProbFunction
 
-    vocabulary_chunk = 32768 if hidden_NH.is_cuda else 8192  # TRL's own; on a CPU the smaller is 2 to 3 times as fast
+    vocabulary_chunk = 32768 if hidden_NH.is_cuda else 8192  # TRL's default; on a CPU 8192 is 2 to 3 times as fast
 
     def apply(temperature: float) -> tuple[Tensor, Tensor]:
         logprob_N, entropy_N, *_ = ChunkedLogProbFunction.apply(

@@ -1,8 +1,9 @@
 """The fused head in plain PyTorch: one pass over tiles of the vocabulary, as in flash attention.
 
 A tile of the weight is upcast, multiplied, summed and, for the gradients, multiplied again while it is in the cache;
-no logits are kept. Sums are centred at the row's running maximum, and the target is kept out of them: so 1 - p(target)
-and all that follows from it are exact for near-certain tokens too.
+no logits are kept. Sums are centred at the token's running maximum and leave the target out, so that 1 - p(target) and
+the gradients made from it stay exact for near-certain tokens. Suffixes: c tokens of a chunk, t vocabulary entries of a
+tile.
 """
 
 from typing import NamedTuple
@@ -15,17 +16,17 @@ from learner.head.interface import Chunk, Projection, Wanted
 
 ROWS = 1024
 TILE = 2048  # of the vocabulary
-LOWEST = -1e30  # where a running maximum starts: below any logit, but finite, so that 0 * (it) is 0
-NEGLIGIBLE = -1000.0  # exp() of it is 0 in float64 too, and 0 * (it) is 0, which 0 * -inf is not
+LOWEST = -1e30  # a running maximum starts below any logit, but finite, so that 0 * LOWEST is 0 and not NaN
+NEGLIGIBLE = -1000.0  # replaces lower centred logits: exp(NEGLIGIBLE) is 0 in float64 too, and 0 * -inf is avoided
 
 
 def chunk_rows(weight_VH: Tensor) -> int:
-    """Rows of hidden states in a chunk."""
+    """The number of tokens in a chunk."""
     return ROWS
 
 
 def chunk(hidden_cH: Tensor, target_c: Tensor, temperature: float, projection: Projection, wanted: Wanted) -> Chunk:
-    """The columns of some rows, in float32, or float64 for float64 inputs."""
+    """The statistics of c tokens, in float32, or float64 for float64 inputs."""
     hidden_cH = hidden_cH.to(torch.promote_types(hidden_cH.dtype, torch.float32))
     sums = _Sums(hidden_cH, u=wanted.u, v=wanted.v)
     sums_at_one = _Sums(hidden_cH, u=False, v=False) if wanted.entropy_at_one else None
@@ -47,22 +48,22 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature: float, projection: P
             top_Kc = top_Kc.topk(min(wanted.topk, len(top_Kc)), dim=0).values
         sums.add(logits_tc, target_c - start, weight_tH, slope_tc)
 
-    row = sums.finish()
+    token = sums.finish()
     u_cH = v_cH = topk_entropy_c = topk_mass_c = None
     if sums.u_cH is not None:
         weight_y_cH = projection.weight_VH[target_c.clamp(0, len(projection.weight_VH) - 1)].to(hidden_cH.dtype)
         if projection.softcap is not None:
             weight_y_cH *= _slope(sums.target_c * temperature, projection.softcap)[:, None]
-        scale_c1 = (row.total_c * temperature)[:, None]
+        scale_c1 = (token.total_c * temperature)[:, None]
         u_cH = (sums.others_c[:, None] * weight_y_cH - sums.u_cH) / scale_c1
         if sums.v_cH is not None:
-            coefficient_c1 = (row.exp_y_c * (row.mean_c - row.centred_y_c))[:, None]
-            v_cH = (coefficient_c1 * weight_y_cH + row.mean_c[:, None] * sums.u_cH - sums.v_cH) / scale_c1
+            coefficient_c1 = (token.exp_y_c * (token.mean_c - token.centred_y_c))[:, None]
+            v_cH = (coefficient_c1 * weight_y_cH + token.mean_c[:, None] * sums.u_cH - sums.v_cH) / scale_c1
     if wanted.topk is not None:
-        topk_entropy_c, topk_mass_c = _topk(top_Kc - sums.highest_c, row.total_c)
+        topk_entropy_c, topk_mass_c = _topk(top_Kc - sums.highest_c, token.total_c)
     return Chunk(
-        logprob_c=row.logprob_c,
-        entropy_c=row.entropy_c,
+        logprob_c=token.logprob_c,
+        entropy_c=token.entropy_c,
         entropy_at_one_c=None if sums_at_one is None else sums_at_one.finish().entropy_c,
         topk_entropy_c=topk_entropy_c,
         topk_mass_c=topk_mass_c,
@@ -71,22 +72,22 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature: float, projection: P
     )
 
 
-class _Row(NamedTuple):
+class _Finished(NamedTuple):
     logprob_c: Tensor
     entropy_c: Tensor
-    centred_y_c: Tensor  # the target's z - m, where that is not negligible
+    centred_y_c: Tensor  # z - m of the target, at least NEGLIGIBLE
     exp_y_c: Tensor
     total_c: Tensor  # sum of exp(z - m) over the vocabulary
     mean_c: Tensor  # mean of z - m under the distribution
 
 
 class _Sums:
-    """Online sums of c rows over all tokens v but the target, with m the maximum so far and D the cap's slope."""
+    """Online sums over all vocabulary entries but the target; m is the maximum so far, D the slope of the softcap."""
 
     def __init__(self, hidden_cH: Tensor, *, u: bool, v: bool) -> None:
         rows = len(hidden_cH)
-        self.highest_c = hidden_cH.new_full((rows,), LOWEST)  # m, over the target too
-        self.target_c = hidden_cH.new_full((rows,), torch.nan)  # z of the target; NaN for one that is no token
+        self.highest_c = hidden_cH.new_full((rows,), LOWEST)  # m; it includes the target
+        self.target_c = hidden_cH.new_full((rows,), torch.nan)  # z of the target; stays NaN outside the vocabulary
         self.others_c = hidden_cH.new_zeros(rows)  # sum of exp(z - m)
         self.moment_c = hidden_cH.new_zeros(rows)  # sum of exp(z - m) (z - m)
         self.u_cH = torch.zeros_like(hidden_cH) if u else None  # sum of exp(z - m) D w
@@ -99,17 +100,17 @@ class _Sums:
         weight_tH: Tensor,
         slope_tc: Tensor | None = None,
     ) -> None:
-        """A tile of logits, which is written over; `target_c` counts from its start, and may lie outside."""
+        """Add a tile of logits, which is overwritten; `target_c` counts from its start and may lie outside."""
         in_tile_c = (target_c >= 0) & (target_c < len(logits_tc))
-        place = (target_c.clamp(0, len(logits_tc) - 1), torch.arange(len(target_c), device=target_c.device))
-        self.target_c = torch.where(in_tile_c, logits_tc[place], self.target_c)
+        index = (target_c.clamp(0, len(logits_tc) - 1), torch.arange(len(target_c), device=target_c.device))
+        self.target_c = torch.where(in_tile_c, logits_tc[index], self.target_c)
         highest_c = torch.maximum(self.highest_c, logits_tc.amax(dim=0))
         shift_c = self.highest_c - highest_c
         scale_c = shift_c.exp()
         self.highest_c = highest_c
         centred_tc = logits_tc.sub_(highest_c).clamp_(min=NEGLIGIBLE)
         exp_tc = centred_tc.exp()
-        exp_tc[place] *= ~in_tile_c
+        exp_tc[index] *= ~in_tile_c
         moment_tc = centred_tc.mul_(exp_tc)
         self.moment_c = scale_c * (self.moment_c + shift_c * self.others_c) + moment_tc.sum(dim=0)
         self.others_c = scale_c * self.others_c + exp_tc.sum(dim=0)
@@ -121,13 +122,13 @@ class _Sums:
                 self.v_cH.addcmul_(shift_c[:, None], self.u_cH).mul_(scale_c[:, None]).addmm_(moment_tc.T, weight_tH)
             self.u_cH.mul_(scale_c[:, None]).addmm_(exp_tc.T, weight_tH)
 
-    def finish(self) -> _Row:
-        """The rows' statistics, the target now among them."""
+    def finish(self) -> _Finished:
+        """The statistics over the whole vocabulary, the target included."""
         centred_y_c = (self.target_c - self.highest_c).clamp(min=NEGLIGIBLE)
         exp_y_c = centred_y_c.exp()
         total_c = self.others_c + exp_y_c
         mean_c = (self.moment_c + exp_y_c * centred_y_c) / total_c
-        return _Row(
+        return _Finished(
             logprob_c=-softplus(self.others_c.log() - (self.target_c - self.highest_c)),
             entropy_c=total_c.log() - mean_c,
             centred_y_c=centred_y_c,
@@ -138,12 +139,12 @@ class _Sums:
 
 
 def _slope(capped: Tensor, softcap: float) -> Tensor:
-    """Derivative of c tanh(z / c), from its value."""
+    """Derivative of c tanh(z / c), computed from its value `capped`."""
     return 1 - (capped / softcap).square()
 
 
 def _topk(centred_Kc: Tensor, total_c: Tensor) -> tuple[Tensor, Tensor]:
-    """Renormalised entropy and mass of the K likeliest tokens, from their centred logits."""
+    """Renormalised entropy and mass of the K most likely tokens, from their centred logits."""
     centred_Kc = centred_Kc.clamp(min=NEGLIGIBLE)
     exp_Kc = centred_Kc.exp()
     sum_c = exp_Kc.sum(dim=0)

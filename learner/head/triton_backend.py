@@ -1,13 +1,13 @@
-"""The fused head on an NVIDIA GPU: cuBLAS products with float32 results, and two Triton kernels over their rows.
+"""The fused head on an NVIDIA GPU: cuBLAS matmuls with float32 results, and two Triton kernels over the logits' rows.
 
-For a chunk of rows, Z = H W^T in float32; `_statistics` reads it once for all sums of a row; `_weights` makes of it the
-tokens' weights in the inputs' dtype, and a second product makes the gradient of them. With q = softmax(z) over all
-tokens but the target y, and 1 - p = sigmoid(logsumexp of the others - z_y):
+For a chunk of tokens, Z = H W^T in float32, one row per token. `_statistics` reads Z once for all sums of a row.
+`_weights` turns Z into weights of the vocabulary entries in the inputs' dtype, and a second matmul turns these into the
+gradient. With q = softmax(z) over all entries but the target y, and 1 - p = sigmoid(logsumexp of the others - z_y):
 
     d logprob / d hidden =   (1 - p) (w_y - sum q w) / T
     d entropy / d hidden = - (p (log p + H) w_y + (1 - p) sum q (log p_v + H) w_v) / T
 
-q sums to 1 however small 1 - p is: rounding it to 16 bits costs a near-certain token no accuracy.
+q sums to 1 however small 1 - p is, so rounding q to 16 bits costs a near-certain token no accuracy.
 """
 
 import torch
@@ -19,21 +19,21 @@ from torch.nn.functional import softplus
 from learner.head.interface import GPU_WORKSPACE_BYTES, Chunk, Projection, Wanted
 
 WORKSPACE_BYTES = GPU_WORKSPACE_BYTES
-BLOCK, WARPS = 4096, 8  # logits that a program holds at once, 16 a thread; not tuned yet
-SCALE = 512.0  # of the weights: keeps float16 ones out of the subnormals in a flat row, and finite in any
-LOWEST: tl.constexpr = tl.constexpr(-1e30)  # where a running maximum starts: finite, so that 0 * (it) is 0
-NEGLIGIBLE: tl.constexpr = tl.constexpr(-80.0)  # exp() of it is nothing beside 1, but is no subnormal number
+BLOCK, WARPS = 4096, 8  # a program holds 4096 logits at once, 16 per thread; not tuned yet
+SCALE = 512.0  # of the weights: float16 ones are then neither subnormal in a flat row nor infinite in a peaked one
+LOWEST: tl.constexpr = tl.constexpr(-1e30)  # a running maximum starts finite, so that 0 * LOWEST is 0
+NEGLIGIBLE: tl.constexpr = tl.constexpr(-80.0)  # exp(NEGLIGIBLE) vanishes beside 1, but is not subnormal
 
 
 def chunk_rows(weight_VH: Tensor) -> int:
-    """Rows of hidden states in a chunk: what the workspace holds, in steps of 128."""
+    """The number of tokens in a chunk: as many as the workspace holds, in steps of 128."""
     return max(128, WORKSPACE_BYTES // (len(weight_VH) * (4 + weight_VH.element_size())) // 128 * 128)
 
 
 def chunk(hidden_cH: Tensor, target_c: Tensor, temperature: float, projection: Projection, wanted: Wanted) -> Chunk:
-    """The columns of some rows, in float32."""
+    """The statistics of c tokens, in float32."""
     weight_VH, softcap = projection.weight_VH, projection.softcap
-    logits_cV = _product(hidden_cH, weight_VH.T)
+    logits_cV = _matmul(hidden_cH, weight_VH.T)
     if projection.bias_V is not None:
         logits_cV += projection.bias_V
     if softcap is not None:
@@ -49,7 +49,7 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature: float, projection: P
     log_odds_c, entropy_c, at_one_c, highest_c, log_others_c, mean_c, excess_y_c, logit_y_c = statistics
 
     def mean_weight(*, entropy: bool) -> Tensor:
-        """[c, H]: sum over the other tokens of q D w, or of q (log p + H) D w; D is the cap's slope."""
+        """[c, H]: sum over the other entries of q D w, or of q (log p + H) D w; D is the slope of the softcap."""
         token_weight_cV = torch.empty_like(logits_cV, dtype=weight_VH.dtype)
         grid = (rows, triton.cdiv(vocab, BLOCK))
         with torch.cuda.device_of(logits_cV):
@@ -57,7 +57,7 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature: float, projection: P
                 logits_cV, target_c, inverse, highest_c, log_others_c, mean_c, token_weight_cV, vocab, softcap or 1.0,
                 SCALE=SCALE, ENTROPY=entropy, SOFTCAP=softcap is not None, BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
-        return _product(token_weight_cV, weight_VH) / SCALE
+        return _matmul(token_weight_cV, weight_VH) / SCALE
 
     u_cH = v_cH = topk_entropy_c = topk_mass_c = None
     if wanted.u:
@@ -84,8 +84,8 @@ def chunk(hidden_cH: Tensor, target_c: Tensor, temperature: float, projection: P
     )
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, from 16-bit inputs without rounding between."""
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, without a 16-bit result in between."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
@@ -99,7 +99,7 @@ def _fold(z, counted, highest, total, moment):
     scale = tl.exp(shift)
     centred = z - new_highest
     exp = tl.where(counted, tl.exp(centred), 0.0)
-    bounded = tl.where(centred < NEGLIGIBLE, NEGLIGIBLE, centred)  # 0 * -inf would be NaN; what is NaN stays so
+    bounded = tl.where(centred < NEGLIGIBLE, NEGLIGIBLE, centred)  # avoids 0 * -inf; a NaN stays NaN
     moment = scale * (moment + shift * total) + tl.sum(exp * bounded, axis=0)
     total = scale * total + tl.sum(exp, axis=0)
     return new_highest, total, moment
@@ -107,8 +107,8 @@ def _fold(z, counted, highest, total, moment):
 
 @triton.jit
 def _statistics(logits, targets, inverse, statistics, rows, vocab, AT_ONE: tl.constexpr, BLOCK: tl.constexpr):
-    """A program for each row. Rows of `statistics` [8, rows]: log odds against the target, entropy, entropy at
-    temperature 1, m, log of the others' sum, mean of z - m, the target's z - m less that mean, the target's logit."""
+    """One program per row. Rows of `statistics` [8, rows]: log odds against the target, entropy, entropy at
+    temperature 1, m, log of the others' sum, mean of z - m, the target's z - m minus that mean, the target's logit."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     highest, others, moment = LOWEST, 0.0, 0.0
@@ -145,13 +145,13 @@ def _weights(
     logits, targets, inverse, highests, log_others, means, out, vocab, softcap,
     SCALE: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program for each row and block: `out` [rows, vocab] = SCALE q D, or SCALE q (log p + H) D; 0 at the target."""
+    """One program per row and block: `out` [rows, vocab] = SCALE q D, or SCALE q (log p + H) D; 0 at the target."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab
     logit = tl.load(logits + row * vocab + columns, mask=inside, other=-float("inf"))
     z = logit * inverse
-    centred = z - tl.load(highests + row)  # first of all: what is large in z cancels exactly
+    centred = z - tl.load(highests + row)  # subtracted first, so that large z cancel exactly
     weight = SCALE * tl.exp(centred - tl.load(log_others + row))
     if ENTROPY:
         excess = centred - tl.load(means + row)

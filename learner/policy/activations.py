@@ -1,14 +1,13 @@
-"""What the policy's trunk keeps in memory for a micro-batch, found by running it on tensors that hold no data.
+"""What the policy's trunk keeps in memory for a micro-batch, measured by running it on tensors without data.
 
-A forward and a backward pass of any architecture then take a second and no memory. Each storage that their operators
-make is counted as long as it lives. Operators choose by device, so there are two kinds of such tensors:
+A forward and a backward pass of any architecture then take a second and no memory. Each storage that an operator
+allocates is counted until it is freed. Torch picks kernels by device, so there are two kinds of tensors without data:
 
-- for a CPU torch's fake tensors, which claim to lie on one;
-- for a GPU the meta device. Attention takes the GPU's path there (learner/policy/attention.py), which ends in the fake
-  kernel that torch registers for varlen_attn. Fake tensors that claim to lie on a GPU would need a torch built for one:
-  without, autograd aborts the process. What torch chooses by device elsewhere is the same, but for attention in
-  float32: on the meta device it is the plain product with all weights of a head, as on a GPU where query heads share
-  keys; where they do not, a GPU has a kernel that keeps less.
+- for a CPU, torch's fake tensors, which report the CPU as their device;
+- for a GPU, the meta device, where attention takes the GPU's path (learner/policy/attention.py) into the fake kernel
+  that torch registers for varlen_attn. Fake tensors that report a GPU would need a torch built for CUDA; without one,
+  autograd aborts the process. The kernels are those of a GPU except for attention in float32: the meta device keeps
+  all attention weights of a head, as a GPU does where query heads share keys; else a GPU has a kernel that keeps less.
 """
 
 import copy
@@ -29,15 +28,15 @@ from learner.batch import Ends, MicroBatch
 from learner.policy.attention import KERNEL_BACKWARD, backward_scratch_bytes
 from learner.policy.policy import Policy
 
-FEW, MORE = 2, 3  # layers that are run; what a further one adds is their difference
+FEW, MORE = 2, 3  # numbers of layers that are run; their difference is what each further layer adds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activations:
-    """Bytes of one micro-batch; without the weights, the adapter and its gradient, and the head."""
+    """Bytes of one micro-batch, without weights, adapter, adapter gradients and head."""
 
-    kept: int  # from the forward pass until the backward
-    peak: int  # most at any time of the two, what is kept included
+    kept: int  # from the forward pass until the backward pass
+    peak: int  # the maximum over both passes, `kept` included
 
 
 def measure(
@@ -49,15 +48,26 @@ def measure(
     gpu: bool,
     dropout: bool = True,
 ) -> Activations:
-    """Of a micro-batch of rows with `lengths` (see MicroBatch), all of whose positions are scored.
+    """The activations of a micro-batch with `lengths` as in MicroBatch, all of whose positions are scored.
 
-    `recompute` as learner.recompute says; `gpu`: on a GPU, otherwise on a CPU; `dropout` as Policy takes it.
+    `recompute` is learner.recompute; `gpu` selects a GPU or a CPU; `dropout` is the argument of Policy.set_dropout.
     """
+
+    def run(layers: int) -> Activations:
+        device = torch.device("meta" if gpu else "cpu")
+        policy = Policy(_with_layers(model, layers), config, device=device, recompute=recompute, head_backend="torch")
+        policy.set_dropout(dropout)
+        if gpu:
+            return observe(policy, lengths)
+        mode = FakeTensorMode()
+        _make_fake(policy.peft_model, mode)
+        with mode:
+            return observe(policy, lengths)
+
     num_layers = model.get_text_config().num_hidden_layers
-    options: dict[str, Any] = {"lengths": lengths, "recompute": recompute, "gpu": gpu, "dropout": dropout}
     if num_layers <= MORE:
-        return _run(model, config, **options)
-    few, more = (_run(_with_layers(model, number), config, **options) for number in (FEW, MORE))
+        return run(num_layers)
+    few, more = run(FEW), run(MORE)
 
     def extended(name: str) -> int:
         return getattr(few, name) + (num_layers - FEW) * (getattr(more, name) - getattr(few, name))
@@ -66,7 +76,7 @@ def measure(
 
 
 def _with_layers(model: PretrainedConfig, number: int) -> PretrainedConfig:
-    """The configuration of the same model, only lower."""
+    """The configuration of the same model with another number of layers."""
     model = copy.deepcopy(model)
     text = model.get_text_config()
     if getattr(text, "layer_types", None):
@@ -75,28 +85,8 @@ def _with_layers(model: PretrainedConfig, number: int) -> PretrainedConfig:
     return model
 
 
-def _run(
-    model: PretrainedConfig,
-    config: ModelConfig,
-    *,
-    lengths: Sequence[Sequence[int]],
-    recompute: str,
-    gpu: bool,
-    dropout: bool,
-) -> Activations:
-    device = torch.device("meta" if gpu else "cpu")
-    policy = Policy(model, config, device=device, recompute=recompute, head_backend="torch")
-    policy.set_dropout(dropout)
-    if gpu:
-        return observe(policy, lengths)
-    mode = FakeTensorMode()
-    _make_fake(policy.peft_model, mode)
-    with mode:
-        return observe(policy, lengths)
-
-
 def observe(policy: Policy, lengths: Sequence[Sequence[int]]) -> Activations:
-    """What a forward and a backward pass of this policy take; it is left with a gradient."""
+    """Measure a forward and a backward pass of this policy, which leave a gradient in its parameters."""
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     batch = scored_everywhere(lengths, policy.device)
@@ -108,7 +98,7 @@ def observe(policy: Policy, lengths: Sequence[Sequence[int]]) -> Activations:
 
 
 def scored_everywhere(lengths: Sequence[Sequence[int]], device: torch.device) -> MicroBatch:
-    """A micro-batch of some tokens."""
+    """A micro-batch with `lengths` whose positions are all scored; its tokens are 0."""
     positions_L = torch.arange(sum(map(sum, lengths)), device=device)
     return MicroBatch(
         token_ids_L=torch.zeros_like(positions_L),
@@ -124,7 +114,7 @@ def scored_everywhere(lengths: Sequence[Sequence[int]], device: torch.device) ->
 
 def _make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
     """Turn all tensors of a module on the meta device into fake ones on the CPU."""
-    made: dict[Tensor, Tensor] = {}  # shared ones stay shared
+    made: dict[Tensor, Tensor] = {}  # so that a tensor shared by two modules stays shared
 
     def fake(tensor: Tensor) -> Tensor:
         if tensor not in made:
@@ -142,18 +132,18 @@ def _make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make inside of it, while they live.
+    """Counts the bytes of the storages that operators allocate in its context, until they are freed.
 
-    What an operator takes for itself and returns before it ends is not seen, except the GPU attention's.
+    It does not see scratch memory that an operator frees before it returns, except that of the GPU's attention.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}  # by the storage's address
+        self._sizes: dict[int, int] = {}  # by the address of the storage
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._enter((args, kwargs), new=False)  # what is an argument first was there before
+        self._enter((args, kwargs), new=False)  # a storage first seen as an argument is older than this context
         result = operator(*args, **(kwargs or {}))
         self._enter(result, new=True)
         if operator is KERNEL_BACKWARD:

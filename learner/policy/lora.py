@@ -1,10 +1,9 @@
-"""Linear layers and their LoRA adapters in one function: y = x W' + s (dropout(x) A') B', W frozen.
+"""Linear layers and their LoRA adapters in one autograd function: y = x W' + s (dropout(x) A') B', W frozen.
 
-Composed of torch's own functions this keeps and passes over several [L, O] and [L, I] tensors more: the adapter's
-output, its scaled copy, the sum, and x after dropout. Here the adapter's product is added into the base's, and of the
-dropout one byte an element stays. Projections of one input (q, k, v; gate, up) are one call: one dropout mask, one
-product with all A, and one gradient of x, which each adds into. Suffixes: L tokens, I inputs, O outputs, R rank, K rank
-times the projections.
+A composition of torch's own functions would allocate more [L, O] and [L, I] tensors: the adapter's output, its scaled
+copy, the sum, and x after dropout. Here the adapter's matmul adds into the base's output, and dropout keeps one byte
+per element. Projections of one input (q, k, v; gate, up) share a call: one dropout mask, one matmul with all A, and one
+gradient of x, into which each projection adds. Suffixes: L tokens, I inputs, O outputs, R rank, K the sum of the ranks.
 """
 
 from collections.abc import Sequence
@@ -27,8 +26,8 @@ class Projection(NamedTuple):
 def lora_linear(x: Tensor, projections: Sequence[Projection], *, scale: float, dropout: float) -> tuple[Tensor, ...]:
     """[..., I] -> [..., O] for each projection, in the dtype of the weights, which get no gradient.
 
-    `dropout` zeroes that share of the adapters' input and scales up the rest. A and B are rounded to the dtype of the
-    weights at use, as autocast would; their gradients come back in their own.
+    `dropout` zeroes that fraction of the adapters' input and scales up the rest. A and B are rounded to the weights'
+    dtype at use, as autocast would do; their gradients have the dtypes of A and B.
     """
     dtype = projections[0].weight_OI.dtype
     x_LI = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -43,9 +42,10 @@ def lora_linear(x: Tensor, projections: Sequence[Projection], *, scale: float, d
 
 
 def dropped(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
-    """Bool of `shape`, true at a share `dropout` of random places, and the share that is kept.
+    """A bool tensor, true where an element is dropped with probability `dropout`, and the exact fraction that is kept.
 
-    16 random bits an element, the share rounded to them: torch's own dropout draws 64 on a CPU, one by one.
+    It draws 16 random bits per element and rounds the probability to them, because torch's own dropout is slower on a
+    CPU: it draws 64 bits per element, one element at a time.
     """
     bits = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
     count = min(round(dropout * 2**16), 2**16 - 1)

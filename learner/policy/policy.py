@@ -1,11 +1,9 @@
-"""The policy: a frozen base with a LoRA adapter (peft). The reference is the same model, adapter off.
+"""The policy: a frozen base model with a LoRA adapter (peft). The reference is the same model with the adapter off.
 
-Dtype policy, said once: frozen weights and activations have `model.dtype`; adapter weights, their gradients, head sums
-and loss are float32. learner/policy/lora.py rounds the adapter's weights at use, so that no
-activation is in float32 for them.
+Dtypes: frozen weights and activations have `model.dtype`; adapter weights, their gradients, head sums and loss are
+float32. learner/policy/lora.py rounds the adapter's weights at use, so that they make no float32 activations.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +29,7 @@ from learner.policy.lora import Projection, lora_linear
 
 
 def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
-    """What a model of this configuration computes that this learner would leave out, in a few words; or None."""
+    """Why this learner cannot compute a model of this configuration, in a few words; None if it can."""
     text = config.get_text_config()
     for name in ("logits_scaling", "logit_scale"):
         if getattr(text, name, None) not in (None, 1):
@@ -43,11 +41,11 @@ def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
     return None
 
 
-SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # projections that are computed together
+SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # projections that share a call of lora_linear
 
 
 class _LoraLinear(lora.Linear):
-    """peft's layer, computed in one function with its siblings that are given the same input."""
+    """peft's layer, computed together with the sibling layers that take the same input."""
 
     shared: "_SharedInput"
 
@@ -62,7 +60,7 @@ class _LoraLinear(lora.Linear):
 
 
 class _SharedInput:
-    """Computes its layers when the first is called, and keeps the others' outputs until they are."""
+    """Computes all of its layers when the first is called, and keeps each output until that layer is called."""
 
     def __init__(self, layers: Sequence[_LoraLinear]) -> None:
         self.layers = layers
@@ -77,7 +75,7 @@ class _SharedInput:
                 x,
                 [each.projection() for each in self.layers],
                 scale=layer.scaling[name],
-                dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,  # an Identity where there is none
+                dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,  # peft uses an Identity for 0
             )
             self.x, self.outputs = x, dict(zip(self.layers, outputs, strict=True))
         y = self.outputs.pop(layer)
@@ -87,7 +85,7 @@ class _SharedInput:
 
 
 def _share_inputs(model: torch.nn.Module) -> None:
-    """Put together the adapted projections of each block that have one input; the others stay alone."""
+    """Group the adapted projections of each block by their input; one without siblings is a group of its own."""
     for block in model.modules():
         adapted = {name: child for name, child in block.named_children() if isinstance(child, _LoraLinear)}
         groups = [[adapted.pop(name) for name in names if name in adapted] for names in SAME_INPUT]
@@ -116,12 +114,12 @@ class Policy:
         recompute: str,
         head_backend: str,
     ) -> None:
-        """`model` is a folder, or a configuration alone: then all weights are shapes, on the meta device.
+        """Load the model from a folder, or build it from a configuration on the meta device, without data.
 
-        `recompute` as learner.recompute says.
+        `recompute` is learner.recompute.
         """
-        assert config.dtype != "auto", "the plan has resolved it"
-        assert recompute in ("none", "layer", "micro-batch"), "the memory plan has resolved auto"
+        assert config.dtype != "auto", "the plan resolves auto"
+        assert recompute in ("none", "layer", "micro-batch"), "the memory plan resolves auto"
         base = _base(model, config.dtype, device)
         if reason := unsupported(base.config, config.max_length):
             raise UserError(f"model.path={config.path} {reason}; use another model")
@@ -156,28 +154,28 @@ class Policy:
         return len(self.head_weight_VH)
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The adapter's weights: all that is trained."""
+        """The trainable weights, which are those of the adapter."""
         return [p for p in self.peft_model.parameters() if p.requires_grad]
 
     def forward(self, batch: StepBatch, demands: Demands) -> ForwardOutput:
-        """One pass over the whole step, whose graph is kept: the token weights need all its entropies."""
+        """One pass over the whole step. It keeps its graph, as the token weights need the entropies of all tokens."""
         self.set_dropout(demands.dropout)
         return join([self._forward(micro_batch, demands, entropy_at_one=True) for micro_batch in batch.micro_batches])
 
     def reference_pass(self, batch: StepBatch, demands: Demands) -> ForwardOutput:
-        """The same with the adapter off, without dropout and gradient."""
+        """The same pass with the adapter off, without dropout and gradient."""
         plain = demands._replace(topk=None, entropy_gradient=False)
         with self.reference():
             return join([self._forward(micro_batch, plain) for micro_batch in batch.micro_batches])
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The adapter switched off, no dropout, no gradient."""
+        """A context with the adapter off, without dropout and gradient."""
         with torch.no_grad(), self.peft_model.disable_adapter():
             yield
 
     def _forward(self, batch: MicroBatch, demands: Demands, *, entropy_at_one: bool = False) -> ForwardOutput:
-        """The trunk, and the head at the N scored tokens of a micro-batch."""
+        """The trunk on a micro-batch, and the head at its N scored tokens."""
         hidden_NH = self.scored_states(batch)
         stats = self._head(
             hidden_NH,
@@ -190,7 +188,7 @@ class Policy:
         return ForwardOutput(stats, hidden_NH.detach() if demands.hidden_states else None)
 
     def scored_states(self, batch: MicroBatch) -> Tensor:
-        """[N, H]: the trunk's output where a scored token is predicted."""
+        """[N, H]: the trunk's outputs that predict the scored tokens."""
         packing: dict[str, Any] = {
             "position_ids": batch.position_ids_L[None],
             "lengths": batch.lengths,
@@ -201,9 +199,9 @@ class Policy:
         return self._hidden(batch.token_ids_L, **packing)[batch.predictor_N]
 
     def set_dropout(self, dropout: bool) -> None:
-        """Whether passes drop out inputs of the adapter. The base has no dropout.
+        """Switch the dropout of the adapter's inputs; the base has none.
 
-        Not only around a pass: the backward pass may compute the forward pass again.
+        The setting outlasts a pass, because activation checkpointing runs the forward pass again in the backward pass.
         """
         if dropout != self.dropout:
             self.dropout = dropout
@@ -217,7 +215,7 @@ class Policy:
 
     def _head(self, hidden_NH: Tensor, target_N: Tensor, **options: Any) -> HeadStats:
         return head_stats(
-            hidden_NH.to(self.head_weight_VH.dtype),  # some models' last norm gives float32
+            hidden_NH.to(self.head_weight_VH.dtype),  # the last norm of some models returns float32
             self.head_weight_VH,
             target_N,
             bias_V=self.head_bias_V,
@@ -231,7 +229,7 @@ class Policy:
         return self.trunk(input_ids=token_ids_L[None], use_cache=False, **packing).last_hidden_state[0]
 
     def logprobs(self, token_ids: np.ndarray) -> np.ndarray:
-        """float32 [T - 1]: nats at temperature 1 of tokens 1..T-1; no dropout, no gradient."""
+        """float32 [T - 1], nats: log-probabilities of tokens 1..T-1 at temperature 1, without dropout and gradient."""
         tokens_T = torch.from_numpy(token_ids.astype(np.int64)).to(self.device)
         self.peft_model.eval()
         with torch.no_grad():
@@ -239,17 +237,6 @@ class Policy:
             logprobs = self._head(hidden_TH, tokens_T[1:]).logprob_N
         self._training_mode()
         return logprobs.float().cpu().numpy()
-
-    def canary(self, token_ids: np.ndarray, base_logprobs: np.ndarray) -> Canary:
-        """What the current weights make of `token_ids`."""
-        started = time.perf_counter()
-        logprobs = self.logprobs(token_ids)
-        return Canary(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            base_logprobs=base_logprobs,
-            seconds=time.perf_counter() - started,
-        )
 
     def adapter(self, version: int, canary: Canary | None) -> Adapter:
         """A copy of the current weights as adapter version `version`."""
@@ -265,9 +252,10 @@ class Policy:
 
     @contextmanager
     def probed(self, strength: float) -> Iterator[None]:
-        """The adapter replaced for a while by a random one, in which no module is zero; the same for any call.
+        """A context in which the adapter is a random one, the same in every call, with no module equal to zero.
 
-        A has entries of variance 1 / inputs, so that A x is about as large as x; B of `strength` squared.
+        The entries of A have variance 1 / inputs, so that A x is about as large as x; those of B have the standard
+        deviation `strength`.
         """
         kept = [parameter.detach().clone() for parameter in self.parameters()]
         generator = torch.Generator().manual_seed(0)
@@ -284,9 +272,9 @@ class Policy:
                     parameter.copy_(before)
 
     def save(self, folder: Path) -> None:
-        """The adapter in PEFT's own format: adapter_model.safetensors and adapter_config.json."""
+        """Write the adapter in PEFT's own format: adapter_model.safetensors and adapter_config.json."""
         self.peft_model.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """The adapter of `save`, into this model."""
+        """Load the adapter that `save` wrote."""
         set_peft_model_state_dict(self.peft_model, load_file(folder / "adapter_model.safetensors"))

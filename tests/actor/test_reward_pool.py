@@ -1,4 +1,4 @@
-"""The reward pool: whatever one reward does, the others are scored, in order, and nothing outlives its owner."""
+"""The reward pool: one failing reward does not affect the others or their order; no worker outlives its owner."""
 
 import os
 import signal
@@ -69,9 +69,13 @@ def pool(path: Path) -> Iterator[RewardPool]:
     pool.close()
 
 
+def score_all(pool: RewardPool, completions: list[tuple[str, Prompt]]) -> list[Score | str]:
+    return pool.finish(pool.start(completions))
+
+
 def words(pool: RewardPool, *completions: str) -> list[str]:
-    """Of each completion the failure, or "ok"."""
-    return ["ok" if isinstance(r, Score) else r for r in pool.score_all([(c, PROMPT) for c in completions])]
+    """The failure of each completion, or "ok"."""
+    return ["ok" if isinstance(r, Score) else r for r in score_all(pool, [(c, PROMPT) for c in completions])]
 
 
 @pytest.mark.parametrize(
@@ -79,9 +83,9 @@ def words(pool: RewardPool, *completions: str) -> list[str]:
     [
         ("raise", "KeyError: 'no such\\nkey'"),
         ("leave", "SystemExit: 5"),
-        ("nan", "the reward gave total=nan, which is not finite"),
+        ("nan", "the reward returned total=nan, which is not finite"),
         ("huge", "OverflowError: int too large to convert to float"),
-        ("none", "the reward gave NoneType, not a Score"),
+        ("none", "the reward returned NoneType, not a Score"),
         ("lambda", "TypeError: float() argument must be a string or a real number, not 'function'"),
         ("exit", "the reward ended its process (exit code 3)"),
         ("segfault", f"the reward ended its process (exit code -{int(signal.SIGSEGV)})"),
@@ -97,20 +101,20 @@ def test_a_failure_costs_its_own_rollout_only(pool: RewardPool, completion: str,
 def test_rewards_are_computed_while_the_caller_does_something_else(pool: RewardPool) -> None:
     started = [pool.start([("ok 2", PROMPT), ("ok 3", PROMPT)]), pool.start([("raise", PROMPT), ("ok 5", PROMPT)])]
     for future in [*started[0], *started[1]]:
-        future.result(timeout=60)  # settles without finish
+        future.result(timeout=60)  # ends without a call of finish
     (two, three), (failed, five) = map(pool.finish, started)
     assert [s.total for s in (two, three, five)] == [2.0, 3.0, 5.0]
     assert failed == "KeyError: 'no such\\nkey'"
 
 
 def test_order_is_kept(pool: RewardPool) -> None:
-    scores = pool.score_all([(f"value {n}", PROMPT) for n in range(200)])
+    scores = score_all(pool, [(f"value {n}", PROMPT) for n in range(200)])
     assert [s.total for s in scores if isinstance(s, Score)] == list(range(200))
-    assert pool.score_all([]) == []
+    assert score_all(pool, []) == []
 
 
-def test_a_queue_costs_no_time_out(pool: RewardPool) -> None:
-    assert words(pool, *["sleep 0.8"] * 8) == ["ok"] * 8  # 3.2 s in all for two workers, 1.5 s allowed to each
+def test_time_in_the_queue_does_not_count(pool: RewardPool) -> None:
+    assert words(pool, *["sleep 0.8"] * 8) == ["ok"] * 8  # 3.2 s in total for two workers; the limit is 1.5 s per call
 
 
 def test_every_worker_dies_and_the_rest_is_scored(pool: RewardPool) -> None:
@@ -118,8 +122,8 @@ def test_every_worker_dies_and_the_rest_is_scored(pool: RewardPool) -> None:
     assert words(pool, *["exit"] * 3, "ok", "exit", "ok") == [failure] * 3 + ["ok", failure, "ok"]
 
 
-def test_workers_killed_while_idle_are_replaced_at_no_rollouts_cost(pool: RewardPool) -> None:
-    scores = pool.score_all([("sleep 0.2", PROMPT)] * 2)
+def test_workers_killed_while_idle_are_replaced_without_a_failed_rollout(pool: RewardPool) -> None:
+    scores = score_all(pool, [("sleep 0.2", PROMPT)] * 2)
     for process in {int(s.parts["process"]) for s in scores if isinstance(s, Score)}:
         os.kill(process, signal.SIGKILL)
     time.sleep(0.5)
@@ -132,21 +136,21 @@ def test_a_pool_outlives_the_thread_that_made_it(path: Path) -> None:
 
     def make() -> None:
         pools.append(RewardPool("rough_task", workers=1, timeout_seconds=5))
-        scores.extend(pools[0].score_all([("ok", PROMPT)]))
+        scores.extend(score_all(pools[0], [("ok", PROMPT)]))
 
     maker = threading.Thread(target=make)
     maker.start()
     maker.join()
     time.sleep(0.5)
-    assert pools[0].score_all([("ok", PROMPT)]) == scores  # by the same process
+    assert score_all(pools[0], [("ok", PROMPT)]) == scores  # by the same process
     pools[0].close()
     with pytest.raises(RuntimeError, match="shutdown"):
-        pools[0].score_all([("ok", PROMPT)])
+        score_all(pools[0], [("ok", PROMPT)])
 
 
-def test_a_closed_pool_leaves_no_process_and_no_one_waits_for_it(path: Path) -> None:
+def test_close_ends_all_processes_and_all_waits(path: Path) -> None:
     pool = RewardPool("rough_task", workers=1, timeout_seconds=100)
-    (score,) = pool.score_all([("ok", PROMPT)])
+    (score,) = score_all(pool, [("ok", PROMPT)])
     assert isinstance(score, Score)
     hung, queued = pool.start([("regex", PROMPT), ("ok", PROMPT)])
     time.sleep(0.3)
@@ -159,17 +163,17 @@ def test_a_closed_pool_leaves_no_process_and_no_one_waits_for_it(path: Path) -> 
 
 def test_a_worker_that_cannot_start_ends_the_construction(path: Path) -> None:
     (path / "no_worker_task.py").write_text(textwrap.dedent(TASK) + "if '-P' in sys.orig_argv: sys.exit(7)\n")
-    with pytest.raises(RuntimeError, match="did not start; its output says why"):
+    with pytest.raises(RuntimeError, match="did not start; see its output above"):
         RewardPool("no_worker_task", workers=2, timeout_seconds=1)
 
 
 def test_a_prompt_that_cannot_be_pickled_costs_its_own_rollout_only(pool: RewardPool) -> None:
     odd = Prompt(messages=(), answer=lambda: 42)  # type: ignore[arg-type]
-    failure, score = pool.score_all([("ok", odd), ("ok", PROMPT)])
+    failure, score = score_all(pool, [("ok", odd), ("ok", PROMPT)])
     assert "pickle" in str(failure) and isinstance(score, Score)
 
 
-def test_an_unknown_task_is_refused_before_any_process() -> None:
+def test_an_unknown_task_is_rejected_before_a_process_starts() -> None:
     with pytest.raises(UserError, match=r"task\.name=gsm9k"):
         RewardPool("gsm9k", workers=1, timeout_seconds=1)
 
@@ -177,16 +181,16 @@ def test_an_unknown_task_is_refused_before_any_process() -> None:
 OWNER = """
     import sys, threading, types
     open("imports", "a").write(__name__ + "\\n")
-    sys.modules["torch"] = types.ModuleType("torch")  # what an owner holds, its workers do not import
+    sys.modules["torch"] = types.ModuleType("torch")  # the workers must not import what the owner imports
     from actor.reward_pool import RewardPool
     from common.types import Prompt
 
     if __name__ == "__main__":
         prompt = Prompt(messages=(), answer="42")
         pool = RewardPool("rough_task", workers=2, timeout_seconds=100)
-        print(*[dict(s.parts) for s in pool.score_all([("modules", prompt)])])
-        print(*{int(s.parts["process"]) for s in pool.score_all([("ok", prompt)] * 50)}, flush=True)
-        pool.score_all([("regex", prompt)] * 2)
+        print(*[dict(s.parts) for s in pool.finish(pool.start([("modules", prompt)]))])
+        print(*{int(s.parts["process"]) for s in pool.finish(pool.start([("ok", prompt)] * 50))}, flush=True)
+        pool.finish(pool.start([("regex", prompt)] * 2))
 """
 
 
@@ -199,7 +203,7 @@ def test_workers_import_nothing_of_their_owner_and_die_with_it(path: Path) -> No
     workers = owner.stdout.readline().split()
     assert workers
     assert (path / "imports").read_text() == "__main__\n"
-    time.sleep(1)  # both workers are deep in a regular expression
+    time.sleep(1)  # both workers are inside a regular expression
     assert all(Path(f"/proc/{worker}").exists() for worker in workers)
     owner.kill()
     owner.wait()
@@ -217,7 +221,7 @@ def _running(process: str) -> bool:
 
 
 def test_an_interrupt_leaves_the_workers_alone(pool: RewardPool) -> None:
-    (before,) = pool.score_all([("ok", PROMPT)])
+    (before,) = score_all(pool, [("ok", PROMPT)])
     assert isinstance(before, Score)
     os.kill(int(before.parts["process"]), signal.SIGINT)
     time.sleep(0.3)

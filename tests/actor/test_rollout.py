@@ -1,4 +1,4 @@
-"""Groups that end in any order: each completion keeps its own reward, which is asked for as soon as its group ends."""
+"""Groups that end in any order: each completion gets its own reward, which starts as soon as its group ends."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ class Tokenizer:
 
 
 class Engine:
-    """Ends its groups in the order ENDING; a completion's text says whose it is."""
+    """Ends its groups in the order ENDING. A completion's text is the index of its prompt and its own index."""
 
     def __init__(self, events):
         self.events = events
@@ -28,21 +28,21 @@ class Engine:
                 Sample(
                     token_ids=np.array([7], np.int32),
                     logprobs=np.zeros(1, np.float32),
-                    text=f"{prompt[0]} {place}",
+                    text=f"{prompt[0]} {index}",
                     finish_reason="stop",
                 )
-                for place in range(num_samples)
+                for index in range(num_samples)
             ]
             for prompt in prompts
         ]
-        for place in ENDING:
-            self.events.append(f"group {place}")
-            finished(place, groups[place])
+        for index in ENDING:
+            self.events.append(f"group {index}")
+            finished(index, groups[index])
         return groups
 
 
 class Rewards:
-    """The number in a completion's text, ten times its prompt's and its own place."""
+    """The reward of a completion: ten times the index of its prompt plus its own index."""
 
     def __init__(self, events):
         self.events = events
@@ -52,7 +52,7 @@ class Rewards:
         return [text.split() for text, _ in completions]
 
     def finish(self, scoring):
-        return [Score(total=10.0 * int(n) + int(place), correct=False, parts={}) for n, place in scoring]
+        return [Score(total=10.0 * int(prompt) + int(index), correct=False, parts={}) for prompt, index in scoring]
 
 
 def test_each_completion_keeps_its_reward():

@@ -1,4 +1,4 @@
-"""The names of torch that we use where a CPU never runs them, held against the installed wheel."""
+"""Checks names of torch that run on a GPU only against the installed wheel."""
 
 import ast
 import inspect
@@ -16,10 +16,10 @@ PACKAGES = ("actor", "common", "launch", "learner")
 
 
 def calls(path: str, function: str) -> list[ast.Call]:
-    """Of a function, as one of our files spells it."""
+    """The calls of `function` in one of our files."""
     nodes = ast.walk(ast.parse((ROOT / path).read_text()))
     found = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == function]
-    assert found, f"{function} is not called in {path} any more"
+    assert found, f"{function} is not called in {path}"
     return found
 
 
@@ -33,12 +33,12 @@ def test_torchs_attention_of_many_lengths_takes_our_call() -> None:
     assert {"scale", "window_size"} <= keywords(call)
     assert keywords(call) <= set(parameters)
     assert [ast.unparse(argument) for argument in call.args][3:] == ["*ends"]
-    # Its names, in the order of Ends: query_ends, key_ends, most_queries, most_keys.
+    # The parameters correspond, in this order, to the fields of Ends.
     assert [*parameters][: 3 + len(Ends._fields)] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
 
 
-def test_torchs_product_of_halves_has_a_float32_result() -> None:
-    """torch.mm(out_dtype=...) runs on CUDA alone."""
+def test_torchs_matmul_of_halves_has_a_float32_result() -> None:
+    """torch.mm(out_dtype=...) runs on CUDA only."""
     overloads = [getattr(torch.ops.aten.mm, name)._schema for name in torch.ops.aten.mm.overloads()]
     known = {argument.name for schema in overloads for argument in schema.arguments}
     used = set().union(*map(keywords, calls("learner/head/triton_backend.py", "torch.mm")))
@@ -46,8 +46,8 @@ def test_torchs_product_of_halves_has_a_float32_result() -> None:
     assert used <= known
 
 
-def test_torch_has_every_name_that_we_spell_out() -> None:
-    """Among them those of torch.cuda, which a CPU never reaches."""
+def test_torch_has_every_name_that_we_use() -> None:
+    """Including those of torch.cuda, which CPU tests do not reach."""
     spelled = set()
     for path in [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]:
         nodes = list(ast.walk(ast.parse(path.read_text())))

@@ -1,4 +1,4 @@
-"""Real vLLM on the real SmolLM2, in both dtypes, against transformers and PEFT in float32."""
+"""vLLM on SmolLM2, in both dtypes, compared with transformers and PEFT in float32."""
 
 import multiprocessing
 import os
@@ -22,10 +22,10 @@ from launch.planning import model_folder
 
 pytestmark = pytest.mark.slow
 
-MEAN_NOISE_NATS = {"bfloat16": 0.07, "float32": 0.0005}  # against float32; the adapters below move the mean by 0.25
+MEAN_NOISE_NATS = {"bfloat16": 0.07, "float32": 0.0005}  # from float32; the adapters below change the mean by 0.25
 TEXT = "Question: Tom has 12 apples and buys 3 bags of 7 apples each. How many apples does he have?\nAnswer: 12 + 3 * 7"
 
-_engine: Any = None  # of the engine's own process
+_engine: Any = None  # set in the engine's process
 
 
 def _start(dtype: str, folder: str) -> None:
@@ -40,14 +40,14 @@ def _call(method: str, args: tuple, options: dict) -> Any:
     return getattr(_engine, method)(*args, **options)
 
 
-def _told(prompts: list[list[int]], options: dict) -> list[tuple[int, list[Sample]]]:
-    told: list[tuple[int, list[Sample]]] = []
-    _engine.sample(prompts, **options, finished=lambda place, samples: told.append((place, samples)))
-    return told
+def _reported(prompts: list[list[int]], options: dict) -> list[tuple[int, list[Sample]]]:
+    reported: list[tuple[int, list[Sample]]] = []
+    _engine.sample(prompts, **options, finished=lambda index, samples: reported.append((index, samples)))
+    return reported
 
 
 class Remote:
-    """The engine in a process of its own, as an actor has it: vLLM changes global state of torch."""
+    """The engine in its own process, as in an actor, since vLLM changes global state of torch."""
 
     def __init__(self, dtype: str, folder: str) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -106,12 +106,12 @@ def test_equal_calls_give_equal_samples_with_tempered_logprobs(engine: Remote, r
     prompt = tokenizer(TEXT).input_ids
     options = {"num_samples": 3, "temperature": 0.6, "max_tokens": 24, "stop": (), "seeds": [5, 6]}
     groups = engine.sample([prompt, prompt], **options)
-    told = engine.pool.submit(_told, [prompt, prompt], options).result()
-    assert sorted(place for place, _ in told) == [0, 1]
-    assert same([group for _, group in sorted(told, key=lambda pair: pair[0])], groups)
+    reported = engine.pool.submit(_reported, [prompt, prompt], options).result()
+    assert sorted(index for index, _ in reported) == [0, 1]
+    assert same([group for _, group in sorted(reported, key=lambda pair: pair[0])], groups)
     assert same(groups, engine.sample([prompt, prompt], **options))
     samples = list(chain(*groups))
-    assert len({sample.token_ids.tobytes() for sample in samples}) == 6  # seeds of neighbours do not overlap
+    assert len({sample.token_ids.tobytes() for sample in samples}) == 6  # neighbouring seeds do not overlap
     scored = [score(reference, np.append(prompt, sample.token_ids), 0.6, 1.0) for sample in samples]
     tempered, untempered = (
         np.concatenate([s[len(prompt) - 1 :] for s in column]) for column in zip(*scored, strict=True)
@@ -128,7 +128,7 @@ def test_an_adapter_is_computed_as_peft_computes_it(engine: Remote, reference: A
     assert base.dtype == np.float32
     assert distance(base, *score(reference, token_ids, 1.0)) < engine.noise
     whole = make_adapter(reference, 1, scale=0.02, dtype=engine.dtype)
-    # Of the same number, as after a resume; what the first one changed beside these two is the base again.
+    # It has the same version number, as after resuming; the modules without a factor must be reset to the base.
     part = make_adapter(reference, 1, scale=0.06, dtype=engine.dtype, targets=("q_proj", "v_proj"))
     for adapter in (whole, part):
         assert engine.load(adapter) == adapter.checksum
@@ -148,7 +148,7 @@ def test_version_zero_is_the_base_bit_for_bit(engine: Remote, reference: Any, to
     assert np.array_equal(engine.logprobs(token_ids), base)
 
 
-def test_old_versions_are_let_go(engine: Remote, reference: Any) -> None:
+def test_old_versions_are_freed(engine: Remote, reference: Any) -> None:
     process = psutil.Process(engine.pid)
     adapters = [make_adapter(reference, version, scale=0.02, dtype=engine.dtype) for version in (3, 4)]
     for adapter in adapters:
@@ -174,11 +174,11 @@ def test_a_new_version_reads_no_prefix_of_the_old_one(engine: Remote, reference:
     assert distance(sample.logprobs, scored) < engine.noise < distance(sample.logprobs, stale) / 3
 
 
-def test_more_prompts_than_vllm_takes_at_once(engine: Remote) -> None:
-    """60 prompts of 90 tokens: vLLM computes 4,096 tokens at once on a CPU, and must not cut the 46th in two."""
+def test_more_prompts_than_vllm_batches_in_one_step(engine: Remote) -> None:
+    """60 prompts of 90 tokens: vLLM takes 4,096 tokens per step on a CPU, and must not split the 46th prompt."""
     if engine.dtype != "float32":
         pytest.skip("one engine is enough")
-    prompts = [[place + i for i in range(90)] for place in range(1000, 1060)]
+    prompts = [[first + i for i in range(90)] for first in range(1000, 1060)]
     options = {"num_samples": 1, "temperature": 1.0, "max_tokens": 2, "stop": (), "seeds": list(range(60))}
     samples = engine.sample(prompts, **options)
     assert [len(group) for group in samples] == [1] * 60
@@ -209,7 +209,7 @@ def test_the_end_token_ends_a_completion_and_is_part_of_it(engine: Remote, refer
     assert len(longer.token_ids) == len(sample.token_ids) + 3
 
 
-def test_an_adapter_of_another_kind_is_refused(engine: Remote, reference: Any) -> None:
+def test_an_adapter_that_does_not_fit_is_rejected(engine: Remote, reference: Any) -> None:
     adapter = make_adapter(reference, 5, scale=0.02, dtype=engine.dtype)
     shapes = {name.replace("layers.0.", "layers.99."): shape for name, shape in adapter.shapes.items()}
     with pytest.raises(ValueError, match=r"model\.layers\.99\.self_attn\.q_proj\S* belongs to no linear module"):
@@ -219,7 +219,7 @@ def test_an_adapter_of_another_kind_is_refused(engine: Remote, reference: Any) -
             engine.load(replace(adapter, **change))
 
 
-def test_first_tokens_are_the_models_likeliest(engine: Remote, reference: Any, tokenizer: Any) -> None:
+def test_first_tokens_are_the_most_likely(engine: Remote, reference: Any, tokenizer: Any) -> None:
     prompts = [tokenizer(text).input_ids for text in (TEXT, "The capital of France is")]
     without = [tokenizer.eos_token_id, tokenizer(" the").input_ids[0], tokenizer("\n").input_ids[0]]
     found = engine.first_tokens(prompts, count=20, temperature=0.7, without=without)
@@ -243,19 +243,19 @@ def test_openers_begin_equal_shares_of_a_group(engine: Remote, reference: Any, t
     openers = [[int(sample.token_ids[0]) for sample in group] for group in groups]
     assert [[group.count(opener) for opener in group] for group in openers] == [[2] * 6] * 3
     assert openers[1] != openers[2], "the seed picks them"
-    assert len({sample.token_ids.tobytes() for sample in groups[0]}) > 3, "those of one opener go on differently"
+    assert len({sample.token_ids.tobytes() for sample in groups[0]}) > 3, "samples of one opener differ"
     for prompt, group in zip(prompts, groups, strict=True):
         for sample in group:
             assert len(sample.token_ids) <= 12
             assert sample.text.endswith("\n") or "\n" not in sample.text
             assert tokenizer.decode(sample.token_ids, skip_special_tokens=True).startswith(sample.text)
             [scored] = score(reference, np.append(prompt, sample.token_ids), 0.7)
-            assert distance(sample.logprobs, scored[len(prompt) - 1 :]) < 6 * engine.noise, "the opener's own included"
+            assert distance(sample.logprobs, scored[len(prompt) - 1 :]) < 6 * engine.noise, "including the opener"
 
 
 def test_the_engine_is_one_process_and_frees_its_memory(engine: Remote) -> None:
     owner = psutil.Process(engine.pid)
-    assert owner.children(recursive=True) == []  # so nothing is left where the owner dies, however it dies
+    assert owner.children(recursive=True) == []  # so no process remains, however the owner dies
     held = owner.memory_info().rss
     engine.close()
-    assert owner.memory_info().rss < held - 2**30  # the KV cache's GiB and more
+    assert owner.memory_info().rss < held - 2**30  # the KV cache alone has one GiB

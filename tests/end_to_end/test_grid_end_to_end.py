@@ -1,4 +1,4 @@
-"""A grid for real: Ray, vLLM and a small random model; its driver is killed on the way and started again."""
+"""A grid with Ray, vLLM and a small random model, whose driver is killed and started again."""
 
 import json
 import os
@@ -43,7 +43,7 @@ variants = [
 
 
 def save_model(folder: Path) -> None:
-    """SmolLM2 with two layers of random weights: vLLM and the tokenizer take it as they take the real one."""
+    """Save a SmolLM2 with two layers of random weights, and the real tokenizer."""
     source = model_folder.smollm2()
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(source, num_hidden_layers=2)
@@ -63,7 +63,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.timeout(1800)
-def test_a_killed_grid_goes_on_and_its_cells_are_ordinary_runs(tmp_path: Path) -> None:
+def test_a_killed_grid_resumes_and_its_cells_are_ordinary_runs(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     (tmp_path / "grid.toml").write_text(GRID)
     first, second = (tmp_path / "cells" / name for name in ("grpo-baseline_alpha-0_seed-4", "holder_seed-4"))
@@ -74,7 +74,7 @@ def test_a_killed_grid_goes_on_and_its_cells_are_ordinary_runs(tmp_path: Path) -
         assert time.monotonic() < deadline
         time.sleep(0.05)
     family = psutil.Process(driver.pid).children(recursive=True)
-    assert sum("raylet" in process.name() for process in family) == 2  # the grid's and the cell's
+    assert sum("raylet" in process.name() for process in family) == 2  # one of the grid, one of the cell
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     _, alive = psutil.wait_procs(family, timeout=100)

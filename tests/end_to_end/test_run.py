@@ -1,4 +1,4 @@
-"""The whole path with the real vLLM, the real model and Ray: exact resume, nothing left behind."""
+"""Whole runs with vLLM, SmolLM2 and Ray: the files of a run, exact resume, no process left behind."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def records(folder: Path, name: str) -> list[dict]:
 
 
 def comparable(record: dict) -> dict:
-    """Without what differs between equal runs: clocks, memory, and how often there was time for a canary."""
+    """Without what differs between equal runs: times, memory, and how many canaries there was time for."""
     clocks = ("time/", "throughput/", "memory/", "adapter/canary")
     return {k: v for k, v in record.items() if not k.startswith(clocks) and k != "seconds"}
 
@@ -86,7 +86,7 @@ def test_run_folder(finished):
         assert step["adapter/version"] == step["step"]
         assert step["staleness/max"] == 0
         assert step["actor_learner_kl"] < 0.05  # actor and learner hold the same policy
-    assert metrics[0]["kl/mean"] < 1e-6 < metrics[-1]["kl/mean"]  # the adapter starts at the reference and leaves it
+    assert metrics[0]["kl/mean"] < 1e-6 < metrics[-1]["kl/mean"]  # the adapter starts as zero and is trained
     rollouts = records(folder, "rollouts.jsonl")
     assert len(rollouts) == STEPS * 2 * 4
     assert {r["version"] for r in rollouts} == set(range(STEPS))
@@ -94,7 +94,7 @@ def test_run_folder(finished):
         assert len(rollout["tokens"]) == len(rollout["entropies"]) == len(rollout["weights"])
         assert rollout["reward"] == pytest.approx(sum(rollout["parts"].values()))
         if rollout["advantage"] >= 0:
-            assert set(rollout["weights"]) == {1.0}  # SA-AH-GRPO spares them
+            assert set(rollout["weights"]) == {1.0}  # SA-AH-GRPO discounts negative advantages alone
         elif len(rollout["weights"]) > 1:
             assert rollout["weights"][-1] < rollout["weights"][0] <= 1
     assert {r["finish_reason"] for r in rollouts} <= {"stop", "length"}
@@ -119,7 +119,7 @@ def test_checkpoint_is_pefts_own_format(finished):
 
 
 @pytest.mark.long
-def test_evaluation_command_repeats_the_runs_own(finished):
+def test_the_evaluation_command_equals_the_runs_own_evaluation(finished):
     folder, _ = finished
     checkpoint = folder / "checkpoints" / "step-000002"
     command = [sys.executable, "launch/evaluate.py", str(checkpoint)]
@@ -132,8 +132,8 @@ def test_evaluation_command_repeats_the_runs_own(finished):
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_killed_run_leaves_no_process_and_resumes_exactly(finished, tmp_path):
-    """kill -9 of the driver once the checkpoint of step 2 is whole; the rest must equal the uninterrupted run."""
+def test_a_killed_run_leaves_no_process_and_resumes_exactly(finished, tmp_path):
+    """kill -9 of the driver once the checkpoint of step 2 exists; the resumed run must equal the uninterrupted one."""
     whole, _ = finished
     folder = tmp_path / "killed"
     process = start(folder)
@@ -157,7 +157,7 @@ def test_killed_run_leaves_no_process_and_resumes_exactly(finished, tmp_path):
 
 
 @pytest.mark.long
-def test_interrupted_run_ends_cleanly(tmp_path):
+def test_an_interrupted_run_ends_cleanly(tmp_path):
     """Ctrl-C while vLLM starts: status 130, one line, no process left."""
     process = start(tmp_path / "interrupted")
     deadline = time.monotonic() + 400
@@ -169,6 +169,6 @@ def test_interrupted_run_ends_cleanly(tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 130, output
-    assert "interrupted; continue with --run.resume" in output
+    assert "interrupted; resume it with --run.resume" in output
     _, alive = psutil.wait_procs(family, timeout=100)
     assert not alive

@@ -1,4 +1,4 @@
-"""A verified start: what an engine that is wired wrongly makes of the random adapter, and that it is caught."""
+"""A verified start: an engine with one incorrectly wired layer is caught by the random adapter."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from actor.actor import Actor, Receipt
 from common.adapter import Adapter
 from common.config import ActorConfig, Config, LearnerConfig, MethodConfig, ModelConfig
 from launch.planning import model_folder
-from launch.runtime.channel import PROBE_SHARE, AdapterMismatch, check_probe
+from launch.runtime.channel import PROBE_FRACTION, AdapterMismatch, check_probe
 from learner.learner import PROBE_NATS, Learner
 
 pytestmark = pytest.mark.slow
 
 TEXT = "Question: Tom has 12 apples and buys 3 bags of 7 apples each. How many apples does he have?\nAnswer: 12 + 3 * 7"
-_engine: Any = None  # of the engine's own process
+_engine: Any = None  # set in the engine's process
 
 
 def _start(folder: str) -> None:
@@ -34,7 +34,7 @@ def _start(folder: str) -> None:
 
 
 def _load(probe: Adapter, fault: str, layer: int) -> tuple[str, np.ndarray]:
-    """Checksum and canary of an engine with a fault in one layer, which is mended again."""
+    """Checksum and canary of an engine with a fault in one layer; the fault is removed afterwards."""
     checksum = _engine.load(probe)
     worker = _engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     adapted = {n: m for n, m in worker.model_runner.get_model().named_modules() if hasattr(m, "adapter_a")}
@@ -47,10 +47,10 @@ def _load(probe: Adapter, fault: str, layer: int) -> tuple[str, np.ndarray]:
         broken.quant_method = broken.quant_method.base
     elif what == "of another layer":
         broken.quant_method.pack(other)
-    elif what == "wrong shard":
+    elif what == "swapped shards":
         broken.adapter_b = torch.nn.Parameter(broken.adapter_b.roll(rank, 0), requires_grad=False)
         broken.quant_method.pack(broken)
-    elif what == "wrong scale":
+    elif what == "incorrect scale":
         broken.quant_method.scale *= 1.5
     logprobs = _engine.logprobs(probe.canary.token_ids.tolist())
     broken.quant_method, broken.adapter_b, broken.quant_method.scale, broken.quant_method.packed = kept[0], *kept[1:]
@@ -73,7 +73,7 @@ def probe(folder: Path) -> Adapter:
     learner = Learner(folder, config, canary)
     before, random_state = learner.adapter(), torch.get_rng_state()
     made = learner.probe()
-    assert learner.adapter().checksum == before.checksum, "the learner's own weights stay"
+    assert learner.adapter().checksum == before.checksum, "the learner's own weights are unchanged"
     assert torch.equal(torch.get_rng_state(), random_state), "a resumed run draws the same dropout"
     assert learner.probe().checksum == made.checksum
     return made
@@ -94,6 +94,7 @@ def receipt(engine: ProcessPoolExecutor, probe: Adapter, fault: str, layer: int)
 
 
 def _prefix_differences(probe: Adapter, base: Adapter, forgets: bool) -> list[float]:
+    """Actor.prefix_difference under two adapters, with or without emptying the prefix cache between them."""
     _engine._forget_prefixes()
     actor, forget = SimpleNamespace(engine=_engine, max_length=1024), type(_engine)._forget_prefixes
     if not forgets:
@@ -111,18 +112,18 @@ def _prefix_differences(probe: Adapter, base: Adapter, forgets: bool) -> list[fl
 def test_a_stale_prefix_is_found(engine, probe) -> None:
     base = replace(probe, values=np.zeros_like(probe.values))
     moved = np.abs(probe.canary.logprobs - probe.canary.base_logprobs).mean()
-    sound = engine.submit(_prefix_differences, probe, base, True).result()
-    assert max(sound) < PROBE_SHARE["float32"] * moved / 10
+    correct = engine.submit(_prefix_differences, probe, base, True).result()
+    assert max(correct) < PROBE_FRACTION["float32"] * moved / 10
     fresh, stale = engine.submit(_prefix_differences, probe, base, False).result()
-    assert fresh < PROBE_SHARE["float32"] * moved < stale
+    assert fresh < PROBE_FRACTION["float32"] * moved < stale
 
 
-def test_the_random_adapter_is_strong_and_a_sound_engine_computes_it(engine, probe) -> None:
+def test_the_random_adapter_is_strong_and_a_correct_engine_computes_it(engine, probe) -> None:
     moved = np.abs(probe.canary.logprobs - probe.canary.base_logprobs).mean()
     assert PROBE_NATS <= moved < 20
-    sound = receipt(engine, probe, "qkv_proj sound", 0)
-    check_probe(probe, sound)
-    assert np.abs(sound.canary_logprobs - probe.canary.logprobs).mean() < PROBE_SHARE["float32"] * moved / 10
+    correct = receipt(engine, probe, "qkv_proj correct", 0)
+    check_probe(probe, correct)
+    assert np.abs(correct.canary_logprobs - probe.canary.logprobs).mean() < PROBE_FRACTION["float32"] * moved / 10
 
 
 @pytest.mark.parametrize("layer", [1, 29])
@@ -131,8 +132,8 @@ def test_the_random_adapter_is_strong_and_a_sound_engine_computes_it(engine, pro
     [
         *(f"{kind} not wired" for kind in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
         *(f"{kind} of another layer" for kind in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
-        *(f"{kind} wrong shard" for kind in ("qkv_proj", "gate_up_proj")),
-        *(f"{kind} wrong scale" for kind in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+        *(f"{kind} swapped shards" for kind in ("qkv_proj", "gate_up_proj")),
+        *(f"{kind} incorrect scale" for kind in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
     ],
 )
 def test_a_fault_in_one_layer_is_caught(engine, probe, fault, layer) -> None:

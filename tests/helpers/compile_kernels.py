@@ -1,8 +1,8 @@
-"""Compiles every form of the head's Triton kernels for an A100 and an H100/H200, which needs no GPU; run by a test.
+"""Compiles every variant of the head's Triton kernels for an A100 and an H100/H200, without a GPU, and prints what each
+takes of a multiprocessor, so that a bad block size shows.
 
-Prints what each takes of a multiprocessor, so that a bad block size shows.
-
-A process of its own: where TRITON_INTERPRET is set, @triton.jit makes functions that cannot be compiled.
+A test runs it in a process of its own, because with TRITON_INTERPRET set @triton.jit makes functions that cannot be
+compiled.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from learner.head import triton_backend
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS = 65536  # of a multiprocessor
 SHARED_BYTES = {80: 164 << 10, 90: 228 << 10}
-LEAST_THREADS = 512  # of 2048: with 16 loads each in flight, a quarter hides the memory's latency
+MIN_THREADS = 512  # of 2048: a quarter hides the memory's latency, as each thread has 16 loads in flight
 
 STATISTICS = {
     "logits": "*fp32",
@@ -42,26 +42,26 @@ def compile_for(kernel, signature, constants, capability):
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """REG and SHARED of a kernel; STACK is what its spilled registers take. As NVIDIA's cuobjdump reads them."""
+    """REG, SHARED and STACK (bytes of spilled registers) of a kernel, as NVIDIA's cuobjdump reports them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED):(\d+)", said)}
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED):(\d+)", output)}
 
 
 def check(name: str, compiled, capability: int) -> None:
-    """No register is spilled to memory, and enough threads fit on a multiprocessor to keep its memory busy."""
+    """Assert that no register is spilled, and that enough threads fit on a multiprocessor to keep its memory busy."""
     used = resources(compiled.asm["cubin"])
     threads = 32 * triton_backend.WARPS
-    registers = -(-used["REG"] // 8) * 8 * threads  # allocated in steps of 8 a thread
+    registers = -(-used["REG"] // 8) * 8 * threads  # allocated in steps of 8 per thread
     resident = (
         min(2048 // threads, REGISTERS // registers, SHARED_BYTES[capability] // max(1, used["SHARED"])) * threads
     )
     print(f"sm_{capability} {name:40} {used['REG']:4} registers, {used['SHARED']:5} B shared, {resident:5} threads")
-    assert used["STACK"] == 0, f"{name} spills {used['STACK']} bytes a thread on sm_{capability}"
-    assert resident >= LEAST_THREADS, f"{name}: {resident} threads fit on a multiprocessor of sm_{capability}"
+    assert used["STACK"] == 0, f"{name} spills {used['STACK']} bytes per thread on sm_{capability}"
+    assert resident >= MIN_THREADS, f"{name}: {resident} threads fit on a multiprocessor of sm_{capability}"
 
 
 for capability in (80, 90):

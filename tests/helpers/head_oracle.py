@@ -1,4 +1,4 @@
-"""The head in float64 on whole logits, cases for it, and the tolerances of a float32 head."""
+"""The head in float64 on whole logits, random inputs for it, and the tolerances of a head that sums in float32."""
 
 import math
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def case(rows, hidden_size, vocab, *, seed=0, scale=1.0, dtype=torch.float32):
 
 
 def oracle(hidden, weight, target, *, temperature=1.0, bias_V=None, softcap=None) -> Expected:
-    """The formulas with the whole softmax, the target's sum apart so that near-certain tokens are exact."""
+    """The formulas on the whole softmax; 1 - p(target) is computed from the other tokens, which keeps it exact."""
     h, w = hidden.detach().double(), weight.double()
     raw = h @ w.T
     if bias_V is not None:
@@ -68,7 +68,7 @@ def oracle(hidden, weight, target, *, temperature=1.0, bias_V=None, softcap=None
 
 
 def run(hidden, weight, target, **options) -> Got:
-    """Values and both gradients of one call, the gradients rounded to the dtype of `hidden`."""
+    """Values and both gradients of one call; the gradients have the dtype of `hidden`."""
     hidden = hidden.detach().requires_grad_()
     stats = head_stats(hidden, weight, target, **options)
     (u,) = torch.autograd.grad(stats.logprob_N.sum(), hidden, retain_graph=True)
@@ -77,23 +77,23 @@ def run(hidden, weight, target, **options) -> Got:
 
 
 def check_values(logprob, entropy, expected: Expected) -> None:
-    """The tolerances of a head that sums in float32."""
+    """Assert the tolerances of a head that sums in float32."""
     size = max(1.0, expected.largest / 32)
     error = (logprob.double() - expected.logprob).abs()
     assert error.max() <= 2e-5 * size
-    sure = expected.logprob > math.log(0.99)
-    assert (error <= 1e-4 * size * expected.logprob.abs() + 1e-30)[sure].all()
+    certain = expected.logprob > math.log(0.99)
+    assert (error <= 1e-4 * size * expected.logprob.abs() + 1e-30)[certain].all()
     assert (entropy.double() - expected.entropy).abs().max() <= 1e-5 * size
 
 
 def check_rows(gradient, expected, tolerance: float, *, floor: float = 0.0) -> None:
-    """Relative error of every row; of `floor` where a row's own norm is smaller."""
+    """Assert the error of every row relative to its norm, or to `floor` where that is larger."""
     error = (gradient.double() - expected).norm(dim=1)
     assert (error <= tolerance * expected.norm(dim=1).clamp(min=floor)).all()
 
 
 def check_coherent(gradient, expected) -> None:
-    """The tolerances of a gradient made from 16-bit weights and summed in float32: of rows, and of the rows' sum."""
+    """Assert the tolerances of a gradient made from 16-bit weights and summed in float32, per row and for their sum."""
     check_rows(gradient, expected, 1e-2)
     error = gradient.double() - expected
     assert (error.norm(dim=1) / expected.norm(dim=1)).median() <= 2e-3
@@ -101,7 +101,7 @@ def check_coherent(gradient, expected) -> None:
 
 
 def chunk_of(backend, hidden, weight, target, *, temperature=1.0, bias_V=None):
-    """All rows as one chunk: its gradients are not rounded to the dtype of the hidden states."""
+    """A backend's result for all tokens as one chunk, whose gradients are not yet rounded to the dtype of `hidden`."""
     return head._module(backend).chunk(
         hidden,
         target,
@@ -116,7 +116,7 @@ def check(backend, hidden, weight, target, **options):
     got = run(hidden, weight, target, backend=backend, **options)
     check_values(got.logprob, got.entropy, expected)
     tolerance = GRADIENT_TOLERANCE[hidden.dtype] * max(1.0, expected.largest / 32)
-    floor = 1e-2 * weight.double().norm(dim=1).max().item()  # what cancels in w_y - mean w leaves rounding of this size
+    floor = 1e-2 * weight.double().norm(dim=1).max().item()  # the rounding error of w_y - mean w
     check_rows(got.u, expected.u, tolerance, floor=floor)
     check_rows(got.v, expected.v, tolerance, floor=floor)
     return got, expected

@@ -1,4 +1,4 @@
-"""A model of two layers with random weights, and groups of random tokens: fast parts for tests of the learner."""
+"""A model of two layers with random weights, groups of random tokens, and a learner on both."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ CANARY = np.arange(12, dtype=np.int32)
 
 
 def save_model(folder: Path, seed: int = 0, initializer_range: float = 0.3) -> Path:
-    """A Llama with V tokens, in float32."""
+    """Save a Llama with V tokens and random weights, in float32."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=V,
@@ -42,7 +42,7 @@ def config(*, steps: int = 10, dropout: float = 0.0, method: dict | None = None,
 
 
 def group(seed: int, lengths: list[int], rewards: list[float | None], prompt_length: int = 5) -> Group:
-    """One prompt with rollouts of the given lengths; a reward of None is one that failed."""
+    """One prompt with rollouts of the given lengths; None stands for a reward that failed."""
     rng = np.random.default_rng(seed)
     prompt_ids = rng.integers(V, size=prompt_length)
     return Group(
@@ -65,7 +65,7 @@ def group(seed: int, lengths: list[int], rewards: list[float | None], prompt_len
 
 
 def groups() -> list[Group]:
-    """Three ragged groups: mixed rewards, another prompt length, and all rewards equal."""
+    """Three groups of different lengths; the rewards of the third are all equal."""
     return [
         group(1, [7, 3, 9, 1], [4.0, 0.0, 1.5, -0.5]),
         group(2, [2, 6, 4, 8], [1.0, 1.0, 0.0, 2.0], prompt_length=11),
@@ -74,7 +74,7 @@ def groups() -> list[Group]:
 
 
 def move_adapter(learner: Learner) -> Learner:
-    """Weights that are not zero in place of the adapter's first ones, so that policy and reference differ."""
+    """Replace the zeros that B starts with by random numbers, so that policy and reference differ."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in learner.policy.peft_model.named_parameters():
@@ -89,7 +89,7 @@ def learner(folder: Path, **options) -> Learner:
 
 
 def gradients(made: Learner, groups: list[Group]) -> dict[str, torch.Tensor]:
-    """Gradients of one update, by parameter; the optimizer is kept from clipping and stepping."""
+    """Gradients of one update by parameter, without clipping; the weights stay unchanged."""
     made.optimizer.config = made.optimizer.config.model_copy(update={"gradient_clip": 1e9})
     made.optimizer.adamw.step = lambda: None
     result = made.update(groups)

@@ -69,8 +69,8 @@ def test_a_dry_run_prints_what_each_cell_will_do(here: Path, capsys: pytest.Capt
         (["--config", "grid.toml", "--cores", "half"], "argument --cores: invalid int value: 'half'; see --help"),
         (["--config", "grid.toml", "--scale", "gpu"], "--scale gpu is not in grid.toml; leave it out"),
         (["--config", "grid.toml", "--run.stepps", "3"], "unknown option --run.stepps; did you mean --run.steps?"),
-        (["--config", "grid.toml", "--model.path", "/no/model"], "model.path=/no/model is no folder"),
-        (["--config", "grid.toml", "--task.gym", "chain_summ"], "task.gym=chain_summ"),
+        (["--config", "grid.toml", "--model.path", "/no/model"], "model.path=/no/model is not a directory"),
+        (["--config", "grid.toml", "--task.gym", "chain_summ"], "unknown reasoning-gym data set task.gym=chain_summ"),
         (["--config", "grid.toml", "--run.steps", "4"], "run.steps=4 differs from 3 of the run in runs/grid/good_seed"),
         (["--config", "grid.toml", "--dir", "other"], "run.dir=other/torn_seed-1 is not empty"),
     ],
@@ -90,7 +90,7 @@ def test_whatever_is_wrong_is_one_line_before_any_cell_starts(
 def test_what_is_wrong_with_the_last_variant_alone_is_found_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "grid.toml").write_text(GRID.replace('"sa-ah-grpo" }', '"sa-ah-grpo" }, model = { lora_targets = ["w"] }'))
     assert experiment.main(["--config", "grid.toml"]) == 2
-    assert capsys.readouterr().err.startswith("model.lora_targets: w is no linear module of the model")
+    assert capsys.readouterr().err.startswith("model.lora_targets: w is not a linear module of the model")
 
 
 def test_a_second_driver_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

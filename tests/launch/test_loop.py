@@ -97,10 +97,10 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(run, tmp_path, monke
     assert [loop.position(folder) for folder in folders] == [(step, step) for step in saved]
 
 
-def test_waiting_for_rollouts_and_for_those_of_the_next_step_are_told_apart(run, tmp_path, monkeypatch):
+def test_waiting_for_rollouts_and_for_prefetched_ones_are_two_times(run, tmp_path, monkeypatch):
     take = Buffer.take
     monkeypatch.setattr(Buffer, "take", lambda self, count: [time.sleep(0.1), take(self, count)][1])
-    monkeypatch.setattr(Buffer, "wait_ahead", lambda self: time.sleep(0.3))
+    monkeypatch.setattr(Buffer, "drain", lambda self: time.sleep(0.3))
     run([1.0])
     (metrics,) = read_lines(tmp_path / "metrics.jsonl")
     assert 0.1 <= metrics["time/wait_seconds"] < 0.3 <= metrics["time/ahead_seconds"]
@@ -114,7 +114,7 @@ def test_halves_of_the_processors():
     assert [half([7], first=first) for first in (True, False)] == [[7], [7]]
 
 
-def test_three_refused_steps_in_a_row_end_the_run(run, tmp_path):
+def test_three_skipped_steps_in_a_row_end_the_run(run, tmp_path):
     with pytest.raises(RunFailed, match="3 steps in a row"):
         run([1.0, math.inf, math.inf, 1.0, math.inf, math.inf, math.inf, 1.0])
     metrics = read_lines(tmp_path / "metrics.jsonl")

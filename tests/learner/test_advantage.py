@@ -1,4 +1,4 @@
-"""Advantages against hand numbers and float64 loops."""
+"""Advantages against numbers computed by hand."""
 
 import math
 
@@ -8,10 +8,10 @@ import torch
 from learner.advantage import asymmetric, group_mean, group_std
 
 
-def test_group_std_uses_the_population_spread():
-    # mean 3, population variance (4 + 0 + 1 + 9 + ... ) by hand: rewards 1 3 2 6 -> deviations -2 0 -1 3, variance 14/4
-    spread = math.sqrt(14 / 4)
-    expected = [[-2 / (spread + 1e-6), 0.0, -1 / (spread + 1e-6), 3 / (spread + 1e-6)]]
+def test_group_std_uses_the_population_std():
+    # rewards 1 3 2 6: mean 3, deviations -2 0 -1 3, population variance 14 / 4
+    std = math.sqrt(14 / 4)
+    expected = [[-2 / (std + 1e-6), 0.0, -1 / (std + 1e-6), 3 / (std + 1e-6)]]
     got = group_std(torch.tensor([[1.0, 3.0, 2.0, 6.0]], dtype=torch.float64))
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
 

@@ -1,4 +1,4 @@
-"""Packing: what each position sees, and values of tokens there and back."""
+"""Packing: which position predicts which token, and token values padded and flattened again."""
 
 import numpy as np
 import tiny
@@ -29,15 +29,15 @@ def test_every_sampled_token_is_predicted_once_from_the_position_before_it(shape
             strict=True,
         ):
             rollout = rollouts[i]
-            place = np.flatnonzero(rollout.mask)[t]
-            assert target == rollout.token_ids[place]
-            assert micro_batch.token_ids_L[predictor] == rollout.token_ids[place - 1]
-            assert micro_batch.position_ids_L[predictor] == place - 1
+            position = np.flatnonzero(rollout.mask)[t]
+            assert target == rollout.token_ids[position]
+            assert micro_batch.token_ids_L[predictor] == rollout.token_ids[position - 1]
+            assert micro_batch.position_ids_L[predictor] == position - 1
             seen.add((i, t))
     assert len(seen) == sum(r.num_completion_tokens for r in rollouts) == len(batch.rollout_N)
 
 
-def test_prompt_is_computed_once_per_row():
+def test_a_prompt_is_computed_once_per_packed_sequence():
     batch = pack([tiny.group(1, [4, 4, 4, 4], [1.0] * 4)], max_tokens=1000, min_micro_batches=1, device=CPU)
     assert [len(m.token_ids_L) for m in batch.micro_batches] == [5 + 16]
 

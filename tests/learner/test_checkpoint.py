@@ -1,4 +1,4 @@
-"""Checkpoint folders are whole or not there and run no code; run files are rewound on resuming."""
+"""Checkpoint folders are complete or absent and run no code; resuming rewinds the files of a run."""
 
 import os
 
@@ -11,7 +11,7 @@ from launch.runtime.recorder import rewind
 from learner import checkpoint
 
 
-def test_crash_on_the_way_leaves_no_checkpoint(tmp_path):
+def test_a_crash_while_writing_leaves_no_checkpoint(tmp_path):
     target = tmp_path / checkpoint.name(30)
 
     def write_half():
@@ -49,26 +49,26 @@ def test_the_state_comes_back_and_so_do_the_random_numbers(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 
-class Stranger:
-    """Makes a file once it is unpickled."""
+class Exploit:
+    """Makes the folder `trace` when it is unpickled."""
 
-    def __init__(self, proof):
-        self.proof = proof
+    def __init__(self, trace):
+        self.trace = trace
 
     def __reduce__(self):
-        return os.mkdir, (str(self.proof),)
+        return os.mkdir, (str(self.trace),)
 
 
-def test_a_pickled_state_is_refused_and_not_run(tmp_path):
-    folder, proof = tmp_path / "step-000030", tmp_path / "ran"
+def test_a_pickled_state_is_rejected_and_not_run(tmp_path):
+    folder, trace = tmp_path / "step-000030", tmp_path / "ran"
     folder.mkdir()
-    torch.save({"learner": Stranger(proof)}, folder / "learner_state.pt")
+    torch.save({"learner": Exploit(trace)}, folder / "learner_state.pt")
     with pytest.raises(UserError, match=r"^[^\n]*step-000030 holds learner_state\.pt[^\n]*start the run again[^\n]*$"):
         checkpoint.load_state(folder)
-    assert not proof.exists()
+    assert not trace.exists()
 
 
-def test_rewind_forgets_later_steps_and_torn_lines(tmp_path):
+def test_rewind_removes_later_steps_and_torn_lines(tmp_path):
     lines = JsonLines(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3):
         lines.write({"step": step, "text": "ü\n"})

@@ -1,4 +1,4 @@
-"""The rows' parts against hand numbers (methods.md's oracles), and the identities between rows."""
+"""The formulas that methods are composed of against hand numbers, and identities between methods."""
 
 import math
 
@@ -75,7 +75,7 @@ def test_at_ratio_one_every_power_has_the_gradient_of_zero(power):
     torch.testing.assert_close(*gradients)
 
 
-def test_pessimistic_clip_is_what_the_surrogate_takes():
+def test_pessimistic_clip_gives_the_ratio_of_the_clipped_surrogate():
     log_ratio, advantages = (
         torch.tensor([-1.0, -0.1, 0.1, 1.0]).repeat(3),
         torch.tensor([2.0, -2.0, 0.0]).repeat_interleave(4),
@@ -95,11 +95,11 @@ def test_stop_gradient_surrogate_keeps_the_gradient_of_clipped_tokens():
 
 
 def test_gate_oracle():
-    """gamma 5 of z = -1, -.2, 0, .2, 1; the entropies are made to have these z."""
+    """Sharpness 5 at z = -1, -.2, 0, .2, 1; the entropies standardise to a multiple of these z."""
     z = torch.tensor([-1.0, -0.2, 0.0, 0.2, 1.0], dtype=torch.float64)
-    spread = z.square().mean().sqrt()
+    std = z.square().mean().sqrt()
     got = erpo.gate(
-        3 + z[None], torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, dtype=torch.int64), sharpness=5 * spread.item()
+        3 + z[None], torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, dtype=torch.int64), sharpness=5 * std.item()
     )
     expected = torch.tensor([[0.0067, 0.2689, 0.5, 0.7311, 0.9933]], dtype=torch.float64)
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)
@@ -111,14 +111,14 @@ def test_progress_is_standardised_within_buckets_of_a_group():
     got = erpo.progress(
         logprobs_BT, torch.zeros_like(logprobs_BT), mask_BT, torch.zeros(2, dtype=torch.int64), scale=0.1, buckets=2
     )
-    first = (torch.tensor([0.1, 0.2, 0.3]) - 0.2) / math.sqrt(2 / 300)  # 1, 2 of the one, 3 of the other
+    first = (torch.tensor([0.1, 0.2, 0.3]) - 0.2) / math.sqrt(2 / 300)  # 1 and 2 of the first rollout, 3 of the second
     second = (torch.tensor([0.9, 0.9, 0.5]) - 2.3 / 3) / math.sqrt(sum((v - 2.3 / 3) ** 2 for v in (0.9, 0.9, 0.5)) / 3)
     expected = torch.tensor([[first[0], first[1], second[0], second[1]], [first[2], second[2], 0, 0]]).double()
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     apart = erpo.progress(
         logprobs_BT, torch.zeros_like(logprobs_BT), mask_BT, torch.tensor([0, 1]), scale=0.1, buckets=2
     )
-    assert apart[1].abs().max() == 0, "a bucket of one token has no spread"
+    assert apart[1].abs().max() == 0, "the std of a bucket of one token is 0"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_residual_oracle(power, weights, gini, effective):
     assert 1 / (3 * shares.square().sum().item()) == pytest.approx(effective, abs=5e-5)
 
 
-def test_residual_of_an_adapter_that_does_nothing_is_uniform():
+def test_residual_weights_of_a_zero_adapter_are_uniform():
     mask_BT = torch.tensor([[True, True, False]])
     torch.testing.assert_close(
         token_weights.residual(torch.zeros(1, 3), mask_BT, power=2.0), mask_BT.double(), rtol=0, atol=0
@@ -151,7 +151,7 @@ def test_leave_one_out_by_hand():
     assert group_mean(torch.tensor([[5.0]])).item() == 0
 
 
-def loss_and_streams(folder, *, adapter=True, **method):
+def update_and_parameters(folder, *, adapter=True, **method):
     made = Learner(folder, tiny.config(method=method), np.arange(12))
     if adapter:
         tiny.move_adapter(made)
@@ -170,7 +170,7 @@ def loss_and_streams(folder, *, adapter=True, **method):
             True,
         ),
         ({"name": "erpo", "erpo_weight": 0.0}, {"name": "grpo"}, True),
-        ({"name": "erpo"}, {"name": "grpo"}, False),  # at the adapter's start policy and reference agree
+        ({"name": "erpo"}, {"name": "grpo"}, False),  # an untrained adapter: policy and reference agree
         ({"name": "arca"}, {"name": "grpo"}, False),
         ({"name": "holder", "power_start": 0.0}, {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2}, True),
         ({"name": "holder", "power_start": 2.0}, {"name": "holder", "power_start": -2.0}, True),  # at ratio 1
@@ -187,8 +187,8 @@ def loss_and_streams(folder, *, adapter=True, **method):
     ],
 )
 def test_identities(folder, one, other, adapter):
-    """Two rows that must make the same step."""
-    (first, a), (second, b) = (loss_and_streams(folder, adapter=adapter, **method) for method in (one, other))
+    """Two methods that must make the same step."""
+    (first, a), (second, b) = (update_and_parameters(folder, adapter=adapter, **method) for method in (one, other))
     torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
     for s, t in zip(first.tokens, second.tokens, strict=True):
         assert (s is None) == (t is None)
@@ -196,21 +196,21 @@ def test_identities(folder, one, other, adapter):
 
 @pytest.mark.parametrize("method", [{"name": "grpo"}, {"name": "arca"}, {"name": "erpo", "erpo_weight": 5.0}])
 def test_the_identities_can_fail(folder, method):
-    """The rows that agree at the adapter's start part where the adapter does something."""
-    grpo = loss_and_streams(folder, name="grpo")[1]
-    same = torch.equal(loss_and_streams(folder, **method)[1], grpo)
+    """The methods that agree with an untrained adapter differ once it has moved."""
+    grpo = update_and_parameters(folder, name="grpo")[1]
+    same = torch.equal(update_and_parameters(folder, **method)[1], grpo)
     assert same == (method == {"name": "grpo"})
 
 
-def test_each_row_shows_its_signal(folder):
+def test_each_method_shows_its_signal(folder):
     def metrics(**method):
-        return loss_and_streams(folder, **method)[0].metrics
+        return update_and_parameters(folder, **method)[0].metrics
 
     grpo = metrics(name="grpo")
     assert grpo["advantage/spread_within_rollouts"] == pytest.approx(0, abs=1e-6)
     assert grpo["weight/gini"] == pytest.approx(0, abs=1e-6)
     asymmetric = metrics(name="asym-grpo")
-    # group 1: rewards 4 and 1.5 are right, p = 1/2, with 7 + 9 and 3 + 1 tokens; group 2: reward 2, p = 1/4, 8 and 12
+    # group 1: rewards 4 and 1.5 are correct, p = 1/2, with 7 + 9 and 3 + 1 tokens; group 2: reward 2, p = 1/4, 8 and 12
     assert asymmetric["advantage/positive_mean"] == pytest.approx((16 * 1 + 8 * 3**0.9) / 24)
     assert asymmetric["advantage/negative_mean"] == pytest.approx(-(4 * 1 + 12 * 3**-0.4) / 16)
     assert metrics(name="erpo")["advantage/spread_within_rollouts"] > 0.01
@@ -237,7 +237,7 @@ def test_why_a_group_is_dropped():
     def reason(rewards, **fields):
         return drop_reason(tiny.group(0, [2] * len(rewards), rewards), METHODS["grpo"].model_copy(update=fields))
 
-    accuracy = {"group_filter": "accuracy"}  # a reward above 1 is right
+    accuracy = {"group_filter": "accuracy"}  # a reward above 1 is correct
     assert reason([None, None]) == reason([None, None], **accuracy) == "unscored"
     assert reason([4.0, 4.0]) is None
     assert reason([4.0, 2.0], **accuracy) == "all-correct"

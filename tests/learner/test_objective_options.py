@@ -1,12 +1,11 @@
-"""The entropy bonus, the top-entropy mask, the head's backends and its extras, as the learner uses them."""
+"""The entropy bonus, the top-entropy mask, the head's backends, softcap and bias, as the learner uses them."""
 
+import loss_oracle
 import numpy as np
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     PhiConfig,
@@ -16,7 +15,6 @@ from transformers import (
 
 from common.config import ModelConfig
 from common.types import UserError
-from learner.learner import Learner
 from learner.loss import adapt_entropy_bonus
 from learner.policy.policy import Policy, unsupported
 from learner.token_weights import normalise, top_entropy
@@ -27,51 +25,25 @@ def folder(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("tiny"))
 
 
-def float64_gradients(folder, made: Learner, groups, *, fraction: float, bonus: float) -> dict[str, torch.Tensor]:
-    """- (1/N) sum of kept ratio * A - bonus * mean entropy, at ratio 1, from whole logits of one rollout a time."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=list(made.config.model.lora_targets)))
-    model.double().load_state_dict({n: p.double() for n, p in made.policy.peft_model.state_dict().items()}, strict=True)
-    surrogates, entropies = [], []
-    for group in groups:
-        rewards = np.array([r.score.total for r in group.rollouts])
-        for rollout, advantage in zip(group.rollouts, (rewards - rewards.mean()) / (rewards.std() + 1e-6), strict=True):
-            ids = torch.tensor(rollout.token_ids, dtype=torch.long)[None]
-            start = int(np.argmax(rollout.mask))
-            log_p = model(ids).logits[0, start - 1 : -1].log_softmax(1)
-            logprob = log_p.gather(1, ids[0, start:, None])[:, 0]
-            surrogates.append(torch.exp(logprob - logprob.detach()) * advantage)
-            entropies.append(-(log_p.exp() * log_p).sum(1))
-    surrogate, entropy = torch.cat(surrogates), torch.cat(entropies)
-    ranked = entropy.sort(descending=True).values
-    num_kept = round(fraction * len(entropy))
-    assert num_kept == len(entropy) or ranked[num_kept - 1] - ranked[num_kept] > 1e-3, (
-        "a tie: first tokens share theirs"
-    )
-    kept = entropy >= ranked[num_kept - 1]
-    (-(kept * surrogate).sum() / len(entropy) - bonus * entropy.mean()).backward()
-    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-
 @pytest.mark.parametrize(("fraction", "bonus"), [(1.0, 0.0), (0.25, 0.0), (1.0, 0.7), (0.5, 0.3)])
 def test_gradient_of_mask_and_bonus(folder, fraction, bonus):
     options = {"top_entropy_fraction": fraction, "entropy_bonus": bonus, "normaliser": "token-mean", "kl": "none"}
     made = tiny.learner(folder, method={"name": "grpo"} | options)
     got = tiny.gradients(made, tiny.groups())
-    for name, expected in float64_gradients(folder, made, tiny.groups(), fraction=fraction, bonus=bonus).items():
+    for name, expected in loss_oracle.gradients(folder, made, tiny.groups()).items():
         torch.testing.assert_close(got[name].double(), expected, rtol=0, atol=2e-4 * expected.abs().max().item())
 
 
-def test_the_mask_joins_the_horizon(folder):
-    """Kept tokens have the horizon's weight, the others none, in the streams that are recorded."""
-    streams = {
+def test_the_mask_composes_with_the_horizon(folder):
+    """Among the recorded targets, kept tokens have the horizon's weight and the others 0."""
+    targets = {
         fraction: tiny.learner(folder, method={"alpha": 3.0, "top_entropy_fraction": fraction})
         .update(tiny.groups())
         .tokens
         for fraction in (1.0, 0.25)
     }
-    all_weights, kept_weights = (np.concatenate([s.weights for s in streams[f]]) for f in (1.0, 0.25))
-    entropies = np.concatenate([s.entropies for s in streams[1.0]])
+    all_weights, kept_weights = (np.concatenate([s.weights for s in targets[f]]) for f in (1.0, 0.25))
+    entropies = np.concatenate([s.entropies for s in targets[1.0]])
     kept = entropies >= np.sort(entropies)[-round(0.25 * len(entropies))]
     np.testing.assert_allclose(kept_weights, np.where(kept, all_weights, 0), rtol=1e-6)
 
@@ -89,7 +61,7 @@ def test_top_entropy_by_hand():
 
 
 def test_normalisers_of_a_masked_step():
-    """The mean over all tokens counts those without a weight; a group without any weight adds nothing, not NaN."""
+    """The mean over all tokens counts those of weight 0; a group whose weights are all 0 contributes 0, not NaN."""
     weights_BT = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 0.0]])
     mask_BT = torch.tensor([[True, True], [True, False], [True, True]])
     group_B = torch.tensor([0, 0, 1])
@@ -124,7 +96,7 @@ def test_adaptive_bonus_over_steps_and_a_checkpoint(folder, tmp_path):
 
 
 def test_a_bonus_raises_the_entropy(folder):
-    """Rewards all equal, no KL: what is left of the objective is the bonus."""
+    """With equal rewards and no KL, the objective is the bonus alone."""
     groups = [tiny.group(3, [5, 5, 2, 3], [0.5, 0.5, 0.5, 0.5])]
     made = tiny.learner(folder, method={"entropy_bonus": 1.0, "kl": "none"})
     entropies = [made.update(groups).metrics["entropy/mean"] for _ in range(4)]
@@ -134,7 +106,7 @@ def test_a_bonus_raises_the_entropy(folder):
 
 @pytest.mark.parametrize("backend", ["triton", "trl", "liger"])
 def test_every_backend_trains_alike(folder, backend):
-    """In float32, where the peers round nothing: metrics and gradients agree, at a temperature and with the bonus."""
+    """Metrics and gradients agree in float32, in which the peers do not round."""
     method = {"alpha": 3.0, "entropy_bonus": 0.2}
     made = {name: tiny.learner(folder, method=method, head_backend=name) for name in ("torch", backend)}
     ours, theirs = (each.update(tiny.groups()).metrics for each in made.values())
@@ -156,7 +128,7 @@ SIZES = {
 
 @pytest.mark.parametrize("kind", ["softcap", "bias"])
 def test_the_models_own_softcap_and_bias(kind, tmp_path):
-    """Log-probabilities of a token sequence against the model's own logits."""
+    """Log-probabilities of a sequence against the model's own logits."""
     torch.manual_seed(0)
     if kind == "softcap":
         config = Gemma2Config(
@@ -179,8 +151,8 @@ def test_the_models_own_softcap_and_bias(kind, tmp_path):
     expected = model(ids).logits[0, :-1].log_softmax(1).gather(1, ids[0, 1:, None])[:, 0]
     np.testing.assert_allclose(policy.logprobs(ids[0].numpy()), expected.detach(), atol=1e-5)
     plain = model.get_decoder()(ids).last_hidden_state[0, :-1] @ model.lm_head.weight.T
-    wrong = plain.log_softmax(1).gather(1, ids[0, 1:, None])[:, 0]
-    assert (wrong - expected).abs().max() > 0.1, "the case would pass without them"
+    without = plain.log_softmax(1).gather(1, ids[0, 1:, None])[:, 0]
+    assert (without - expected).abs().max() > 0.1, "the case would pass without them"
 
 
 @pytest.mark.parametrize(
@@ -195,12 +167,12 @@ def test_the_models_own_softcap_and_bias(kind, tmp_path):
         ({"logits_scaling": 1.0}, None),
     ],
 )
-def test_what_the_learner_would_leave_out_is_refused(facts, words):
+def test_a_model_that_the_learner_cannot_compute_is_rejected(facts, words):
     reason = unsupported(PretrainedConfig(**facts), 1024)
     assert (reason is None) if words is None else (words in reason)
 
 
-def test_an_adapter_on_the_head_is_refused(folder):
+def test_an_adapter_on_the_head_is_rejected(folder):
     config = ModelConfig(dtype="float32", lora_targets=("q_proj", "lm_head"))
     with pytest.raises(UserError, match="adapts the output head"):
         Policy(folder, config, device=torch.device("cpu"), recompute="none", head_backend="auto")

@@ -1,4 +1,4 @@
-"""The schedule by hand, and what a refused step leaves behind."""
+"""The schedule by hand, and that a skipped step changes nothing."""
 
 import math
 
@@ -26,23 +26,23 @@ def test_short_runs_warm_up_over_five_steps():
 def test_gradient_is_clipped_and_adamw_steps():
     parameter = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = Optimizer([parameter], LearnerConfig(learning_rate=0.1, weight_decay=0.0, gradient_clip=1.0), steps=100)
-    norm, refused = optimizer.step((parameter * torch.tensor([30.0, 40.0])).sum(), 10)
+    norm, skipped = optimizer.step((parameter * torch.tensor([30.0, 40.0])).sum(), 10)
     assert norm == pytest.approx(50.0)
-    assert refused is None
+    assert skipped is None
     assert parameter.grad.tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
-    assert parameter.tolist() == pytest.approx([2.9, 3.9], rel=1e-5)  # Adam's first step is the rate itself
+    assert parameter.tolist() == pytest.approx([2.9, 3.9], rel=1e-5)  # Adam's first step equals the learning rate
 
 
 @pytest.mark.parametrize(
     "loss", [lambda p: p.sum() * math.inf, lambda p: p.sum() * math.nan, lambda p: (p * 0).sqrt().sum()]
 )
-def test_not_finite_changes_nothing(loss):
-    """The third loss is finite, 0, and its gradient is not: 0 * inf."""
+def test_a_skipped_step_changes_nothing(loss):
+    """The third loss is 0, but its gradient, 0 * inf, is not finite."""
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = Optimizer([parameter], LearnerConfig(learning_rate=0.1), steps=10)
     optimizer.step(parameter.sum(), 0)
     before, moments = parameter.clone(), optimizer.state_dict()["0.exp_avg"].clone()
-    _, refused = optimizer.step(loss(parameter), 1)
-    assert refused
+    _, skipped = optimizer.step(loss(parameter), 1)
+    assert skipped
     assert torch.equal(parameter, before)
     assert torch.equal(optimizer.state_dict()["0.exp_avg"], moments)

@@ -1,4 +1,4 @@
-"""A method from outside the repository, and what is said of a name that means none."""
+"""A method from a module outside the repository, and the error for a name that is not a method."""
 
 import re
 
@@ -28,7 +28,7 @@ def early(entropy_BT, mask_BT, advantages_B):
 """
 
 
-def test_a_users_own_method_needs_no_change_here(tmp_path, monkeypatch):
+def test_a_users_own_method_needs_no_change_in_the_repository(tmp_path, monkeypatch):
     """A module outside the repository, named by its path on the command line: README.md, "Add a method"."""
     (tmp_path / "own_method.py").write_text(OWN)
     (tmp_path / "empty.toml").write_text("")
@@ -39,25 +39,25 @@ def test_a_users_own_method_needs_no_change_here(tmp_path, monkeypatch):
         tiny.config(method=config.method.model_dump() | {"importance": "none"}),
         np.arange(12),
     )
-    streams = made.update([tiny.group(1, [2, 3, 1], [4.0, 0.0, 1.5])]).tokens
-    assert [s.advantage for s in streams] == [1.0, -1.0, 0.0]
-    for stream in streams:
-        np.testing.assert_allclose(stream.weights, 1 / np.arange(1, len(stream.weights) + 1))
+    targets = made.update([tiny.group(1, [2, 3, 1], [4.0, 0.0, 1.5])]).tokens
+    assert [s.advantage for s in targets] == [1.0, -1.0, 0.0]
+    for target in targets:
+        np.testing.assert_allclose(target.weights, 1 / np.arange(1, len(target.weights) + 1))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--method.name nowhere.method", "nor is it a module with a METHOD"),
-        ("--method.name json", "nor is it a module with a METHOD"),
+        ("--method.name nowhere.method", "and it is not a module with a METHOD"),
+        ("--method.name json", "and it is not a module with a METHOD"),
         (
             "--method.advantage own",
-            "method.advantage=own is none of group_std, group_mean, leave_one_out, asymmetric, nor",
+            "unknown method.advantage=own; choose one of group_std, group_mean, leave_one_out, asymmetric, or",
         ),
         ("--method.token_weight json.nothing", "json.nothing: no such function"),
     ],
 )
-def test_what_is_no_method_of_anybodys(options, words, tmp_path):
+def test_an_unknown_method_or_function_is_rejected(options, words, tmp_path):
     (tmp_path / "empty.toml").write_text("")
     with pytest.raises(UserError, match=re.escape(words)):
         load(options.split(), tmp_path / "empty.toml")

@@ -30,7 +30,7 @@ def test_horizon_oracle():
     )
 
 
-def test_selective_discounts_negative_rollouts_only_and_zero_counts_as_positive():
+def test_selective_discounts_negative_advantages_only():
     entropy_BT = entropies([[0.1, 0.2, 0.3]] * 3)
     got = horizon(
         entropy_BT,
@@ -48,19 +48,19 @@ ragged = st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=6), min_size=2,
 
 
 @given(ragged, st.floats(-2, 2), st.booleans())
-def test_horizon_against_a_product_over_tokens(rows, alpha, selective):
-    length = max(map(len, rows))
-    mask = torch.tensor([[t < len(row) for t in range(length)] for row in rows])
-    padded = entropies([row + [0.7] * (length - len(row)) for row in rows])  # what is outside the mask must not count
-    advantages = torch.tensor([(-1.0) ** i for i in range(len(rows))])
+def test_horizon_against_a_product_over_tokens(rollouts, alpha, selective):
+    length = max(map(len, rollouts))
+    mask = torch.tensor([[t < len(rollout) for t in range(length)] for rollout in rollouts])
+    padded = entropies([rollout + [0.7] * (length - len(rollout)) for rollout in rollouts])  # 0.7 must not count
+    advantages = torch.tensor([(-1.0) ** i for i in range(len(rollouts))])
     got = horizon(padded, mask, advantages, alpha=alpha, vocab_size=V, selective=selective)
-    for i, row in enumerate(rows):
+    for i, rollout in enumerate(rollouts):
         weight = 1.0
-        for t, entropy in enumerate(row):
-            weight *= math.exp(-alpha * entropy)  # Eq. 4-5, as the product that they are
+        for t, entropy in enumerate(rollout):
+            weight *= math.exp(-alpha * entropy)  # Eq. 4-5 as a product
             expected = 1.0 if selective and i % 2 == 0 else weight
             assert got[i, t].item() == pytest.approx(expected, rel=1e-12)
-        assert (got[i, len(row) :] == 0).all()
+        assert (got[i, len(rollout) :] == 0).all()
 
 
 @pytest.mark.parametrize("normaliser", ["sequence-mean", "group", "step"])
@@ -72,20 +72,20 @@ def test_normalised_sum_reproduces_the_reduction(normaliser):
     values = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     got = (normalise(weights, mask, group_B, normaliser=normaliser) * values).sum().item()
 
-    rows = [[(weights[i, t].item(), values[i, t].item()) for t in range(n)] for i, n in enumerate(lengths)]
+    rollouts = [[(weights[i, t].item(), values[i, t].item()) for t in range(n)] for i, n in enumerate(lengths)]
     if normaliser == "sequence-mean":
-        expected = sum(sum(w * v for w, v in row) / len(row) for row in rows) / 5
+        expected = sum(sum(w * v for w, v in rollout) / len(rollout) for rollout in rollouts) / 5
     elif normaliser == "step":
-        flat = [pair for row in rows for pair in row]
+        flat = [pair for rollout in rollouts for pair in rollout]
         expected = sum(w * v for w, v in flat) / sum(w for w, _ in flat)
     else:
-        groups = [rows[0] + rows[1], rows[2] + rows[3] + rows[4]]
+        groups = [rollouts[0] + rollouts[1], rollouts[2] + rollouts[3] + rollouts[4]]
         expected = sum(sum(w * v for w, v in g) / sum(w for w, _ in g) for g in groups) / 2
     assert got == pytest.approx(expected, rel=1e-13)
 
 
 def test_selective_denominator_scales_positive_tokens_up():
-    """methods.md: two rollouts of 3 tokens, one positive, entropies .1 .2 .3, alpha .5: 1.081 x."""
+    """Two rollouts of 3 tokens, one positive, entropies .1 .2 .3, alpha .5: the weight of a positive token is 1.081."""
     mask = torch.ones(2, 3, dtype=torch.bool)
     raw = horizon(
         entropies([[0.1, 0.2, 0.3]] * 2), mask, torch.tensor([1.0, -1.0]), alpha=0.5, vocab_size=V, selective=True
@@ -113,6 +113,6 @@ def test_alpha_zero_is_the_token_mean():
     ],
 )
 def test_gini_by_hand(weights, expected):
-    padded = torch.tensor([weights + [9.0] * (4 - len(weights)), [1.0] * 4])  # what is outside the mask must not count
+    padded = torch.tensor([weights + [9.0] * (4 - len(weights)), [1.0] * 4])  # the 9s must not count
     mask = torch.arange(4)[None, :] < torch.tensor([[len(weights)], [4]])
     assert gini(padded, mask).tolist() == pytest.approx([expected, 0.0], abs=1e-6)

@@ -1,4 +1,4 @@
-"""Run folders as the report reads them: torn or missing files are no error, and every run has a unique name."""
+"""Run folders as the report reads them: torn or missing files are not an error, and every run has a unique name."""
 
 import json
 import math

@@ -35,7 +35,7 @@ def test_the_two_examples_of_the_paper() -> None:
         (completion_of(FIVE_STEPS, "1"), (0.0, 1.5, 1.0, 1.0, 3.5)),
         (completion_of("so it is", "42"), (4.0, 1.5, 1.0, 0.1, 6.6)),
         (completion_of("", "42"), (4.0, 1.5, 1.0, 0.0, 6.5)),
-        (completion_of(FIVE_STEPS, ""), (-0.5, 1.5, 1.0, 1.0, 3.0)),  # the 42 of the working is no answer
+        (completion_of(FIVE_STEPS, ""), (-0.5, 1.5, 1.0, 1.0, 3.0)),  # the 42 of the working is not an answer
         (f"{W}{FIVE_STEPS}", (4.0, 0.2, 0.0, 1.0, 5.2)),
         (f"{FIVE_STEPS}{W_}", (4.0, 0.3, 0.0, 0.1, 4.4)),
         (f"{S}42", (4.0, 0.2, 0.3, 0.1, 4.6)),
@@ -47,7 +47,7 @@ def test_the_two_examples_of_the_paper() -> None:
         (f"{W}x{W_}{S}42", (4.0, 0.7, 0.3, 0.1, 5.1)),
         (f"{W}x{S}42{S_}", (4.0, 0.7, 1.0, 0.1, 5.8)),
         (f"{W}x{W_}42{S_}", (4.0, 0.8, 0.0, 0.1, 4.9)),
-        (f"{S}42{S_}{W}x{W_}", (4.0, 1.0, 1.0, 0.1, 6.1)),  # all four tags, in the wrong order
+        (f"{S}42{S_}{W}x{W_}", (4.0, 1.0, 1.0, 0.1, 6.1)),  # all four tags, out of order
         (f"{W}x{S}42{W_}{S_}", (4.0, 1.0, 1.0, 0.1, 6.1)),
         (f"{W}x{W_}{S}42{S_}{S}", (4.0, -0.5, 1.0, 0.1, 4.6)),  # a duplicated tag
         (f"{W}{W}x{W_}{S}42{S_}", (4.0, -0.5, 1.0, 0.1, 4.6)),
@@ -162,7 +162,7 @@ def test_any_text_has_a_score_of_allowed_terms(completion: str, answer: str) -> 
     "piece", ["1", "1,", "1,111", "= ", "=", "(", "-$", ".", " ", "\n", "step ", "\\boxed{", "e1", S, W]
 )
 @pytest.mark.parametrize("opening", ["", W, W + "=", "1e"])
-def test_a_huge_text_takes_no_long(piece: str, opening: str) -> None:
+def test_a_huge_text_is_scored_fast(piece: str, opening: str) -> None:
     start = time.process_time()
     score(opening + piece * (100_000 // len(piece)) + "x", "42")
     assert time.process_time() - start < 2  # a quadratic pattern takes minutes
@@ -170,7 +170,7 @@ def test_a_huge_text_takes_no_long(piece: str, opening: str) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_no_task_imports_another(name: str) -> None:
-    """What tasks share stands in composite_reward.py."""
+    """What tasks share is in composite_reward.py."""
     imported = {
         module
         for node in ast.walk(ast.parse(inspect.getsource(task_module(name))))

@@ -1,4 +1,4 @@
-"""The data of GSM8K with its faults, and its reward."""
+"""GSM8K: valid and invalid data, and the reward."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_bad_data_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    assert "task.data=no/where is no folder and could not be loaded from the hub (no)" in message(
+    assert "task.data=no/where is not a directory and could not be loaded from the hub (no)" in message(
         task("no/where"), "train"
     )
 

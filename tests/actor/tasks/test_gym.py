@@ -1,4 +1,4 @@
-"""Generated problems: what train, eval and the worked example may share, and rewards scored by hand."""
+"""Generated problems: train, eval and the worked example are disjoint; rewards scored by hand."""
 
 import json
 import subprocess
@@ -90,8 +90,8 @@ def test_rewards_of_numbers_by_hand() -> None:
     exact = reward(completion_of(FIVE_STEPS, prompt.answer), prompt)
     assert (exact.total, exact.correct) == (7.5, True)
     assert exact.parts == {"correct": 4.0, "format": 1.5, "present": 1.0, "steps": 1.0}
-    wrong = reward(completion_of(FIVE_STEPS, str(2 * truth + 1)), prompt)
-    assert (wrong.total, wrong.correct) == (3.5, False)
+    incorrect = reward(completion_of(FIVE_STEPS, str(2 * truth + 1)), prompt)
+    assert (incorrect.total, incorrect.correct) == (3.5, False)
     assert reward(f"It is {truth}", prompt).total == 4.1
     assert reward("", prompt).total == -0.5
 
@@ -115,16 +115,16 @@ def test_the_data_sets_own_scorer(monkeypatch: pytest.MonkeyPatch, value: float,
 
     monkeypatch.setattr("actor.tasks.gym._scorer", lambda name, options: Scorer())
 
-    def said(answer: str) -> Score:
+    def scored(answer: str) -> Score:
         meta = {"gym": "any", "options": {}, "entry": {"answer": answer}}
         return reward(f"{SOLUTION[0]}20{SOLUTION[1]}", Prompt(messages=(), answer=answer, metadata=meta))
 
-    assert said("words").parts["correct"] == correct
-    assert said("words").correct == (correct == 4.0)
-    assert said("10").parts["correct"] == (4.0 if value == 1.0 else 0.0)  # of a number it is heard when it says exact
+    assert scored("words").parts["correct"] == correct
+    assert scored("words").correct == (correct == 4.0)
+    assert scored("10").parts["correct"] == (4.0 if value == 1.0 else 0.0)  # for a number, only its 1.0 counts
 
 
-def test_a_scorer_that_allows_for_rounding_is_heard() -> None:
+def test_a_scorer_that_tolerates_rounding_counts() -> None:
     prompt = load(task(gym="number_format", num_train=1), "train")[0]
     assert prompt.answer == "255258179.051"
     assert score("255258179.0511", prompt.answer)["correct"] == 1.5
@@ -132,13 +132,13 @@ def test_a_scorer_that_allows_for_rounding_is_heard() -> None:
     assert reward("255258179.5", prompt).parts["correct"] == 1.5
 
 
-def test_a_scorer_that_chokes_is_an_unparseable_answer() -> None:
+def test_an_answer_on_which_the_scorer_raises_is_unparseable() -> None:
     prompt = load(task(gym="prime_factorization", num_train=1), "train")[0]
     assert reward(f"{SOLUTION[0]}banana{SOLUTION[1]}", prompt).parts["correct"] == -0.5
 
 
 def test_a_scorer_that_is_broken_fails_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a quiet -0.5: the reward pool counts and names what a reward raises."""
+    """The answer does not silently get -0.5: the reward pool counts and reports the exception."""
 
     class Broken:
         def score_answer(self, answer: str, entry: dict) -> float:
@@ -163,7 +163,7 @@ def test_metadata_is_plain_json_and_enough_for_the_scorer() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"gym": "chain_sums"}, "task.gym=chain_sums is no reasoning-gym data set; did you mean chain_sum?"),
+        ({"gym": "chain_sums"}, "unknown reasoning-gym data set task.gym=chain_sums; did you mean chain_sum?"),
         (
             {"gym_options": {"max_term": 3}},
             "unknown option task.gym_options.max_term of task.gym=chain_sum; did you mean max_",
@@ -176,7 +176,7 @@ def test_metadata_is_plain_json_and_enough_for_the_scorer() -> None:
             {"gym": "rubiks_cube", "example": True},
             "task.gym=rubiks_cube has no answers to show; set task.example=false",
         ),
-        ({"gym": "rearc"}, "task.gym=rearc has problems that JSON cannot hold"),
+        ({"gym": "rearc"}, "task.gym=rearc has problems that JSON cannot represent"),
     ],
 )
 def test_bad_settings_are_one_line(changes: dict[str, Any], words: str) -> None:
@@ -186,7 +186,7 @@ def test_bad_settings_are_one_line(changes: dict[str, Any], words: str) -> None:
 
 
 def test_numbers_that_json_lacks_become_text():
-    """Some problems of gsm_symbolic hold fractions, the first ones may not."""
+    """Some problems of gsm_symbolic contain fractions."""
     prompts = load(TaskConfig(gym="gsm_symbolic", num_train=64, example=False), "train")
     assert json.dumps([dict(prompt.metadata) for prompt in prompts])
     assert all(reward(completion_of("1 = 1", prompt.answer), prompt).correct for prompt in prompts)

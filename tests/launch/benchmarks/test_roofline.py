@@ -1,4 +1,4 @@
-"""The floors of a step: counted by hand on a small shape, and on modules that really compute."""
+"""The rooflines of a step: counted by hand on a small shape, and on modules that really compute."""
 
 import pytest
 import tiny

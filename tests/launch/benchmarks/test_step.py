@@ -14,7 +14,7 @@ from launch import benchmark
 from launch.benchmarks import step_results
 from launch.benchmarks.roofline import Rates
 
-OURS = {"rollout": 4.0, "learn": 5.0, "publish": 1.0, "rollout_floor": 1.0, "learn_floor": 2.0}
+OURS = {"rollout": 4.0, "learn": 5.0, "publish": 1.0, "rollout_roofline": 1.0, "learn_roofline": 2.0}
 
 
 def row(step: float, **others: float) -> dict[str, float]:
@@ -31,12 +31,12 @@ MEASURED = {
 def test_ratios_are_of_rounds_and_their_median_counts():
     rates = Rates(operations_per_second=1e9, bytes_per_second=1e9)
     planned = SimpleNamespace(config=Config(), memory=None)
-    said = step_results.summary(planned, "a model", rates, MEASURED, {})
-    assert said["sa_ah_over_grpo_by_round"] == pytest.approx([1.0, 1.2, 1.1])
-    assert said["sa_ah_over_grpo"] == pytest.approx(1.1)
-    assert said["speedup_over_trl_by_round"] == pytest.approx([4.0, 3.0, 5.0])
-    assert said["speedup_over_trl"] == pytest.approx(4.0)
-    assert said["cost_exponent"] is None
+    result = step_results.summary(planned, "a model", rates, MEASURED, {})
+    assert result["sa_ah_over_grpo_by_round"] == pytest.approx([1.0, 1.2, 1.1])
+    assert result["sa_ah_over_grpo"] == pytest.approx(1.1)
+    assert result["speedup_over_trl_by_round"] == pytest.approx([4.0, 3.0, 5.0])
+    assert result["speedup_over_trl"] == pytest.approx(4.0)
+    assert result["cost_exponent"] is None
     alone = step_results.summary(planned, "a model", rates, {k: v for k, v in MEASURED.items() if k != "trl"}, {})
     assert alone["speedup_over_trl"] is None
 
@@ -47,7 +47,7 @@ def test_exponent(power):
     assert step_results.exponent(batches) == pytest.approx(power)
 
 
-def test_table_and_chart_show_every_contender_and_its_floors():
+def test_table_and_chart_show_every_contender_and_its_rooflines():
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(step_results.table(MEASURED))
     lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if "│" in line]
@@ -58,8 +58,8 @@ def test_table_and_chart_show_every_contender_and_its_floors():
     widths = [bar.get_width() for bar in figure.axes[0].patches]
     assert widths == pytest.approx([4, 5, 1, 4, 5, 1, 20, 20])
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(MEASURED)
-    floors = [line.get_xdata()[0] for line in figure.axes[0].lines]
-    assert floors == pytest.approx([1, 4 + 2, 1, 4 + 2])
+    rooflines = [line.get_xdata()[0] for line in figure.axes[0].lines]
+    assert rooflines == pytest.approx([1, 4 + 2, 1, 4 + 2])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -71,20 +71,20 @@ def test_a_gpus_plan_is_not_measured_on_a_cpu(capsys):
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_real_steps_by_turns(tmp_path, capsys):
+def test_real_interleaved_steps(tmp_path, capsys):
     options = ["--methods", "reft", "--actor.max_tokens", "8", "--run.prompts_per_step", "1", "--task.num_train", "8"]
     assert benchmark.main(["train", "--steps", "1", "--batches", "2", "--out", str(tmp_path), *options]) == 0
-    said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert said == json.loads((tmp_path / "benchmark.json").read_text())
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result == json.loads((tmp_path / "benchmark.json").read_text())
     assert (tmp_path / "benchmark.svg").stat().st_size > 1000
-    assert list(said["measured"]) == ["sa-ah-grpo", "alpha 0", "grpo", "reft"]
-    for [each] in said["measured"].values():
+    assert list(result["measured"]) == ["sa-ah-grpo", "alpha 0", "grpo", "reft"]
+    for [each] in result["measured"].values():
         assert each["tokens"] == 4 * 8
         phases = each["rollout"] + each["learn"] + each["publish"]
         assert phases == pytest.approx(each["step"], abs=0.05)
-        assert 0 < each["rollout_floor"] < each["rollout"] and 0 < each["learn_floor"] < each["learn"]
+        assert 0 < each["rollout_roofline"] < each["rollout"] and 0 < each["learn_roofline"] < each["learn"]
         assert each["load"] < each["publish"]
-    assert said["batches"]["2"]["tokens"] == 2 * 4 * 8
-    assert set(said["batches"]) == {"1", "2"}
-    assert np.isfinite(said["cost_exponent"])
-    assert said["sa_ah_over_grpo"] > 0 and said["speedup_over_trl"] is None
+    assert result["batches"]["2"]["tokens"] == 2 * 4 * 8
+    assert set(result["batches"]) == {"1", "2"}
+    assert np.isfinite(result["cost_exponent"])
+    assert result["sa_ah_over_grpo"] > 0 and result["speedup_over_trl"] is None

@@ -17,10 +17,10 @@ def last_line(capsys) -> dict:
 def test_head_times_what_is_installed_and_tells_rounding_from_none(capsys):
     sizes = ["--rows", "24", "--hidden", "16", "--vocab", "700", "--repeats", "2"]
     assert benchmark.main(["head", *sizes, "--backends", "torch", "trl", "trl/float32"]) == 0
-    said = last_line(capsys)
-    rows = {row["backend"]: row for row in said["measured"]}
+    result = last_line(capsys)
+    rows = {row["backend"]: row for row in result["measured"]}
     assert list(rows) == ["torch", "trl", "trl/float32"]
-    assert said["failed"] == {}
+    assert result["failed"] == {}
     assert all(len(row["both_seconds"]) == 2 and min(row["both_seconds"]) > 0 for row in rows.values())
     assert rows["torch"]["logprob_max"] < 2e-5 < 1e-3 < rows["trl"]["logprob_max"]
     assert rows["trl/float32"]["logprob_max"] < 2e-5
@@ -31,10 +31,10 @@ def test_learn_compares_methods_in_one_learner(capsys, tmp_path):
     folder = tiny.save_model(tmp_path / "model")
     options = ["--pairs", "1", "--prompt-tokens", "5", "--model.path", str(folder), "--actor.max_tokens", "6"]
     assert benchmark.main(["learn", *options]) == 0
-    said = last_line(capsys)
-    assert set(said["seconds"]) == set(update.CONTENDERS)
-    assert said["completion_tokens"] == 4 * 4 * 6
-    assert said["sa_ah_over_grpo"] == said["seconds"]["sa-ah-grpo"][0] / said["seconds"]["grpo"][0]
+    result = last_line(capsys)
+    assert set(result["seconds"]) == set(update.CONTENDERS)
+    assert result["completion_tokens"] == 4 * 4 * 6
+    assert result["sa_ah_over_grpo"] == result["seconds"]["sa-ah-grpo"][0] / result["seconds"]["grpo"][0]
 
 
 def test_profile_ranks_operations_by_their_own_time():

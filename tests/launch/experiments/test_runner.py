@@ -60,7 +60,7 @@ if not resume:
     planned = {"recompute": "none", "micro_batch_tokens": 4096}  # the memory plan has set them
     learner = config.learner.model_copy(update=planned)
     (folder / "config.toml").write_text(dump(config.model_copy(update={"learner": learner})))
-if name == "ah-grpo" and "MEND" not in os.environ:
+if name == "ah-grpo" and "FIXED" not in os.environ:
     sys.exit("run failed: it is bad")
 for step in range(done + 1, config.run.steps + 1):
     with open(folder / "metrics.jsonl", "a") as metrics:
@@ -124,11 +124,11 @@ def test_only_what_is_not_finished_runs_again(checkout: Path, environment: dict[
     assert starts == ["good_seed-1 starts", "bad_seed-1 starts", "torn_seed-1 starts"]
     bad, torn = err.splitlines()[-2:]  # before them Ray may have its say
     assert bad == "bad_seed-1 failed: status 1, run failed: it is bad"
-    assert torn.startswith("torn_seed-1 failed: SIGKILL, # 2")  # it said nothing: the log's own line
+    assert torn.startswith("torn_seed-1 failed: SIGKILL, # 2")  # it printed nothing: the log's own line
     assert "good_seed-1: finished 3/3 1.50 -" in out
     assert out.splitlines()[-1] == "1 of 3 cells are finished; python launch/report.py runs/grid"
     (checkout / "runs" / "grid" / "bad_seed-1" / "rollouts.jsonl").write_text("of the run that died\n")
-    status, out, err, starts = finish(checkout, {**environment, "MEND": "1"})
+    status, out, err, starts = finish(checkout, {**environment, "FIXED": "1"})
     assert status == 0, err
     assert starts == ["bad_seed-1 starts", "torn_seed-1 resumes"]
     assert not (checkout / "runs" / "grid" / "bad_seed-1" / "rollouts.jsonl").exists()
@@ -169,7 +169,7 @@ def test_a_stopped_driver_leaves_no_process_and_a_grid_that_can_resume(
 
 @pytest.mark.slow
 def test_cells_share_out_the_gpus_of_a_cluster(checkout: Path, environment: dict[str, str]) -> None:
-    """A Ray that believes in two GPUs: three cells, two at once, each told of one GPU."""
+    """A Ray configured with two GPUs: three cells, two of them concurrent, each with one GPU."""
     folder = Path(environment["RAY_TMPDIR"]) / "by-hand"
     folder.mkdir()
     head = subprocess.Popen(
@@ -183,8 +183,8 @@ def test_cells_share_out_the_gpus_of_a_cluster(checkout: Path, environment: dict
         while not (record.exists() and record.read_text()):
             assert head.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        mended = {**environment, "RAY_ADDRESS": record.read_text(), "MEND": "1", "TOGETHER": "2"}
-        process = start(checkout, mended)
+        fixed = {**environment, "RAY_ADDRESS": record.read_text(), "FIXED": "1", "TOGETHER": "2"}
+        process = start(checkout, fixed)
         out, err = process.communicate(timeout=600)
         assert "torn_seed-1 failed: SIGKILL" in err
         assert process.returncode == 1
@@ -210,7 +210,7 @@ def test_cells_of_one_core_run_at_once_each_on_its_own(checkout: Path, environme
     _, err = process.communicate(timeout=600)
     assert (process.returncode, err.splitlines()[-1][:18]) == (2, "--cores 999 is not")
     assert (died / "metrics.jsonl").exists()  # refused before anything is emptied
-    process = start(checkout, {**environment, "MEND": "1", "TOGETHER": "2"}, "--cores", "1")
+    process = start(checkout, {**environment, "FIXED": "1", "TOGETHER": "2"}, "--cores", "1")
     out, err = process.communicate(timeout=600)
     assert "good_seed-1: finished 3/3" in out, err  # the two first waited for each other
     assert "bad_seed-1: finished 3/3" in out

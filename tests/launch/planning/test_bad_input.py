@@ -106,17 +106,17 @@ def test_resuming_with_other_options_names_the_difference(capsys, tmp_path):
 def test_a_run_that_published_by_merging_is_not_resumed(capsys, tmp_path):
     (tmp_path / "config.toml").write_text('[actor]\npublish = "merged"\n')
     line = refuse(capsys, "--run.dir", str(tmp_path), "--run.resume")
-    assert "cannot resume: actor.publish='merged' was removed: every adapter is now resident" in line
+    assert "cannot resume: actor.publish='merged' was removed: every adapter is resident" in line
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
-def test_a_checkpoint_of_an_older_version_is_refused_and_its_run_stays(capsys, tmp_path, dry):
+def test_a_checkpoint_with_a_pickle_is_refused_and_its_run_stays(capsys, tmp_path, dry):
     (tmp_path / "checkpoints" / "step-000015").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-000015" / "learner_state.pt").touch()
     (tmp_path / "config.toml").write_text(dump(load([], cluster.DEFAULT_CONFIG)))
     (tmp_path / "metrics.jsonl").write_text('{"step": 16}\n')
     line = refuse(capsys, "--run.dir", str(tmp_path), "--run.resume", *dry)
-    assert "learner_state.pt, the format of an older version" in line
+    assert "learner_state.pt, a pickle" in line
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 16}\n'
 
 

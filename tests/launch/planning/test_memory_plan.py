@@ -127,8 +127,8 @@ def test_a_cache_holds_at_least_one_sequence_of_the_models_length() -> None:
 
 
 def test_further_actors_share_the_rollouts_of_a_step() -> None:
-    assert memory.rollouts_at_once(paper()) == 16
-    assert memory.rollouts_at_once(paper("--actor.num_actors", "3")) == 8
+    assert memory.concurrent_rollouts(paper()) == 16
+    assert memory.concurrent_rollouts(paper("--actor.num_actors", "3")) == 8
 
 
 @pytest.mark.parametrize("gib", [40.0, 40e9 / GIB])
@@ -228,7 +228,7 @@ def test_a_run_fits_or_is_refused_with_a_change_that_fits(config: Config, work: 
                 memory_fit.on_gpu(changed, work, (gib - 1) * GIB)
     made = planned(chosen, work, gib)
     assert made.total() <= made.usable_bytes
-    assert all(value_of(chosen, name) != value for name, value in memory_fit.OPEN.items())
+    assert all(value_of(chosen, name) != value for name, value in memory_fit.UNSET.items())
     assert made.total("actor") <= chosen.actor.gpu_memory_fraction * gib * GIB + 1
     assert memory_fit.on_gpu(chosen, work, gib * GIB) == chosen, "what is resolved stays as it is"
 

@@ -11,7 +11,8 @@ from common.command_line import load
 from common.config import dump, with_values
 from launch.planning import memory_fit, model_folder, plan
 from launch.planning.memory import GIB
-from launch.run import DEFAULT_CONFIG, main
+from launch.run import main
+from launch.runtime.cluster import DEFAULT_CONFIG
 
 
 @pytest.fixture(scope="module")

@@ -271,7 +271,7 @@ def test_the_final_accuracy_is_that_after_the_last_step(tmp_path):
 
 
 def test_seeds_that_differ_in_the_memory_plan_are_one_experiment(tmp_path):
-    assert {*memory_fit.OPEN, memory_fit.GPU} <= OF_ONE_RUN
+    assert {*memory_fit.UNSET, memory_fit.GPU} <= OF_ONE_RUN
     plans = [
         {"learner": {"recompute": "none", "micro_batch_tokens": 16384}, "actor": {"num_sequences": 256}},
         {"learner": {"recompute": "layer", "micro_batch_tokens": 8192}, "actor": {"kv_cache_gib": 2.5}},

@@ -57,7 +57,7 @@ def test_bounds_and_order(num_actors, max_staleness):
 
 
 def test_nothing_is_being_sampled_after_wait_ahead(monkeypatch):
-    """Before a version is loaded, what is sampled ahead is waited for; it is not taken."""
+    """Before a version is loaded, the prefetched rollouts are waited for; they are not taken."""
     waited = []
     monkeypatch.setattr(ray, "get", lambda references: waited.append(references) or references)
     buffer = Buffer(
@@ -65,13 +65,13 @@ def test_nothing_is_being_sampled_after_wait_ahead(monkeypatch):
     )
     buffer.take(2)
     waited.clear()
-    buffer.wait_ahead()
+    buffer.drain()
     assert [[g.prompt.index for part in each for g in part] for each in waited] == [[2, 3]]
     buffer.release(2)
     assert [group.prompt.index for group in buffer.take(2)] == [2, 3]
 
 
-def test_stream_depends_on_seed_and_place_alone():
+def test_stream_depends_on_seed_and_position_alone():
     whole = PromptStream(PROMPTS, seed=3).draw(12)
     resumed = PromptStream(PROMPTS, seed=3, cursor=7).draw(5)
     assert resumed == whole[7:]
@@ -90,7 +90,7 @@ def test_seeds_differ_by_prompt_and_by_run():
     ("refill_rounds", "kept"), [(0, [0, 1, 2, 3]), (1, [1, 3, 4, 5]), (2, [1, 3, 5, 6]), (9, [1, 3, 5, 7])]
 )
 def test_refill(refill_rounds, kept):
-    """Prompts of an even place teach nothing: new ones take their place, in order, while there are rounds."""
+    """Prompts at even positions teach nothing: new ones replace them, in order, while there are rounds."""
     actors = [FakeActor(), FakeActor()]
     stream = PromptStream(PROMPTS, seed=1)
     buffer = Buffer(
@@ -106,7 +106,7 @@ def test_refill(refill_rounds, kept):
     assert [group.prompt.index for group in groups] == kept
     discarded = [group.prompt.index for group in buffer.discarded]
     assert sorted(kept + discarded) == list(range(stream.cursor))
-    assert buffer.prompt_cursor == stream.cursor, "a resumed run goes on with the next prompt"
+    assert buffer.prompt_cursor == stream.cursor, "a resumed run starts with the next prompt"
     for actor in actors:
         actor.version = 1
     buffer.release(4)

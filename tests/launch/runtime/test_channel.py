@@ -1,4 +1,4 @@
-"""The channel: what counts as proof that an actor samples with the published adapter."""
+"""The channel: how it verifies that an actor samples with the published adapter."""
 
 import pickle
 from dataclasses import replace
@@ -92,7 +92,7 @@ def test_what_crosses_processes_pickles():
 
 
 class Scripted:
-    """Learner and actor at once, whose methods are called by .remote(...): a canary takes it `seconds`."""
+    """Learner and actor in one object, called by .remote(...); a canary takes `seconds`."""
 
     def __init__(self, seconds, clock):
         self.seconds, self.clock, self.asked = seconds, clock, []

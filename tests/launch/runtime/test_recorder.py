@@ -1,4 +1,4 @@
-"""What the rollouts alone say of a step: a task's own parts of the reward are metrics, whatever their names are."""
+"""The metrics of the rollouts alone: a task's own parts of the reward are metrics, whatever their names are."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Which GPU and processors a worker gets, on a Ray that is told of two GPUs; and which starts are refused."""
+"""Which GPU and processors a worker gets, on a Ray that is configured with two GPUs; and which starts are refused."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What holds of any exact head: identities, and that a head which rounds where ours does not fails the tolerances."""
+"""Identities that hold for any exact head, and naive heads that must fail the tolerances because they round more."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def test_an_order_of_the_vocabulary_changes_nothing():
 
 
 @pytest.mark.parametrize(("rows", "tile"), [(1, 300), (7, 64), (1024, 1)])
-def test_any_chunk_gives_the_same(rows, tile, monkeypatch):
+def test_the_chunk_size_changes_nothing(rows, tile, monkeypatch):
     hidden, weight, target = case(30, 16, 300, scale=3.0)
     whole = run(hidden, weight, target, temperature=0.5, backend="torch")
     monkeypatch.setattr(torch_backend, "ROWS", rows)
@@ -60,7 +60,7 @@ def test_any_chunk_gives_the_same(rows, tile, monkeypatch):
 
 
 def test_the_kernels_compile_for_a_gpu_and_fit_its_registers():
-    """Triton's compiler, down to machine code; the interpreter of the other tests checks no types."""
+    """Down to machine code, since Triton's interpreter, which other tests use, checks no types."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run(
         [sys.executable, Path(__file__).parents[2] / "helpers" / "compile_kernels.py"],
@@ -72,7 +72,7 @@ def test_the_kernels_compile_for_a_gpu_and_fit_its_registers():
     assert ran.stdout.endswith("compiled\n"), ran.stderr
 
 
-def test_auto_is_torch_but_on_a_gpu():
+def test_auto_is_torch_except_on_a_gpu():
     for dtype, is_cuda, name in (
         (torch.bfloat16, False, "torch"),
         (torch.bfloat16, True, "triton"),
@@ -94,7 +94,7 @@ def test_what_is_missing_is_named(monkeypatch):
 
 
 def naive(hidden: Tensor, weight: Tensor, target: Tensor, *, bf16_logits=False, uncentred=False, bf16_sums=0) -> Got:
-    """A head with whole logits in float32, and on request one of the shortcuts that ours does not take."""
+    """A head on whole logits in float32, optionally with one of the shortcuts that ours avoids."""
     h, w = hidden.float(), weight.float()
     logits = h @ w.T
     if bf16_logits:
@@ -109,7 +109,7 @@ def naive(hidden: Tensor, weight: Tensor, target: Tensor, *, bf16_logits=False, 
     onehot = torch.nn.functional.one_hot(target, len(w)).float()
     p = exp / total
     by_u, by_v = onehot - p, -p * (base - mean)
-    if bf16_sums:  # of the product over pieces of the vocabulary
+    if bf16_sums:  # the number of vocabulary pieces, whose products are summed in bfloat16
         u, v = ((sum_in_bf16(by, w, bf16_sums)) for by in (by_u, by_v))
     else:
         u, v = by_u @ w, by_v @ w
@@ -143,7 +143,7 @@ def test_logits_rounded_to_bfloat16_fail():
 
 
 def test_uncentred_sums_fail():
-    """Logits around 300, exact in float32, so that only the sums round."""
+    """The logits are around 300 and exact in float32, so that only the sums round."""
     _, weight, target = case(20, 20, 5003)
     hidden, weight = torch.eye(20, device=DEVICE), 300 + 10 * weight
     expected = oracle(hidden, weight, target)._replace(largest=32.0)
@@ -162,8 +162,8 @@ def test_gradients_summed_in_bfloat16_fail():
 
 
 @pytest.mark.parametrize("backend", ["trl", "liger"])
-def test_peers_agree_where_they_round_nothing(backend):
-    """In float32 both compute what ours does; in bfloat16 both fail the tolerances: they round the logits."""
+def test_peers_agree_in_float32_alone(backend):
+    """In float32 both peers compute what ours does; in bfloat16 they round the logits, and fail the tolerances."""
     pytest.importorskip(head.PACKAGES[backend])
     if backend == "liger" and DEVICE == "cuda" and torch.cuda.get_device_capability()[0] >= 9:
         pytest.skip("Liger's kernel for Hopper takes no float32")
@@ -176,28 +176,28 @@ def test_peers_agree_where_they_round_nothing(backend):
     check_rows(got.v, expected.v, 1e-3)
     at_one = head_stats(hidden, weight, target, temperature=0.6, entropy_at_one=True, backend=backend).entropy_at_one_N
     torch.testing.assert_close(at_one.double(), oracle(hidden, weight, target).entropy, rtol=1e-5, atol=2e-5)
-    rough = run(hidden.bfloat16(), weight.bfloat16(), target, temperature=0.6, backend=backend)
+    rounded = run(hidden.bfloat16(), weight.bfloat16(), target, temperature=0.6, backend=backend)
     with pytest.raises(AssertionError):
         check_values(
-            rough.logprob, expected.entropy, oracle(hidden.bfloat16(), weight.bfloat16(), target, temperature=0.6)
+            rounded.logprob, expected.entropy, oracle(hidden.bfloat16(), weight.bfloat16(), target, temperature=0.6)
         )
 
 
 @pytest.mark.parametrize(
-    ("backend", "asked", "words"),
+    ("backend", "options", "words"),
     [
         ("trl", {"topk": 5}, "backend=trl has no top-K entropy"),
         ("liger", {"topk": 5}, "backend=liger has no top-K entropy"),
         ("liger", {"softcap": 5.0}, "backend=liger has neither a bias nor a softcap"),
     ],
 )
-def test_what_a_peer_does_not_offer_raises(backend, asked, words):
+def test_an_option_that_a_peer_lacks_raises(backend, options, words):
     pytest.importorskip(head.PACKAGES[backend])
     with pytest.raises(ValueError, match=words):
-        head_stats(*case(3, 8, 20), backend=backend, **asked)
+        head_stats(*case(3, 8, 20), backend=backend, **options)
 
 
-def test_float64_is_not_quietly_summed_in_float32():
+def test_float64_is_never_summed_in_float32():
     assert head_stats(*case(3, 8, 20, dtype=torch.float64)).logprob_N.dtype == torch.float64
     with pytest.raises(ValueError, match="backend=triton sums in float32"):
         head_stats(*case(3, 8, 20, dtype=torch.float64), backend="triton")

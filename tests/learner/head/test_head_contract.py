@@ -1,4 +1,4 @@
-"""What every backend of ours promises, against float64 on the same values: whole logits, no chunks, no tricks.
+"""The contract of every backend of ours, against the float64 oracle on whole logits.
 
 The Triton kernels run under Triton's interpreter where there is no GPU (tests/conftest.py).
 """
@@ -95,24 +95,24 @@ def test_calls_with_and_without_gradient_agree_bitwise(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_gradients_before_they_are_rounded(backend, dtype, monkeypatch):
-    """What the products make of 16-bit inputs, without the last rounding to the hidden states' dtype.
+    """The gradients that matmuls make from 16-bit inputs, before they are rounded to the hidden states' dtype.
 
-    Triton's interpreter truncates to bfloat16 where a GPU rounds (tests/compile_kernels.py). There the weights are made
-    in float32 and rounded here.
+    Triton's interpreter truncates to bfloat16 where a GPU rounds (tests/helpers/compile_kernels.py). The interpreted
+    kernels therefore make float32 weights, which this test rounds.
     """
     hidden, weight, target = case(300, 64, 1027, scale=2.0, dtype=dtype)
     expected = oracle(hidden, weight, target, temperature=0.6)
     if (backend, dtype, DEVICE) == ("triton", torch.bfloat16, "cpu"):
         hidden, weight = hidden.float(), weight.float()
-        monkeypatch.setattr(triton_backend, "_product", lambda a, b: a.bfloat16().float() @ b)
+        monkeypatch.setattr(triton_backend, "_matmul", lambda a, b: a.bfloat16().float() @ b)
     got = chunk_of(backend, hidden, weight, target, temperature=0.6)
     check_coherent(got.u_cH, expected.u)
     check_coherent(got.v_cH, expected.v)
 
 
 def test_identities(backend):
-    """H = -logp + <h, d logp / d h>; neither an order of the vocabulary nor a vector added to all rows of the weight
-    changes anything."""
+    """H = -logp + <h, d logp / d h>; permuting the vocabulary changes nothing, nor does adding a vector to all rows of
+    the weight."""
     hidden, weight, target = case(30, 16, 600)
     got = run(hidden, weight, target, temperature=0.7, backend=backend)
     torch.testing.assert_close(got.entropy, -got.logprob + (hidden * got.u).sum(1), rtol=0, atol=2e-5)
@@ -150,7 +150,7 @@ def test_a_trainable_head_raises(backend):
 
 
 def test_memory_does_not_grow_with_rows_times_vocabulary(backend):
-    """No tensor larger than a chunk of logits is made, whatever the number of rows; nor is the weight upcast whole."""
+    """No tensor is larger than a chunk of logits, for any number of tokens; nor is the whole weight upcast."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

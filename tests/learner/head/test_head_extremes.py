@@ -1,4 +1,4 @@
-"""Where a careless head goes wrong: near-certain, impossible, huge, flat and strongly negative logits, and NaN."""
+"""Inputs that break a naive head: near-certain, impossible, huge, flat and strongly negative logits, and NaN."""
 
 import math
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 
 @pytest.mark.parametrize("shift", [0.0, -200.0])
 def test_all_logits_strongly_negative(backend, shift):
-    """A vocabulary that fills no block, logits -15 but one +3: zero padding would take the maximum."""
+    """The vocabulary does not fill its last block and most logits are -15: zero padding would win the maximum."""
     logits = torch.full((1029, 1), -15.0 + shift, device=DEVICE)
     logits[7] = 3.0 + shift
     for target in (7, 8, 1028):
@@ -21,7 +21,7 @@ def test_all_logits_strongly_negative(backend, shift):
 
 
 def test_near_certain_target_keeps_its_gradient(backend):
-    """p_y = 1 - 1e-9: log-probability and gradient live in the sum of the others."""
+    """p_y = 1 - 1e-9: log-probability and gradient come from the sum over the other tokens."""
     weight = torch.tensor([[0.0, 1.0], [math.log(1e-9), 2.0]], device=DEVICE)
     got = run(torch.tensor([[1.0, 0.0]], device=DEVICE), weight, torch.tensor([0], device=DEVICE), backend=backend)
     assert got.logprob.item() == pytest.approx(-1e-9, rel=1e-4)
@@ -31,7 +31,7 @@ def test_near_certain_target_keeps_its_gradient(backend):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("one_minus_p", [1e-6, 1e-9])
 def test_near_certain_targets_in_16_bits(backend, one_minus_p, dtype):
-    """Over a whole vocabulary, relative to the tiny gradient itself: rounding the weights must not drown it."""
+    """The error is relative to the tiny gradient itself, which must not drown in the rounding of the weights."""
     hidden, weight, target = case(20, 16, 1027, dtype=dtype)
     others = hidden.double() @ weight.double().T
     others[torch.arange(20), target] = -math.inf
@@ -49,7 +49,7 @@ def test_near_certain_targets_in_16_bits(backend, one_minus_p, dtype):
 @pytest.mark.parametrize("above", [90.0, 120.0, 3000.0])
 @pytest.mark.parametrize("vocab", [1, 513, 600])
 def test_target_far_above_the_rest(backend, vocab, above):
-    """The others' sum is 0 in float32 (513: also because the last block holds the target alone); no NaN comes of it."""
+    """The others' sum is 0 in float32 (of 513 tokens the last block holds only the target), which must give no NaN."""
     weight = torch.zeros(vocab, 2, device=DEVICE)
     weight[:, 1] = torch.linspace(0, 1, vocab, device=DEVICE)
     weight[-1, 0] = above
@@ -60,7 +60,7 @@ def test_target_far_above_the_rest(backend, vocab, above):
 
 
 def test_target_far_below_the_maximum(backend):
-    """80 below, where its probability is 0 in float16, and 3,000 below, where it is 0 in float64."""
+    """80 nats below, where its probability is 0 in float16, and 3,000 below, where it is 0 in float64."""
     for depth in (80.0, 3000.0):
         weight = torch.tensor([[depth], [0.0], [1.0]], device=DEVICE)
         got, _ = check(backend, torch.ones(1, 1, device=DEVICE), weight, torch.tensor([1], device=DEVICE))
@@ -73,12 +73,12 @@ def test_equal_logits(backend):
     flat = torch.full_like(got.entropy, math.log(1000))
     torch.testing.assert_close(got.entropy, flat, rtol=1e-6, atol=0)
     torch.testing.assert_close(got.logprob, -flat, rtol=1e-6, atol=0)
-    assert max(got.u.abs().max(), got.v.abs().max()) < 1e-4  # of weights of 5: all cancels but rounding
+    assert max(got.u.abs().max(), got.v.abs().max()) < 1e-4  # only the rounding of weights of 5 remains
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_impossible_tokens(backend, dtype):
-    """A bias of -inf: no probability, no entropy, no gradient; neither as a whole block nor as the target."""
+    """A token with bias -inf contributes nothing, also in a block of such tokens, and also as the target."""
     hidden, weight, target = case(9, 8, 1100, dtype=dtype)
     bias_V = torch.zeros(1100, device=DEVICE, dtype=dtype)
     bias_V[:600] = -math.inf  # whole blocks, the first ones
@@ -99,7 +99,7 @@ def test_huge_logits(backend):
         check(backend, torch.ones(1, 1, device=DEVICE), weight, torch.tensor([target], device=DEVICE))
 
 
-def test_not_a_number_is_not_hidden(backend):
+def test_nan_is_not_hidden(backend):
     hidden, weight, target = case(3, 8, 600)
     hidden[1, 0] = math.nan
     stats = head_stats(hidden, weight, target, backend=backend)
@@ -111,7 +111,7 @@ def test_not_a_number_is_not_hidden(backend):
 
 
 def test_a_flat_float16_row_over_a_large_vocabulary(backend):
-    """Its weights are all 1/60,001, which float16 without a scale holds as a subnormal, 0.14 % off, in every one."""
+    """All weights are 1/60,001: without SCALE each would be a float16 subnormal that is 0.14 % off."""
     hidden, weight, target = case(1, 8, 60_001, dtype=torch.float16)
     hidden, weight = torch.zeros_like(hidden), weight - 1  # the mean of w is far from 0
     check_rows(chunk_of(backend, hidden, weight, target).u_cH, oracle(hidden, weight, target).u, 2e-3)

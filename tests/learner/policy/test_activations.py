@@ -1,4 +1,4 @@
-"""What the trunk is said to keep in memory, against what real models on the CPU keep."""
+"""The memory measured without data, against what real models on the CPU keep."""
 
 from pathlib import Path
 
@@ -32,7 +32,6 @@ SHAPE = {
 }
 MODES = ("none", "layer", "micro-batch")
 CPU, META = torch.device("cpu"), torch.device("meta")
-CUDA = torch.cuda.is_available()
 
 
 def shape(layers: int = 3, architecture: type = LlamaConfig) -> LlamaConfig:
@@ -51,14 +50,14 @@ def real_policy(folder: Path, config: ModelConfig, recompute: str, device: torch
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_real_model_takes_what_was_measured_without_data(tmp_path, dtype, dropout, recompute) -> None:
+def test_a_real_model_keeps_what_was_measured_without_data(tmp_path, dtype, dropout, recompute) -> None:
     config = settings(dtype, dropout)
-    said = measure(shape(), config, lengths=LENGTHS, recompute=recompute, gpu=False)
-    assert said == observe(real_policy(tmp_path, config, recompute), LENGTHS)
+    measured = measure(shape(), config, lengths=LENGTHS, recompute=recompute, gpu=False)
+    assert measured == observe(real_policy(tmp_path, config, recompute), LENGTHS)
 
 
 def saved_bytes(policy: Policy) -> int:
-    """Of the tensors that autograd keeps for one pass, each storage once, without the weights."""
+    """Bytes of the tensors that autograd saves in one pass, each storage counted once, without the weights."""
     storages = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,9 +85,9 @@ def test_what_is_kept_is_what_autograd_saves(tmp_path, dtype, dropout) -> None:
 
 
 @pytest.mark.parametrize("recompute", MODES)
-def test_the_peak_is_what_the_allocator_hands_out(tmp_path, recompute) -> None:
+def test_the_peak_is_that_of_the_allocator(tmp_path, recompute) -> None:
     policy = real_policy(tmp_path, settings(), recompute)
-    said = observe(policy, LENGTHS)  # leaves gradients, which are not counted
+    observed = observe(policy, LENGTHS)  # leaves gradients, which are not counted
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         policy.scored_states(scored_everywhere(LENGTHS, CPU)).sum().backward()
     live = peak = 0
@@ -96,12 +95,12 @@ def test_the_peak_is_what_the_allocator_hands_out(tmp_path, recompute) -> None:
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    assert peak == pytest.approx(said.peak, rel=0.15)  # attention kernels take scratch of their own
+    assert peak == pytest.approx(observed.peak, rel=0.15)  # attention kernels take scratch memory too
 
 
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("gpu", [False, True])
-def test_what_three_layers_say_of_six_is_what_six_take(monkeypatch, recompute, gpu) -> None:
+def test_six_layers_keep_what_three_predict(monkeypatch, recompute, gpu) -> None:
     extended = measure(shape(6), settings(), lengths=LENGTHS, recompute=recompute, gpu=gpu)
     monkeypatch.setattr(activations, "MORE", 6)
     whole = measure(shape(6), settings(), lengths=LENGTHS, recompute=recompute, gpu=gpu)
@@ -110,7 +109,7 @@ def test_what_three_layers_say_of_six_is_what_six_take(monkeypatch, recompute, g
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_recomputing_keeps_less_and_computing_in_steps_peaks_lower(gpu) -> None:
+def test_activation_checkpointing_keeps_less(gpu) -> None:
     none, layer, whole = (measure(shape(6), settings(), lengths=LENGTHS, recompute=mode, gpu=gpu) for mode in MODES)
     assert whole.kept < layer.kept < none.kept
     assert layer.peak < none.peak
@@ -120,17 +119,17 @@ def test_recomputing_keeps_less_and_computing_in_steps_peaks_lower(gpu) -> None:
 @pytest.mark.parametrize("recompute", MODES)
 def test_any_architecture_can_be_measured(tmp_path, architecture, recompute) -> None:
     model = shape(3, architecture)
-    said = measure(model, settings(), lengths=LENGTHS, recompute=recompute, gpu=False)
+    measured = measure(model, settings(), lengths=LENGTHS, recompute=recompute, gpu=False)
     AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path)
     policy = Policy(tmp_path, settings(), device=CPU, recompute=recompute, head_backend="torch")
-    assert said == observe(policy, LENGTHS)
+    assert measured == observe(policy, LENGTHS)
     on_gpu = measure(model, settings(), lengths=LENGTHS, recompute=recompute, gpu=True)
-    assert 0 < on_gpu.kept <= said.kept, "a CPU keeps the masks of its sequences too"
+    assert 0 < on_gpu.kept <= measured.kept, "a CPU also keeps attention masks"
 
 
 def test_a_large_model_is_measured_without_its_memory() -> None:
     large = Qwen2Config(hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64)
     before = psutil.Process().memory_info().rss
-    said = measure(large, settings(), lengths=[[4096, 4096]], recompute="none", gpu=True)
-    assert said.kept > 100 * 2**30
+    measured = measure(large, settings(), lengths=[[4096, 4096]], recompute="none", gpu=True)
+    assert measured.kept > 100 * 2**30
     assert psutil.Process().memory_info().rss - before < 2**30

@@ -7,14 +7,14 @@ from torch.nn.attention import varlen
 from learner.batch import Ends
 from learner.policy.attention import packed_attention
 
-ROWS = [[5, 3, 1, 4], [2], [7, 6]]
+LENGTHS = [[5, 3, 1, 4], [2], [7, 6]]
 HEADS, KEY_HEADS, D = 4, 2, 8
-LENGTH = sum(map(sum, ROWS))
+NUM_TOKENS = sum(map(sum, LENGTHS))
 CUDA = torch.cuda.is_available()
 
 
 def plain(query_AD, key_AD, value_AD, scale):
-    """[A, n, D]: the n-th query sees the first n keys."""
+    """[A, n, D]: the n-th query attends to the first n keys."""
     scores = query_AD @ key_AD.transpose(1, 2) * scale
     return scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf).softmax(2) @ value_AD
 
@@ -23,19 +23,19 @@ def expected(query, key, value, scale):
     """[L, A, D], rollout by rollout."""
     key, value = (x.repeat_interleave(HEADS // KEY_HEADS, dim=0) for x in (key, value))
     outputs, start = [], 0
-    for prompt, *rollouts in ROWS:
+    for prompt, *rollouts in LENGTHS:
         head = range(start, start + prompt)
         outputs.append(plain(*(x[:, head] for x in (query, key, value)), scale))
         start += prompt
         for length in rollouts:
-            places = [*head, *range(start, start + length)]
-            outputs.append(plain(*(x[:, places] for x in (query, key, value)), scale)[:, prompt:])
+            positions = [*head, *range(start, start + length)]
+            outputs.append(plain(*(x[:, positions] for x in (query, key, value)), scale)[:, prompt:])
             start += length
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
 def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """FlashAttention's contract in plain torch: a sequence's last query is level with its last key."""
+    """FlashAttention's contract in plain torch: the last query of a sequence attends to its last key."""
     assert enable_gqa
     key, value = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (key, value))
     assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
@@ -51,7 +51,7 @@ def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, e
 
 @pytest.fixture(params=["one by one", "packed"])
 def case(request, monkeypatch):
-    """dtype, device and tolerance; packed runs on a GPU, and elsewhere on the contract of its kernel."""
+    """dtype, device and tolerance. Without a GPU, the packed case calls `kernel` in place of FlashAttention."""
     if request.param == "one by one":
         return torch.float64, "cpu", 1e-12
     if CUDA:
@@ -64,17 +64,17 @@ def case(request, monkeypatch):
 def packed_path(pieces, scaling):
     from learner.policy.attention import _attend_packed
 
-    return _attend_packed(pieces, Ends.of(ROWS, pieces[0][0].device), scaling)
+    return _attend_packed(pieces, Ends.of(LENGTHS, pieces[0][0].device), scaling)
 
 
 def test_values_and_gradients(case):
     dtype, device, tolerance = case
     generator = torch.Generator().manual_seed(0)
-    shapes = ((HEADS, LENGTH, D), (KEY_HEADS, LENGTH, D), (KEY_HEADS, LENGTH, D), (LENGTH, HEADS, D))
+    shapes = ((HEADS, NUM_TOKENS, D), (KEY_HEADS, NUM_TOKENS, D), (KEY_HEADS, NUM_TOKENS, D), (NUM_TOKENS, HEADS, D))
     *tensors, direction = (torch.randn(s, generator=generator).to(dtype).double() for s in shapes)
     ours = [x[None].to(dtype).to(device).requires_grad_() for x in tensors]
     theirs = [x.requires_grad_() for x in tensors]
-    output, _ = packed_attention(torch.nn.Module(), *ours, None, scaling=0.7, lengths=ROWS)
+    output, _ = packed_attention(torch.nn.Module(), *ours, None, scaling=0.7, lengths=LENGTHS)
     reference = expected(*theirs, 0.7)
     (output[0] * direction.to(output)).sum().backward()
     (reference * direction).sum().backward()

@@ -1,7 +1,7 @@
-"""The path that attention takes on a GPU, without one: forward and backward through varlen_attn's fake kernel.
+"""The path that attention takes on a GPU, tested without one: forward and backward through varlen_attn's fake kernel.
 
-The fake kernel makes tensors of the right shape and checks nothing. What the real one refuses is written down here,
-from mha_varlen_fwd and mha_varlen_bwd of torch's flash_attn/flash_api.cpp, and held against every call.
+The fake kernel returns tensors of the correct shape and checks nothing. The checks of the real one, from mha_varlen_fwd
+and mha_varlen_bwd of torch's flash_attn/flash_api.cpp, are repeated here and applied to every call.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from learner.policy.policy import Policy
 KERNEL = torch.ops.torch_attn._varlen_attn.default
 META = torch.device("meta")
 LENGTHS = ((30, 20, 17, 25), (12, 40))  # 144 positions, 6 sequences; keys: 30, 50, 47, 55, 12, 52
-QUERIES, SEQUENCES, KEYS, MOST_QUERIES, MOST_KEYS = 144, 6, 246, 40, 55
+QUERIES, SEQUENCES, KEYS, MAX_QUERIES, MAX_KEYS = 144, 6, 246, 40, 55
 HEADS, KEY_HEADS, D, LAYERS, RANK = 4, 2, 16, 3, 4
 MODEL = LlamaConfig(
     vocab_size=97,
@@ -38,7 +38,7 @@ MODEL = LlamaConfig(
 
 
 class Kernel(TorchDispatchMode):
-    """Refuses what the real kernel would, and what would attend to other keys than the packed sequences' own."""
+    """Rejects the arguments that the real kernel rejects, and ends that are not those of the packed sequences."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Kernel(TorchDispatchMode):
             assert sums.shape == (query.shape[1], len(query)) and sums.dtype == torch.float32
         return operator(*args, **(kwargs or {}))
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor, ends_q: Tensor, ends_k: Tensor, *most: int) -> None:
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, ends_q: Tensor, ends_k: Tensor, *maxima: int) -> None:
         assert query.dtype in (torch.bfloat16, torch.float16), "16 bits alone"
         assert query.dtype == key.dtype == value.dtype, "one dtype"
         assert ends_q.dtype == ends_k.dtype == torch.int32, "int32 ends"
@@ -70,12 +70,12 @@ class Kernel(TorchDispatchMode):
         assert query.shape[2] % 8 == 0 and query.shape[2] <= 256, "head size"
         assert query.shape[1] % key.shape[1] == 0 and key.shape == value.shape, "heads"
         assert query.shape[2] == key.shape[2]
-        assert (len(query), len(ends_q) - 1, len(key), *most) == (
+        assert (len(query), len(ends_q) - 1, len(key), *maxima) == (
             QUERIES,
             SEQUENCES,
             KEYS,
-            MOST_QUERIES,
-            MOST_KEYS,
+            MAX_QUERIES,
+            MAX_KEYS,
         )
 
 
@@ -85,7 +85,7 @@ def policy(recompute: str = "none", dtype: str = "bfloat16") -> Policy:
 
 
 def inputs(size: int = D, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """Queries, keys and values as a model hands them over."""
+    """Queries, keys and values as a model passes them."""
     shapes = [(1, heads, QUERIES, size) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
     return [torch.empty(shape, dtype=dtype, device=META, requires_grad=True) for shape in shapes]
 
@@ -110,7 +110,7 @@ def test_a_policy_learns_through_the_kernel(recompute, forwards) -> None:
         else:
             assert parameter.grad is None, name
     keys = next(grad for name, grad in gradients.items() if "layers.0.self_attn.k_proj.lora_B" in name)
-    assert keys.shape == (KEY_HEADS * D, RANK), "grouped: fewer heads of keys than of queries"
+    assert keys.shape == (KEY_HEADS * D, RANK), "fewer heads of keys than of queries"
 
 
 def test_what_attention_keeps_is_the_kernels_arguments_and_results() -> None:
@@ -139,34 +139,34 @@ def test_what_attention_keeps_is_the_kernels_arguments_and_results() -> None:
     ]
     assert [(tuple(t.shape), t.dtype) for t in saved] == [(shape, dtype) for _, shape, dtype in expected]
     by_hand = 2 * (2 * QUERIES * HEADS * D) + 2 * (2 * KEYS * KEY_HEADS * D) + 4 * HEADS * QUERIES + 2 * 8
-    assert kept == by_hand + 2 * 4 * (SEQUENCES + 1), "and the ends, which a micro-batch has once for all layers"
+    assert kept == by_hand + 2 * 4 * (SEQUENCES + 1), "and the ends, once for all layers"
     for tensor in tensors:
         assert tensor.grad.shape == tensor.shape and tensor.grad.dtype == torch.bfloat16
 
 
-def test_the_backward_passs_own_memory_is_part_of_the_peak() -> None:
+def test_the_scratch_memory_of_the_backward_pass_is_part_of_the_peak() -> None:
     rows = QUERIES + 128 * SEQUENCES
     sums, row_sums = 4 * rows * HEADS * 32, 4 * rows * HEADS  # heads of 16 in blocks of 32, float32
     of_each_head = 2 * (2 * KEYS * HEADS * D)  # keys and values
     results = 2 * QUERIES * HEADS * D + 2 * (2 * KEYS * KEY_HEADS * D)  # gradients of queries, keys and values
     output_1LAD = attend(inputs(), Ends.of(LENGTHS, META))
-    gradient = torch.empty_like(output_1LAD)  # made outside, and so not counted
+    gradient = torch.empty_like(output_1LAD)  # allocated outside LiveBytes, so not counted
     with LiveBytes() as memory:
         output_1LAD.backward(gradient)
-    zeros = 4 * HEADS * QUERIES + 2 * 8  # that autograd makes for the kernel's other results, which nothing used
+    zeros = 4 * HEADS * QUERIES + 2 * 8  # gradients of the kernel's unused results
     assert memory.peak == results + zeros + sums + row_sums + of_each_head
-    ends, most = torch.empty(2, dtype=torch.int32), torch.empty(0)
+    ends, unused = torch.empty(2, dtype=torch.int32), torch.empty(0)
     query, key = torch.empty(100, 2, 160, dtype=torch.bfloat16), torch.empty(300, 2, 160, dtype=torch.bfloat16)
-    alone = backward_scratch_bytes(query, query, key, key, query, most, ends, ends)
-    assert alone == 4 * (100 + 128) * 2 * (192 + 1), "one sequence, heads of 160 in blocks of 64, none shared"
+    alone = backward_scratch_bytes(query, query, key, key, query, unused, ends, ends)
+    assert alone == 4 * (100 + 128) * 2 * (192 + 1), "one sequence, heads of 160 in blocks of 64, no shared keys"
 
 
 def without_window(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, enable_gqa=False):
-    """varlen_attn as torch 2.10 had it."""
+    """The signature of varlen_attn in torch 2.10."""
 
 
 @pytest.mark.parametrize(
-    ("tensors", "ends", "refusal"),
+    ("tensors", "ends", "words"),
     [
         (inputs(), Ends.of(LENGTHS, META)._replace(query_ends=torch.empty(7, dtype=torch.int64, device=META)), "int32"),
         (inputs(), Ends.of(LENGTHS, META)._replace(key_ends=torch.empty(14, device=META).int()[::2]), "contiguous"),
@@ -175,19 +175,19 @@ def without_window(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, e
         ([inputs()[0], *inputs(dtype=torch.float16)[1:]], None, "one dtype"),
     ],
 )
-def test_what_the_real_kernel_would_refuse_is_refused(tensors, ends, refusal) -> None:
-    with Kernel(), pytest.raises(AssertionError, match=refusal):
+def test_the_checks_of_the_real_kernel_apply(tensors, ends, words) -> None:
+    with Kernel(), pytest.raises(AssertionError, match=words):
         attend(tensors, ends)
 
 
-def test_a_torch_whose_kernel_has_no_window_is_noticed(monkeypatch) -> None:
+def test_a_torch_whose_kernel_has_no_window_raises(monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", without_window)
     with pytest.raises(TypeError, match="window_size"):
         attend(inputs())
 
 
-def test_in_float32_there_is_no_such_kernel() -> None:
-    """And where heads share keys no other that keeps less: each sequence's weights are there, queries by keys."""
+def test_float32_does_not_use_the_kernel() -> None:
+    """Where query heads share keys, the attention weights of each sequence, queries by keys, are kept."""
     made = policy(dtype="float32")
     with Kernel() as kernel:
         counted = observe(made, LENGTHS)

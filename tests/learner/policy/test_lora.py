@@ -54,13 +54,13 @@ def test_gradients_are_finite_differences(dropout):
     x, weight, bias_O, a, b = tensors()
 
     def function(x, a, b):
-        torch.manual_seed(3)  # the same places every time
+        torch.manual_seed(3)  # the same dropout mask in every call
         return one(x, weight, bias_O, a, b, scale=1.7, dropout=dropout)
 
     assert torch.autograd.gradcheck(function, (x, a, b))
 
 
-def test_dropout_is_of_the_adapters_input_alone(monkeypatch):
+def test_dropout_applies_to_the_adapters_input_alone(monkeypatch):
     x, weight, bias_O, a, b = tensors()
     mask = torch.rand(L, INPUTS, generator=torch.Generator().manual_seed(1)) < 0.5
     monkeypatch.setattr(lora, "dropped", lambda *_: (mask, 0.8))
@@ -69,19 +69,19 @@ def test_dropout_is_of_the_adapters_input_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5])
-def test_share_of_dropped_places(dropout):
+def test_fraction_of_dropped_elements(dropout):
     torch.manual_seed(0)
     mask, kept = dropped(torch.Size((999, 1001)), dropout, torch.device("cpu"))
     sigma = np.sqrt(dropout * (1 - dropout) / mask.numel())
     assert kept == pytest.approx(1 - dropout, abs=2**-16)
     assert mask.double().mean().item() == pytest.approx(1 - kept, abs=4 * sigma)
-    for lag in (1, 2, 3, 4, 1001):  # neighbours come out of the same 64 bits
+    for lag in (1, 2, 3, 4, 1001):  # neighbours come from the same 64 random bits
         flat = mask.flatten().double() - (1 - kept)
         assert abs((flat[lag:] * flat[:-lag]).mean().item()) < 4 * dropout * (1 - dropout) / np.sqrt(mask.numel())
     assert not torch.equal(mask, dropped(mask.shape, dropout, torch.device("cpu"))[0])
 
 
-def test_the_weight_rounds_the_adapter_and_gradients_stay_its_own():
+def test_the_adapter_is_rounded_at_use_and_its_gradients_are_float32():
     x, weight, bias_O, a, b = tensors(torch.float32)
     y = one(x, weight.bfloat16(), bias_O.bfloat16(), a, b, scale=2.0, dropout=0.1)
     y.sum().backward()
@@ -89,7 +89,7 @@ def test_the_weight_rounds_the_adapter_and_gradients_stay_its_own():
     assert {tensor.grad.dtype for tensor in (x, a, b)} == {torch.float32}
 
 
-def test_the_first_layer_makes_no_gradient_of_its_input():
+def test_an_input_without_gradient_gets_none():
     x, weight, bias_O, a, b = tensors()
     y = one(x.detach(), weight, bias_O, a, b, scale=2.0, dropout=0.0)
     y.sum().backward()
@@ -97,8 +97,8 @@ def test_the_first_layer_makes_no_gradient_of_its_input():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_projections_of_one_input_are_those_alone_with_one_mask(dropout):
-    """Three projections of different outputs and ranks: values and all gradients, summed over them for x."""
+def test_projections_of_one_input_equal_separate_calls_with_one_mask(dropout):
+    """Values and all gradients of three projections with different outputs and ranks; x gets the sum of theirs."""
     x, _, _, _, _ = tensors()
     generator = torch.Generator().manual_seed(4)
 
@@ -115,7 +115,7 @@ def test_projections_of_one_input_are_those_alone_with_one_mask(dropout):
         return torch.autograd.grad(loss, [x, *(p.a_RI for p in parts), *(p.b_OR for p in parts)])
 
     def seeded(projections):
-        torch.manual_seed(3)  # the same places every time
+        torch.manual_seed(3)  # the same dropout mask in every call
         return lora_linear(x, projections, scale=1.7, dropout=dropout)
 
     together, alone = seeded(parts), [seeded([part])[0] for part in parts]

@@ -1,6 +1,7 @@
-"""Five steps of every row, and of three mixtures, with the real vLLM, SmolLM2, Ray and the loop: finite, and its own.
+"""Five steps of every method and of three combinations, with vLLM, SmolLM2, Ray and the loop: all finite, each with
+its own signal.
 
-One vLLM serves them all; each has a learner of its own in this process, and starts from the model as it was.
+One vLLM serves them all. Each has a new learner in this process, and starts from the unadapted model.
 """
 
 import math
@@ -18,7 +19,6 @@ from common.methods import METHODS
 from common.metrics import read_lines
 from launch.loop import train
 from launch.planning import plan
-from launch.run import DEFAULT_CONFIG
 from launch.runtime import cluster, workers
 from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.console import Display
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.long
 STEPS = 5
 OPTIONS = [
     *("--run.steps", str(STEPS), "--run.prompts_per_step", "2", "--actor.max_tokens", "24", "--task.num_eval", "1"),
-    *("--learner.learning_rate", "1e-3"),  # in five steps the policy moves far enough to be told from the reference
+    *("--learner.learning_rate", "1e-3"),  # large enough for the policy to leave the reference in five steps
 ]
-MIXTURES = {
+COMBINATIONS = {
     "reft with sa-ah": {"name": "sa-ah-grpo", "opening": "reft"},
     "asym with horizon": {
         "name": "sa-ah-grpo",
@@ -44,7 +44,7 @@ MIXTURES = {
     },
     "holder with arca": {"name": "holder", "token_weight": "residual"},
 }
-SIGNALS = {  # what tells the row from plain GRPO, over its steps
+SIGNALS = {  # what distinguishes the method's metrics from those of plain GRPO
     "grpo": lambda m: all(x == 1 for x in m["weight/mean"]),
     "ah-grpo": lambda m: max(m["weight/mean"]) < 1,
     "sa-ah-grpo": lambda m: min(m["weight/mean"]) < 1 and max(m["weight/negative_mean"]) < 1,
@@ -69,14 +69,16 @@ SIGNALS = {  # what tells the row from plain GRPO, over its steps
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """A plan, and the actor and channel of a run that the rows take over one after the other."""
-    checked = plan.make(load([*OPTIONS, "--run.dir", str(tmp_path_factory.mktemp("rows") / "run")], DEFAULT_CONFIG))
+    """A plan, and the actor and channel of a run that all methods use one after the other."""
+    checked = plan.make(
+        load([*OPTIONS, "--run.dir", str(tmp_path_factory.mktemp("methods") / "run")], cluster.DEFAULT_CONFIG)
+    )
     with cluster.connect(), workers.start(checked) as started:
         yield checked, started
 
 
 class InProcess(Local):
-    """A learner called by .remote(...), whose answers travel as those of a Ray actor do."""
+    """A learner called by .remote(...), which returns object references as a Ray actor does."""
 
     def __getattr__(self, name):
         method = getattr(self.target, name)
@@ -89,14 +91,14 @@ def metrics(folder) -> dict[str, list[float]]:
     return {key: [line[key] for line in lines if key in line] for line in lines for key in line}
 
 
-@pytest.mark.parametrize("name", [*METHODS, *MIXTURES])
+@pytest.mark.parametrize("name", [*METHODS, *COMBINATIONS])
 def test_five_steps(running, tmp_path, name):
     checked, started = running
     several = {"inner_updates": 2} if "holder" in name or name == "gspo" else {}
     config = checked.config.model_copy(
         update={
             "run": checked.config.run.model_copy(update={"dir": tmp_path, "evaluate_every": 0}),
-            "method": MethodConfig(**MIXTURES.get(name, {"name": name}), importance="none"),
+            "method": MethodConfig(**COMBINATIONS.get(name, {"name": name}), importance="none"),
             "learner": checked.config.learner.model_copy(update=several),
         }
     )
@@ -120,6 +122,6 @@ def test_five_steps(running, tmp_path, name):
     assert max(got["update/skipped"]) == 0
     learned = got["loss/total"]
     assert learned and all(map(math.isfinite, learned)) and all(map(math.isfinite, got["gradient/norm"]))
-    assert all(x < 0.1 for x in got["actor_learner_kl"]), "the learner sees what the actor sampled from"
+    assert all(x < 0.1 for x in got["actor_learner_kl"]), "actor and learner hold the same policy"
     assert SIGNALS[name](got), {key: values for key, values in got.items() if "time" not in key}
     assert all(torch.isfinite(p).all() for p in learner.target.policy.parameters())
