@@ -28,7 +28,6 @@ class _Parser(argparse.ArgumentParser):
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The parsed command line. Raises UserError if it is invalid."""
     parser = _Parser(
-        usage="launch/report.py RUN [RUN ...] [--out FILE.html] [--export FOLDER] [--watch [PORT]]",
         description="Write the report of run folders as one self-contained HTML file.",
         allow_abbrev=False,
     )

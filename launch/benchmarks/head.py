@@ -48,12 +48,12 @@ class Problem(NamedTuple):
     gradient_NH: Tensor  # d logprob / d hidden
 
 
-def problem(rows: int, hidden: int, vocab: int, *, temperature: float, dtype: torch.dtype, device: str) -> Problem:
-    """Random logits whose standard deviation runs from 1 to 8 over the rows."""
+def problem(rows: int, hidden: int, vocab: int, *, temperature: float, device: str) -> Problem:
+    """Random logits, of inputs in bfloat16, whose standard deviation runs from 1 to 8 over the rows."""
     generator = torch.Generator(device).manual_seed(0)
     std_N1 = torch.linspace(0, 3, rows, device=device).exp2()[:, None]
-    hidden_NH = (torch.randn(rows, hidden, generator=generator, device=device) * std_N1).to(dtype)
-    weight_VH = (torch.randn(vocab, hidden, generator=generator, device=device) / hidden**0.5).to(dtype)
+    hidden_NH = (torch.randn(rows, hidden, generator=generator, device=device) * std_N1).bfloat16()
+    weight_VH = (torch.randn(vocab, hidden, generator=generator, device=device) / hidden**0.5).bfloat16()
     weight64_VH = weight_VH.double()
     columns = []
     for hidden_cH in hidden_NH.split(ORACLE_ROWS):
@@ -241,7 +241,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: {default})")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--backends", nargs="+", choices=CONTENDERS, help="default: all that can run here")
     return parser.parse_args(list(argv))
 
@@ -260,14 +259,8 @@ def main(argv: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    given = problem(
-        arguments.rows,
-        arguments.hidden,
-        arguments.vocab,
-        temperature=arguments.temperature,
-        dtype=getattr(torch, arguments.dtype),
-        device=device,
-    )
+    sizes = (arguments.rows, arguments.hidden, arguments.vocab)
+    given = problem(*sizes, temperature=arguments.temperature, device=device)
     contenders, failed = measure(given, names, arguments.repeats)
     rate = matrix_rate(given, arguments.repeats)
     roofline_seconds = 4 * arguments.rows * arguments.hidden * arguments.vocab / rate

@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from actor.vllm_engine import VLLMEngine
@@ -32,29 +30,28 @@ from launch.planning import model_folder
 from learner.learner import Learner
 
 
-def operations(work: Callable[[], object]) -> dict[str, float]:
-    """Own seconds of each operation in one call of `work`, after a warm-up; longest first."""
+def operations(work: Callable[[], object], title: str, top: int) -> dict[str, float]:
+    """Own seconds of each operation in one call of `work`, after a warm-up; longest first. Prints the `top` longest."""
     on_gpu = torch.cuda.is_available()
+    own_time = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     work()
-    activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    with profile(activities=activities) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         work()
         if on_gpu:
             torch.cuda.synchronize()
-    microseconds = {
-        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        for event in profiled.key_averages()
-    }
-    return {name: each / 1e6 for name, each in sorted(microseconds.items(), key=lambda item: -item[1]) if each > 0}
+    found = profiled.key_averages()
+    print(found.table(sort_by=own_time, row_limit=top, max_name_column_width=90, header=title))
+    seconds = {event.key: getattr(event, own_time) / 1e6 for event in found}
+    return {name: each for name, each in sorted(seconds.items(), key=lambda item: -item[1]) if each > 0}
 
 
-def _update(folder: Path, config: Config, prompt_tokens: int) -> tuple[dict[str, float], Adapter]:
+def _update(folder: Path, config: Config, prompt_tokens: int, top: int) -> tuple[dict[str, float], Adapter]:
     learner = Learner(folder, config, np.arange(8, dtype=np.int32))
     groups = random_groups(config, learner.policy.vocab_size, prompt_tokens)
-    return operations(lambda: learner.update(groups)), learner.adapter()
+    return operations(lambda: learner.update(groups), "update", top), learner.adapter()
 
 
-def _sampling(folder: Path, config: Config, prompts: list[list[int]], adapter: Adapter) -> dict[str, float]:
+def _sampling(folder: Path, config: Config, prompts: list[list[int]], adapter: Adapter, top: int) -> dict[str, float]:
     engine = VLLMEngine(str(folder), config.model, config.actor, seed=config.run.seed)
     engine.load(adapter)
     found = operations(
@@ -66,21 +63,12 @@ def _sampling(folder: Path, config: Config, prompts: list[list[int]], adapter: A
             stop=(),
             seeds=range(len(prompts)),
             fixed_length=True,
-        )
+        ),
+        "sampling",
+        top,
     )
     engine.close()
     return found
-
-
-def table(title: str, seconds: dict[str, float], top: int) -> Table:
-    """The `top` longest operations, and the sum of the others."""
-    whole = sum(seconds.values())
-    made = Table("operation", "s", "share", title=f"{title}: {whole:.2f} s")
-    shown = list(seconds.items())[:top]
-    shown.append((f"{len(seconds) - len(shown)} others", whole - sum(each for _, each in shown)))
-    for name, each in shown:
-        made.add_row(name[:90], f"{each:.4f}", f"{each / whole:.1%}")
-    return made
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,14 +87,11 @@ def main(argv: Sequence[str]) -> int:
             print(error, file=sys.stderr)
             return 2
         result: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-        result["update"], adapter = _update(folder, config, arguments.prompt_tokens)
+        result["update"], adapter = _update(folder, config, arguments.prompt_tokens, arguments.top)
         gc.collect()  # frees the learner's tensors before vLLM allocates its share
         torch.cuda.empty_cache()
         size = (config.run.prompts_per_step, arguments.prompt_tokens)
         prompts = np.random.default_rng(config.run.seed).integers(model.config.get_text_config().vocab_size, size=size)
-        result["sampling"] = _sampling(folder, config, prompts.tolist(), adapter)
-    console = Console(width=140)
-    for name in ("update", "sampling"):
-        console.print(table(name, result[name], arguments.top))
+        result["sampling"] = _sampling(folder, config, prompts.tolist(), adapter, arguments.top)
     print(json.dumps(result))
     return 0

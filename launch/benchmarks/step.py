@@ -109,25 +109,11 @@ class Peer:
         config = checked.config
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         prompts = PromptStream(checked.train_prompts, seed=config.run.seed).draw(len(checked.train_prompts))
-        job = {
+        job: dict[str, Any] = {
+            "config": config.model_dump(mode="json"),
             "model_dir": str(checked.model_folder),
-            "task": "gsm8k",  # the composite reward
             "prompts": [list(prompt.messages) for prompt in prompts],
             "answers": [prompt.answer for prompt in prompts],
-            "group_size": config.actor.group_size,
-            "prompts_per_step": config.run.prompts_per_step,
-            "max_tokens": config.actor.max_tokens,
-            "fixed_length": config.actor.fixed_length,
-            "temperature": config.actor.temperature,
-            "beta": config.method.beta,
-            "clip": config.method.clip_low,
-            "learning_rate": config.learner.learning_rate,
-            "lora_rank": config.model.lora_rank,
-            "lora_alpha": int(config.model.lora_alpha),
-            "lora_dropout": config.model.lora_dropout,
-            "lora_targets": config.model.lora_targets,
-            "dtype": config.model.dtype,
-            "seed": config.run.seed,
         }
         if checked.memory is not None:  # TRL's vLLM gets as much memory as ours
             gpu_bytes = torch.cuda.get_device_properties(0).total_memory

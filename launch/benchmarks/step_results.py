@@ -25,7 +25,6 @@ def summary(
     plan: Plan, model: str, rates: Rates, measured: Results, batches: Mapping[int, Mapping[str, float]]
 ) -> dict[str, Any]:
     """Medians, and every figure behind them. Memory peaks are the learner's, or those of the peer's whole process."""
-    config = plan.config
     over_grpo = ratios(measured, "sa-ah-grpo", "grpo")
     over_trl = ratios(measured, "trl", "sa-ah-grpo") if "trl" in measured else None
     return {
@@ -37,12 +36,7 @@ def summary(
         },
         "model": model,
         "planned_learner_peak_bytes": plan.memory.learner_peak_bytes if plan.memory else None,
-        "settings": {"learner": config.learner.model_dump(), "actor": config.actor.model_dump()},
-        "work": {
-            "prompts": config.run.prompts_per_step,
-            "completions": config.actor.group_size,
-            "max_tokens": config.actor.max_tokens,
-        },
+        "settings": plan.config.model_dump(mode="json"),
         "measured": measured,
         "sa_ah_over_grpo": statistics.median(over_grpo),
         "sa_ah_over_grpo_by_round": over_grpo,

@@ -88,10 +88,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def over_seeds(curves: np.ndarray) -> np.ndarray:
     """float [steps], mean over seeds of [seeds, steps]; NaN where no seed has a number."""
-    known = np.isfinite(curves)
-    return np.where(
-        known.any(axis=0), np.where(known, curves, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1), np.nan
-    )
+    return np.ma.masked_invalid(curves).mean(axis=0).filled(np.nan)
 
 
 def accuracy_panel(

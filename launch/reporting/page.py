@@ -1,8 +1,6 @@
 """The report of runs as one self-contained HTML file: first the runs, then samples, tables, settings, the paper."""
 
 import csv
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -38,19 +36,15 @@ class Report:
     def export(self, folder: Path) -> None:
         """Tables as CSV; figures as SVG and PNG. Raises UserError where they cannot be written."""
         try:
-            self._export(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            for table in self.tables:
+                with (folder / f"{table.key}.csv").open("w", encoding="utf-8") as file:
+                    csv.writer(file, lineterminator="\n").writerows(table.lines())
+            for drawn in [*_draw(self.groups), *_draw_paper(self.groups)]:
+                (folder / f"{drawn.key}.svg").write_text(svg(drawn.figure, drawn.key), encoding="utf-8")
+                (folder / f"{drawn.key}.png").write_bytes(png(drawn.figure))
         except OSError as error:
             raise UserError(f"--export {folder} cannot be written ({error.strerror}); name another folder") from None
-
-    def _export(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for table in self.tables:
-            out = io.StringIO()
-            csv.writer(out, lineterminator="\n").writerows(table.lines())
-            (folder / f"{table.key}.csv").write_text(out.getvalue(), encoding="utf-8")
-        for drawn in [*_draw(self.groups), *_draw_paper(self.groups)]:
-            (folder / f"{drawn.key}.svg").write_text(svg(drawn.figure, drawn.key), encoding="utf-8")
-            (folder / f"{drawn.key}.png").write_bytes(png(drawn.figure))
 
 
 def make(runs: Sequence[Run]) -> Report:
@@ -61,23 +55,21 @@ def make(runs: Sequence[Run]) -> Report:
     verdicts = claims.verdicts(settings_of(groups))
     paper = decided(verdicts)
     shown = [*own, *(compared if paper else [])]
-    marked = {note for table in shown for row in table.rows for cell in row.cells for note in cell.notes}
+    marked = {cell.note for table in shown for row in table.rows for cell in row.cells}
     settings = _settings_table(runs)
-    samples = all_samples(runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "ensure_ascii": False, "separators": (",", ":")}
     html = environment.get_template("report.html.j2").render(
         claims=paper,
         colours=COLOURS,
-        css=Markup(_asset("report.css")),
+        css=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
         curves=_inlined(_draw(groups)),
-        data=Markup(embedded(page_data(runs, samples))),
+        data=page_data(runs, all_samples(runs)),
         experiments=[(each, method_of(each), overview.facts(each)) for each in groups],
         footnotes={key: words for key, words in numbers.FOOTNOTES.items() if key in marked},
-        js=Markup(_asset("report.js")),
-        num_recorded=sum(each.num_recorded for each in samples),
-        num_shown=sum(each.num_shown for each in samples),
+        js=Markup((ASSETS / "report.js").read_text(encoding="utf-8")),
         paper_figures=_inlined(_draw_paper(groups)) if paper else [],
         paper_tables=compared,
         runs=runs,
@@ -132,7 +124,6 @@ def page_data(runs: Sequence[Run], samples: Sequence[Samples]) -> dict[str, Any]
                 "steps": run.steps.tolist(),
                 "times": {phase: _plain(run.series(f"time/{phase}_seconds")) for phase in PHASES},
                 "recorded": of_run.num_recorded,
-                "shown": of_run.num_shown,
                 "groups": of_run.groups,
                 "horizon": run.settings.get("method.token_weight") == "horizon",
                 "settings": {key: str(value) for key, value in sorted(run.settings.items())},
@@ -140,12 +131,6 @@ def page_data(runs: Sequence[Run], samples: Sequence[Samples]) -> dict[str, Any]
             for run, of_run in zip(runs, samples, strict=True)
         ],
     }
-
-
-def embedded(data: Any) -> str:
-    """JSON for a script element: no completion can end the element."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _plain(values: Any) -> list[float | None]:
@@ -174,7 +159,3 @@ def _claims_table(verdicts: Sequence[Verdict]) -> Table:
     words = ("claim", "setting", "verdict", "reason", "paper")
     rows = tuple(tables.words_row([getattr(each, word) for word in words]) for each in verdicts)
     return Table(key="claims", title="The paper's claims", caption="", columns=words, rows=rows)
-
-
-def _asset(name: str) -> str:
-    return (ASSETS / name).read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """A sample of the groups in rollouts.jsonl, however large it is, for inspection."""
 
 import json
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -8,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.reporting.data.runs import Run, is_step, number
+from launch.reporting.data.runs import Run
 
 MAX_BYTES = 3_000_000  # of records in one report, over all runs: a browser opens that without delay
-HEAD = re.compile(
-    rb'\{"step": (\d{1,15}), "prompt_index": (\d{1,15}), '
-)  # the beginning of a line that the recorder wrote
+LINE = re.compile(rb'\{"step": (\d+), "prompt_index": (\d+), .*\}\n')  # as the recorder writes it; none that is cut off
+SHOWN = ("step", "prompt", "answer", "text", "tokens", "correct", "finish_reason", "reward_error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,34 +23,16 @@ class Samples:
     groups: tuple[tuple[dict[str, Any], ...], ...]
     num_recorded: int
 
-    @property
-    def num_shown(self) -> int:
-        return sum(map(len, self.groups))
-
-
-def _head(line: bytes) -> tuple[int, int] | None:
-    """Step and prompt of a line, if possible without parsing the rest of it; None for a foreign line."""
-    if not line.endswith(b"}\n"):
-        return None
-    if found := HEAD.match(line):
-        return int(found[1]), int(found[2])
-    try:
-        record = json.loads(line)
-        step, prompt = record["step"], record.get("prompt_index", 0)
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-        return None
-    return (step, prompt) if is_step(step) and is_step(prompt) else None
-
 
 def _positions(path: Path) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """(step, prompt) -> (offset, length) of its lines, in bytes."""
+    """(step, prompt) -> (offset, length) of its lines, in bytes. Does not parse them: there may be very many."""
     found: dict[tuple[int, int], list[tuple[int, int]]] = {}
     if path.is_file():
         offset = 0
         with path.open("rb") as file:
             for line in file:
-                if head := _head(line):
-                    found.setdefault(head, []).append((offset, len(line)))
+                if head := LINE.fullmatch(line):
+                    found.setdefault((int(head[1]), int(head[2])), []).append((offset, len(line)))
                 offset += len(line)
     return found
 
@@ -84,65 +66,36 @@ def choose(path: Path, max_bytes: int) -> Samples:
             continue  # a smaller one may still fit
         max_bytes -= size
         chosen.append(key)
-    groups = _read(path, [positions[key] for key in sorted(chosen)])
+    groups = tuple(_read(path, positions[key]) for key in sorted(chosen))
     return Samples(groups=groups, num_recorded=sum(map(len, positions.values())))
 
 
-def _read(path: Path, groups: Sequence[Sequence[tuple[int, int]]]) -> tuple[tuple[dict[str, Any], ...], ...]:
-    """The records at the given positions; foreign ones are skipped."""
-    made = []
-    for positions in groups:
-        records = []
-        with path.open("rb") as file:
-            for offset, length in positions:
-                file.seek(offset)
-                try:
-                    record = json.loads(file.read(length).decode("utf-8", errors="replace"))
-                except (ValueError, RecursionError):
-                    continue
-                if _is_rollout(record):
-                    records.append(_tidy(record))
-        made.append(tuple(records))
-    return tuple(filter(None, made))
+def _read(path: Path, positions: Sequence[tuple[int, int]]) -> tuple[dict[str, Any], ...]:
+    """The rollouts of one group."""
+    records = []
+    with path.open("rb") as file:
+        for offset, length in positions:
+            file.seek(offset)
+            records.append(_shown(json.loads(file.read(length))))
+    return tuple(records)
 
 
-def _is_rollout(record: Any) -> bool:
-    """Whether its fields have the types of a rollout's record."""
-    lists = ("tokens", "entropies", "weights")
-    return (
-        isinstance(record, dict)
-        and is_step(record.get("step"))
-        and all(isinstance(record.get(key), list | None) for key in lists)
-        and isinstance(record.get("parts"), dict | None)
-        and isinstance(record.get("correct"), bool | None)
-        and all(isinstance(record.get(key), str | None) for key in ("finish_reason", "reward_error"))
-    )
-
-
-def _tidy(record: dict[str, Any]) -> dict[str, Any]:
+def _shown(record: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of a rollout; a number that is missing or not finite becomes null."""
-    per_token = {key: [_rounded(x) for x in record.get(key) or ()] for key in ("entropies", "weights")}
     return {
-        "step": record.get("step"),
-        "prompt": str(record.get("prompt", "")),
-        "answer": str(record.get("answer", "")),
-        "text": str(record.get("text", "")),
-        "tokens": [str(token) for token in record.get("tokens") or ()],
-        "finish": record.get("finish_reason"),
-        "error": record.get("reward_error"),
+        **{key: record.get(key) for key in SHOWN},
         "reward": _rounded(record.get("reward")),
-        "correct": record.get("correct"),
-        "parts": {str(name): _rounded(value) for name, value in (record.get("parts") or {}).items()},
         "advantage": _rounded(record.get("advantage")),
-        **per_token,
+        "parts": {name: _rounded(value) for name, value in record.get("parts", {}).items()},
+        "entropies": [_rounded(value) for value in record.get("entropies", ())],
+        "weights": [_rounded(value) for value in record.get("weights", ())],
     }
 
 
-def _rounded(value: Any) -> float | None:
-    found = number(value)
-    return None if found != found else round(found, 3)
+def _rounded(value: float | None) -> float | None:
+    return round(value, 3) if value is not None and math.isfinite(value) else None
 
 
-def all_samples(runs: Sequence[Run], max_bytes: int = MAX_BYTES) -> list[Samples]:
+def all_samples(runs: Sequence[Run]) -> list[Samples]:
     """Samples of every run; each run gets the same share of the bytes."""
-    return [choose(run.folder / "rollouts.jsonl", max_bytes // max(len(runs), 1)) for run in runs]
+    return [choose(run.folder / "rollouts.jsonl", MAX_BYTES // len(runs)) for run in runs]

@@ -10,11 +10,11 @@ ABSENT = "-"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """A word or a number, its interval, and its footnotes."""
+    """A word or a number, its interval, and its footnote."""
 
     value: str | Estimate
     digits: int = 3
-    notes: tuple[str, ...] = ()  # keys of paper.FOOTNOTES
+    note: str = ""  # a key of paper.FOOTNOTES
 
     @property
     def text(self) -> str:

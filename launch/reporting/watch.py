@@ -1,6 +1,5 @@
 """The report of running jobs on loopback: rendered again when their files change, and reloaded by the page."""
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from html import escape
@@ -20,16 +19,9 @@ FILES = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
 
 def fingerprint(folders: Sequence[Path]) -> str:
     """Of the sizes and times of all files that the report is made from: changes when one of them has changed."""
-    marks = [(str(path), *_mark(path)) for folder in expanded(folders) for name in FILES for path in [folder / name]]
+    files = [folder / name for folder in expanded(folders) for name in FILES]
+    marks = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return f"{hash(tuple(marks)) & (2**64 - 1):016x}"
-
-
-def _mark(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
 
 
 class Server(ThreadingHTTPServer):
@@ -40,42 +32,18 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folders: Sequence[Path], render: Callable[[], str], port: int) -> None:
         self.folders = folders
         self.render = render
-        self.made = "", b""  # the newest page's version, and the page
-        self.failed_of = ""  # the last version that could not be rendered
+        self.made = "", ""  # the newest page's version, and the page
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", port), Handler)
 
-    def page(self) -> bytes:
-        """The report of the files as they are now; the last good one during another rendering, or if that fails.
-
-        Raises UserError or OSError if there is none yet and rendering fails.
-        """
-        if not self.lock.acquire(blocking=not self.made[1]):  # two open pages share one rendering
+    def page(self) -> str:
+        """The report of the files as they are now. Raises UserError or OSError if rendering fails."""
+        with self.lock:  # two open pages share one rendering
+            version = fingerprint(self.folders)
+            if version != self.made[0]:
+                page = self.render().replace("<body>", f'<body data-version="{version}">', 1)  # which the page polls
+                self.made = version, page
             return self.made[1]
-        try:
-            current = fingerprint(self.folders)
-            if current != self.made[0]:
-                self._make(current)
-            return self.made[1]
-        finally:
-            self.lock.release()
-
-    def _make(self, version: str) -> None:
-        try:
-            page = self.render().replace("<body>", f'<body data-version="{version}">', 1)  # which the page polls
-            self.made = version, page.encode("utf-8", errors="replace")
-        except (UserError, OSError) as error:
-            if version != self.failed_of:
-                print(f"the last report is kept: {error}", file=sys.stderr, flush=True)
-            self.failed_of = version
-            if not self.made[1]:
-                raise
-
-    def version(self) -> str:
-        """The version of the page to load: the last good one's during another rendering, or if that failed."""
-        current = fingerprint(self.folders)
-        stays = self.made[1] and (self.lock.locked() or current == self.failed_of)
-        return self.made[0] if stays else current
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -89,15 +57,15 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 page, status = self.server.page(), HTTPStatus.OK
             except (UserError, OSError) as error:
-                page = FAILED.format(escape(str(error))).encode("utf-8", errors="replace")
-                status = HTTPStatus.INTERNAL_SERVER_ERROR
+                page, status = FAILED.format(escape(str(error))), HTTPStatus.INTERNAL_SERVER_ERROR
             self._answer("text/html; charset=utf-8", page, status)
         elif self.path == "/version":
-            self._answer("text/plain; charset=utf-8", self.server.version().encode())
+            self._answer("text/plain; charset=utf-8", fingerprint(self.server.folders))
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
-    def _answer(self, kind: str, body: bytes, status: HTTPStatus = HTTPStatus.OK) -> None:
+    def _answer(self, kind: str, text: str, status: HTTPStatus = HTTPStatus.OK) -> None:
+        body = text.encode("utf-8", errors="replace")
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))

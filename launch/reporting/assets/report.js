@@ -117,11 +117,11 @@ function card(rollout, index, group) {
   const correct = rollout.correct == null ? ABSENT : rollout.correct ? "✓ correct" : "✗ incorrect";
   const sign = rollout.advantage > 0 ? "+" : "";
   const head = make("h4", {}, `${index + 1}. reward ${shown(rollout.reward)}`,
-    make("span", {}, correct), make("span", {}, `advantage ${sign}${shown(rollout.advantage)}`), make("span", {}, rollout.finish ?? ABSENT));
+    make("span", {}, correct), make("span", {}, `advantage ${sign}${shown(rollout.advantage)}`), make("span", {}, rollout.finish_reason ?? ABSENT));
   const hue = state.colour === "advantage" ? (rollout.advantage < 0 ? "negative" : "positive") : state.colour;
   const body = make("div", { class: `tokens by-${hue}` }, ...tokenSpans(rollout, group));
   const made = make("article", { class: "card", "aria-label": `rollout ${index + 1}` }, head, partsList(rollout.parts), body);
-  if (rollout.error) made.append(make("p", { class: "horizon" }, `The reward failed: ${rollout.error}`));
+  if (rollout.reward_error) made.append(make("p", { class: "horizon" }, `The reward failed: ${rollout.reward_error}`));
   const words = horizonWords(rollout);
   if (words) made.append(make("p", { class: "horizon" }, words));
   return made;
@@ -133,7 +133,7 @@ function drawSamples(run) {
   byId("group-back").disabled = state.group === 0;
   byId("group-on").disabled = state.group >= groups.length - 1;
   byId("sampled").textContent =
-    `${run.shown.toLocaleString("en")} of ${run.recorded.toLocaleString("en")} recorded rollouts of this run are in this file: whole groups, spread over all steps.`;
+    `${run.groups.flat().length.toLocaleString("en")} of ${run.recorded.toLocaleString("en")} recorded rollouts of this run are in this file: whole groups, spread over all steps.`;
   drawScale(group);
   byId("prompt").replaceChildren(...(group.length
     ? [make("b", {}, "Prompt "), group[0].prompt, make("b", {}, "\nAnswer "), group[0].answer]

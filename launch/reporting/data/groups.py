@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -84,16 +86,18 @@ class Group:
 
 def group(runs: Sequence[Run]) -> list[Group]:
     """The runs grouped: by setting, then in the order of METHODS and of alpha."""
-    by_settings: dict[str, list[Run]] = {}
-    for run in runs:
-        by_settings.setdefault(_key(_identity(run)), []).append(run)
-    identities = [_identity(found[0]) for found in by_settings.values()]
+    identities: list[dict[str, Any]] = []
+    for identity in map(_identity, runs):
+        if identity not in identities:
+            identities.append(identity)
     around = [{k: v for k, v in identity.items() if not k.startswith("method.")} for identity in identities]
     made = []
-    for found, identity, setting in zip(by_settings.values(), identities, around, strict=True):
+    for identity, setting in zip(identities, around, strict=True):
+        found = [run for run in runs if _identity(run) == identity]
         name = identity["method.name"]
         peers = [other for other in identities if other["method.name"] == name]
-        extra = {k.removeprefix("method.") for k in _varying(peers) if _is_extra(k)} | set(_composed(identity))
+        varying = {key.removeprefix("method.") for key in _varying(peers) if key.startswith("method.")}
+        extra = (varying - {"alpha"}) | set(_composed(identity))
         changed = [f"{field}={identity.get(f'method.{field}')}" for field in sorted(extra)]
         elsewhere = [f"{k}={setting.get(k)}" for k in _varying(around) if k != "model.path"]
         alpha = [f"α {identity['method.alpha']:g}"] if identity.get("method.token_weight") == "horizon" else []
@@ -109,11 +113,8 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def settings_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Setting -> its groups: those that may be compared."""
-    found: dict[str, list[Group]] = {}
-    for each in groups:
-        found.setdefault(each.setting, []).append(each)
-    return found
+    """Setting -> its groups: those that may be compared. The groups are in the order of `group`."""
+    return {setting: list(members) for setting, members in groupby(groups, key=attrgetter("setting"))}
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -127,19 +128,10 @@ def _identity(run: Run) -> dict[str, Any]:
     return {key: value for key, value in run.settings.items() if key not in OF_ONE_RUN}
 
 
-def _key(identity: Mapping[str, Any]) -> str:
-    """The same text for the same settings: a TOML file may have 0 for 0.0."""
-    return repr([(k, float(v) if isinstance(v, int) else v) for k, v in sorted(identity.items())])
-
-
 def _composed(settings: Mapping[str, Any]) -> list[str]:
     """The fields of IDEAS that are not the method's defaults; none for a method that is not in METHODS."""
     method = METHODS.get(str(settings["method.name"]))
     return [field for field in IDEAS if method and settings[f"method.{field}"] != getattr(method, field)]
-
-
-def _is_extra(key: str) -> bool:
-    return key.startswith("method.") and key not in ("method.name", "method.alpha")
 
 
 def _varying(tables: Sequence[Mapping[str, Any]]) -> list[str]:

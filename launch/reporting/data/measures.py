@@ -70,15 +70,13 @@ def change(run: Run, metric: str) -> float:
 
 def lowest(run: Run, metric: str) -> float:
     """The smallest value of a metric over all steps."""
-    values = finite(run.series(metric))
-    return float(values.min()) if len(values) else math.nan
+    return float(np.fmin.reduce(run.series(metric), initial=math.nan))  # NaN only if it has no number
 
 
-def highest(run: Run, metric: str, *, later_half: bool) -> float:
-    """The largest value of a metric over all steps, or over the second half of them."""
+def highest_later(run: Run, metric: str) -> float:
+    """The largest value of a metric over the second half of the steps."""
     values = run.series(metric)
-    numbers = finite(values[len(values) // 2 :] if later_half else values)
-    return float(numbers.max()) if len(numbers) else math.nan
+    return float(np.fmax.reduce(values[len(values) // 2 :], initial=math.nan))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,9 +1,8 @@
-"""Run folders as the report reads them: torn or missing files are not an error, and every run has a unique name."""
+"""Run folders as the report reads them: a torn last line or a missing file is no error; every run has a unique name."""
 
 import json
-import math
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ OF_ONE_RUN = {name for role in (COSMETIC, REPETITION, MACHINE) for name in optio
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run folder. Whatever a file lacks is NaN or absent, never an error: the run may be old, or not finished."""
+    """One run folder. Whatever a file lacks is NaN or absent, never an error: the run may not be finished."""
 
     folder: Path
     name: str  # of the folder, made unique within a report
@@ -54,60 +53,38 @@ class Run:
 
     def series(self, metric: str) -> np.ndarray:
         """float [steps], one metric; NaN where a step has no number."""
-        return np.array([number(record.get(metric)) for record in self.metrics], dtype=float)
+        return np.array([record.get(metric) for record in self.metrics], dtype=float)  # None becomes NaN
 
     def pass_at_1(self) -> dict[int, float]:
         """Step -> greedy Pass@1; step 0 is the base model."""
-        return {record["step"]: number(record.get("pass_at_1")) for record in self.evaluations}
+        return {record["step"]: record["pass_at_1"] for record in self.evaluations}
 
     @property
     def num_problems(self) -> int:
         """Of an evaluation; 0 if there was none."""
-        return max((int(e["num_problems"]) for e in self.evaluations if number(e.get("num_problems")) > 0), default=0)
-
-
-def number(value: Any) -> float:
-    """The value as a float, NaN for anything that is not a finite number."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-    try:
-        return float(value) if good else math.nan
-    except OverflowError:  # an integer of hundreds of digits
-        return math.nan
-
-
-def is_step(value: Any) -> bool:
-    """Whether it can be the number of a step."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, read as a stream; none if there is no file. Torn or foreign lines are skipped."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict) and is_step(record.get("step")):
-                yield record
+        return max((record["num_problems"] for record in self.evaluations), default=0)
 
 
 def _by_step(path: Path) -> tuple[dict[str, Any], ...]:
-    """A file's records in order of their steps; of a step that was recorded twice, the later record."""
-    latest = {record["step"]: record for record in records(path)}
+    """A file's records in order of their steps; of a step that was recorded twice, the later record.
+
+    Without the last line if that is cut off: by a crash, or because the run is writing it. Raises UserError for a line
+    that launch/run.py does not write.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    try:
+        latest = {record["step"]: record for record in map(json.loads, lines)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); restore it, or leave the run out"
+        ) from None
     return tuple(latest[step] for step in sorted(latest))
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Two levels of tables as "section.key"."""
-    return {
-        f"{section}.{key}": value
-        for section, table in tree.items()
-        if isinstance(table, Mapping)
-        for key, value in table.items()
-    }
+    tables = [(section, table) for section, table in tree.items() if isinstance(table, Mapping)]
+    return {f"{section}.{key}": value for section, table in tables for key, value in table.items()}
 
 
 def read(folder: Path) -> Run:
@@ -127,7 +104,7 @@ def read(folder: Path) -> Run:
     fields = method.values() if method else {}  # an older config.toml holds only the fields that were set
     settings = defaults | {f"method.{key}": value for key, value in fields.items()} | written
     for key in ("run.seed", "run.steps", "method.alpha"):
-        if math.isnan(number(settings.get(key, 0))):
+        if not isinstance(settings.get(key, 0), int | float):
             raise UserError(f"{file}: {key}={settings[key]!r} is not a number; name a folder that launch/run.py wrote")
     return Run(
         folder=folder,
@@ -143,7 +120,7 @@ def expanded(folders: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for folder in folders:
         inside = [] if (folder / "config.toml").is_file() else sorted(folder.glob("*/config.toml"))
-        found += [file.parent for file in inside if file.is_file()] or [folder]
+        found += [file.parent for file in inside] or [folder]
     return found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from launch.reporting.data.groups import Group
-from launch.reporting.data.measures import at_end, base, change, final, highest, lowest, mean_kl, peak, variance
+from launch.reporting.data.measures import at_end, base, change, final, highest_later, lowest, mean_kl, peak, variance
 from launch.reporting.data.runs import Run
 from launch.reporting.data.statistics import difference, mean, ratio
 from launch.reporting.paper.verdicts import Claim, Finished, Measured, Missing, Verdict, judge, require_comparable
@@ -158,7 +158,7 @@ CLAIMS = (
     Claim(
         words="The standard deviation of a step's rewards stays below 0.25 in later training",
         paper="3B: .163 to .240 from step 90 on, but .488 at step 120; 1.5B: .255 to 1.571",
-        measure=own(lambda run: highest(run, "reward/std", later_half=True), "largest reward std, second half"),
+        measure=own(lambda run: highest_later(run, "reward/std"), "largest reward std, second half"),
         threshold=0.25,
         below=True,
     ),

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from launch.reporting.curves import over_seeds
 from launch.reporting.data.groups import PAPER_ALPHA, Group, settings_of
 from launch.reporting.data.measures import variance
-from launch.reporting.data.statistics import Estimate, bootstrap
+from launch.reporting.data.statistics import bootstrap
 from launch.reporting.figure import Drawn, empty, legend, panels, step_axis
 from launch.reporting.paper import numbers
 from launch.reporting.style import COLOURS, INK, Style, styles
@@ -82,13 +82,13 @@ def _dots(axes: Axes, title: str, rows: Sequence[tuple[str, np.ndarray, Style]])
         empty(axes, "no run has a variance yet")
         return
     for row, (_, values, style) in enumerate(rows):
-        estimate: Estimate = bootstrap(values)
+        estimate = bootstrap(values)
         axes.plot([estimate.low, estimate.high], [row, row], color=style.colour, linewidth=2.2)
         axes.plot(values, [row] * len(values), "o", color=style.colour, markerfacecolor="none", markersize=4)
         axes.plot([estimate.value], [row], "D", color=style.colour, markersize=5)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("training variance (reward²)")
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])

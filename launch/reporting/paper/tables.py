@@ -20,18 +20,16 @@ from launch.reporting.paper import numbers
 from launch.reporting.table import ABSENT, Cell, Row, Table
 
 
-def _word(value: object, *notes: str) -> Cell:
-    return Cell(value=ABSENT if value is None else str(value), notes=tuple(note for note in notes if note))
+def _word(value: object, note: str = "") -> Cell:
+    return Cell(value=ABSENT if value is None else str(value), note=note)
 
 
-def _number(value: float | None, digits: int = 3, *notes: str) -> Cell:
-    return Cell(
-        value=Estimate(value=math.nan if value is None else value), digits=digits, notes=tuple(filter(None, notes))
-    )
+def _number(value: float | None, digits: int, note: str = "") -> Cell:
+    return Cell(value=Estimate(value=math.nan if value is None else value), digits=digits, note=note)
 
 
-def _paper_pass(value: float, *notes: str) -> Cell:
-    return Cell(value=binomial(value, numbers.NUM_PROBLEMS), notes=tuple(filter(None, notes)))
+def _paper_pass(value: float, note: str = "") -> Cell:
+    return Cell(value=binomial(value, numbers.NUM_PROBLEMS), note=note)
 
 
 def _method_note(group: Group) -> str:

@@ -7,16 +7,21 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import run_folders
+import tiny
 
+from common.metrics import JsonLines
+from common.types import UpdateResult
 from launch import report
 from launch.reporting.data.runs import read_all
 from launch.reporting.figure import empty, panels
-from launch.reporting.page import ASSETS, embedded
+from launch.reporting.page import ASSETS
 from launch.reporting.samples import all_samples, choose
 from launch.reporting.style import COLOURS
+from launch.runtime.recorder import rollout_records
 
 PASSES = {0: 0.2, 2: 0.4, 4: 0.5}
 
@@ -26,6 +31,11 @@ def refuse(capsys, *options: object) -> str:
     assert report.main([str(option) for option in options]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
+
+
+def data_of(html: str) -> dict:
+    """What the page's script reads."""
+    return json.loads(html.split('<script id="data" type="application/json">')[1].split("</script>")[0])
 
 
 def test_nothing_is_fetched(tmp_path):
@@ -52,16 +62,12 @@ def contrast(one: str, other: str) -> float:
 
 def test_colours_can_be_read_in_both_themes():
     css = (ASSETS / "report.css").read_text()
-    themes = [
-        dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r"\{([^{}]*--ground:[^{}]*)\}", css)
-    ]
-    assert len(themes) == 3  # light, dark by the system, dark by the switch
-    assert themes[1] == themes[2]
-    for theme, index in zip(themes, (0, 1, 1), strict=True):
+    found = {name: pair for name, *pair in re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", css)}
+    for theme in (0, 1):
         for name, pair in COLOURS.items():
-            assert contrast(pair[index], theme["ground"]) >= 4.5, name  # titles are written in them
-        for heat in ("entropy", "weight", "positive", "negative"):
-            assert contrast(theme["ink"], theme[heat]) >= 4.5, heat
+            assert contrast(pair[theme], found["ground"][theme]) >= 4.5, name  # titles are written in them
+        for heat in ("entropy", "weight", "negative"):
+            assert contrast(found["ink"][theme], found[heat][theme]) >= 4.5, heat
 
 
 def test_ids_are_unique(tmp_path):
@@ -71,11 +77,11 @@ def test_ids_are_unique(tmp_path):
 
 def test_what_a_model_writes_is_text(tmp_path):
     folder = run_folders.write(tmp_path / "run")
-    evil = run_folders.rollout(1, 0, 0) | {"prompt": "</script><script>alert(1)</script>", "tokens": ["<!--", "\u2028"]}
-    run_folders.lines(folder / "rollouts.jsonl", [evil])
+    evil = {"prompt": "</script><script>alert(1)</script>", "tokens": ["<!--", "\u2028"]}
+    run_folders.lines(folder / "rollouts.jsonl", [run_folders.rollout(1, 0, 0) | evil])
     html = run_folders.report_of(folder)
     assert "<script>alert" not in html
-    assert json.loads(embedded([evil])) == [evil]
+    assert data_of(html)["runs"][0]["groups"][0][0].items() >= evil.items()
 
 
 @pytest.mark.parametrize("steps", [0, 1])
@@ -93,39 +99,36 @@ def test_a_run_without_any_file_but_its_config(tmp_path):
     assert "0 of 4" in run_folders.report_of(folder)
 
 
-def test_torn_foreign_and_missing_values(tmp_path):
+def test_torn_last_lines_and_missing_values(tmp_path):
+    """A reward that failed has no score, a rollout that the learner left out has no values, and JSON has no NaN."""
     folder = run_folders.write(tmp_path / "run", passes=PASSES, rollouts_per_step=4)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "reward/mean": NaN, "kl/mean": null}\n[1]\nnot json\n{"no": "step"}\n{"step": 6, "rew')
-    with (folder / "rollouts.jsonl").open("ab") as file:
-        file.write(
-            b'{"step": 5, "prompt_index": 0}\n{"step": 5, "prompt_index": 1, torn}\n"word"\n\xff\xfe\n{"step": 6, "pro'
-        )
-    with (folder / "evaluations.jsonl").open("a") as file:
-        file.write('{"step": 5}\n{"step": 6, "pass_at_1": null, "num_problems": null}\n')
+    bare = run_folders.rollout(5, 0, 0) | {"weights": [float("nan")], "reward_error": "timeout"}
+    for name in ("reward", "correct", "parts", "advantage", "entropies"):
+        del bare[name]
+    for name, whole in (("metrics", {"step": 5, "kl/mean": None}), ("rollouts", bare), ("evaluations", None)):
+        with (folder / f"{name}.jsonl").open("ab") as file:
+            file.write((json.dumps(whole) + "\n" if whole else "").encode() + b'{"step": 6, "prompt_index": 0, "\xe2')
     (run,) = read_all([folder])
-    assert run.steps.tolist() == [1, 2, 3, 4, 5]
+    assert (run.steps.tolist(), list(run.pass_at_1())) == ([1, 2, 3, 4, 5], list(PASSES))
     (samples,) = all_samples([run])
     assert [group[0]["step"] for group in samples.groups] == [1, 2, 3, 4, 5]
-    html = run_folders.report_of(folder)
-    assert "NaN" not in html.split('<script id="data"')[1].split("</script>")[0]
+    shown = data_of(run_folders.report_of(folder))["runs"][0]["groups"][-1][0]
+    assert (shown["reward"], shown["parts"], shown["entropies"], shown["weights"]) == (None, {}, [], [None])
 
 
-def test_foreign_rollouts_are_skipped(tmp_path):
-    folder = run_folders.write(tmp_path / "run", rollouts_per_step=4)
-    good = run_folders.rollout(1, 0, 0)
-    changes = [{"parts": [1]}, {"entropies": 3}, {"correct": float("nan")}, {"step": float("inf")}, {"tokens": 1}]
-    changes += [{"step": "1"}, {"step": 10**30}, {"finish_reason": float("nan")}, {"step": True}, {"prompt_index": []}]
-    with (folder / "rollouts.jsonl").open("a") as file:
-        file.writelines(json.dumps(good | change) + "\n" for change in changes)
-        file.write('{"step": ' + "9" * 5000 + ', "prompt_index": 0, "x": 1}\n' + "[" * 100_000 + "}\n")
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": ' + "9" * 400 + '}\n{"step": true}\n{"step": 4, "reward/mean": ' + "9" * 400 + "}\n")
-    run_folders.report_of(folder)
-    (run,) = read_all([folder])
-    (samples,) = all_samples([run])
-    assert samples.num_shown == 16
-    assert run.steps.tolist() == [1, 2, 3, 4]
+def test_samples_are_what_the_recorder_writes(tmp_path):
+    """Of a run's first step: a rollout that was scored, and one whose reward failed."""
+    group = tiny.group(7, [2, 3], [2.0, None])
+    result = UpdateResult(metrics={}, tokens=(None, None))
+    records = rollout_records(1, [group], result, SimpleNamespace(decode=str))
+    lines = JsonLines(tmp_path / "rollouts.jsonl")
+    for record in records:
+        lines.write(record)
+    lines.close()
+    ((scored, failed),) = choose(tmp_path / "rollouts.jsonl", 10_000).groups
+    assert (scored["step"], scored["reward"], scored["parts"]) == (1, 2.0, {"correct": 2.0})
+    assert (scored["prompt"], scored["finish_reason"], scored["tokens"]) == ("?", "stop", records[0]["tokens"])
+    assert (failed["reward"], failed["reward_error"]) == (None, "it raised")
 
 
 def test_a_group_that_is_too_large_does_not_end_the_choice(tmp_path):
@@ -141,10 +144,7 @@ def test_only_a_discount_closes_the_horizon(tmp_path, monkeypatch, method, expec
     (tmp_path / "my_weights.py").write_text("from common.methods import METHODS\nMETHOD = METHODS['ah-grpo']\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     folder = run_folders.write(tmp_path / "run", method=method, alpha=None, rollouts_per_step=4)
-    data = json.loads(
-        run_folders.report_of(folder).split('<script id="data" type="application/json">')[1].split("</script>")[0]
-    )
-    assert data["runs"][0]["horizon"] is expected
+    assert data_of(run_folders.report_of(folder))["runs"][0]["horizon"] is expected
 
 
 def test_a_grids_folder_is_its_runs(capsys, tmp_path):
@@ -203,6 +203,14 @@ def test_a_folder_that_is_not_a_run(capsys, tmp_path, kind):
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"loss": 1}'])
+def test_a_damaged_file_is_named_in_one_line(capsys, tmp_path, line):
+    folder = run_folders.write(tmp_path / "run")
+    file = folder / "metrics.jsonl"
+    file.write_text(line + "\n" + file.read_text())
+    assert f"{file} is damaged" in refuse(capsys, folder)
+
+
 def test_bad_options(capsys, tmp_path):
     folder = run_folders.write(tmp_path / "run")
     assert "RUN" in refuse(capsys)
@@ -230,14 +238,14 @@ def test_fifty_thousand_rollouts(tmp_path):
     samples = choose(folder / "rollouts.jsonl", 1_000_000)
     assert time.perf_counter() - started < 20
     assert samples.num_recorded == 50_000
-    assert 500 < samples.num_shown < 2_000
+    assert 500 < sum(map(len, samples.groups)) < 2_000
     assert {len(group) for group in samples.groups} == {4}
     steps = [group[0]["step"] for group in samples.groups]
     assert steps == sorted(steps)
     assert (steps[0], steps[-1]) == (1, 3125)
     assert max(b - a for a, b in pairwise(steps)) < 40
     html = run_folders.report_of(folder)
-    assert "of 50,000 recorded rollouts" in html
+    assert data_of(html)["runs"][0]["recorded"] == 50_000
     assert len(html.encode()) < 6_000_000
 
 

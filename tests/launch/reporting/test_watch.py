@@ -78,57 +78,19 @@ def test_a_tunnel_may_have_another_port(tmp_path):
             assert "1 run of 1 experiment" in get(address + "/", host)
 
 
-def test_the_last_good_page_stays_when_rendering_fails(tmp_path, capsys):
-    folder = run_folders.write(tmp_path / "run")
-    with serving(folder) as (address, _):
-        good, version = get(address + "/"), get(address + "/version")
-        (folder / "config.toml").unlink()
-        assert get(address + "/version") != version  # the page reloads,
-        assert get(address + "/") == good
-        assert get(address + "/version") == version  # once
-        get(address + "/")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "is not a run folder" in line
-
-
-def test_without_a_page_the_error_asks_again(tmp_path):
+def test_an_error_asks_again(tmp_path):
     folder = run_folders.write(tmp_path / "run")
     written = (folder / "config.toml").read_text()
-    (folder / "config.toml").unlink()
     with serving(folder) as (address, _):
+        version = get(address + "/version")
+        (folder / "config.toml").unlink()
+        assert get(address + "/version") != version  # an open page reloads
         with pytest.raises(urllib.error.HTTPError) as failed:
             get(address + "/")
         page = failed.value.read().decode()
         assert "is not a run folder" in page and 'http-equiv="refresh"' in page
         (folder / "config.toml").write_text(written)
         assert "1 run of 1 experiment" in get(address + "/")
-
-
-def test_a_request_during_a_rendering_gets_the_last_page(tmp_path):
-    folder = run_folders.write(tmp_path / "run", rewards=[1.0] * 3, steps=4)
-    begun, finish = threading.Event(), threading.Event()
-    finish.set()
-
-    def render() -> str:
-        begun.set()
-        assert finish.wait(60)
-        return "<body>"
-
-    with Server([folder], render, 0) as server:
-        first = server.page()
-        begun.clear()
-        finish.clear()
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 4}\n')
-        other = threading.Thread(target=server.page)
-        other.start()
-        assert begun.wait(60)
-        assert server.page() == first
-        assert f'"{server.version()}"' in first.decode()
-        finish.set()
-        other.join()
-        assert f'"{server.version()}"' in server.page().decode()
-        assert server.page() != first
 
 
 def test_a_grids_new_runs_join(tmp_path):
