@@ -35,7 +35,8 @@ def load(argv: Sequence[str], default: Path) -> Config:
 def read(path: Path, above: Sequence[Path] = ()) -> Tables:
     """The tables of a TOML file, merged over those of its base. `above`: the files that extend this one."""
     if not path.is_file():
-        raise UserError(f"--config {path}: no such file; name a TOML file, such as launch/configs/default.toml")
+        what = f"base of {above[-1]}" if above else "--config"
+        raise UserError(f"{what} {path}: no such file; name a TOML file, such as launch/configs/default.toml")
     if path.resolve() in above:
         raise UserError(f"--config {path} is its own base; remove one `base =`")
     try:
@@ -50,31 +51,43 @@ def read(path: Path, above: Sequence[Path] = ()) -> Tables:
 
 def parse(arguments: Sequence[str]) -> Tables:
     """The tables of command-line options. Values are strings, except lists and tables."""
+    known, unset = _known(arguments)
     try:
         source: Any = pydantic_settings.CliSettingsSource(
             Config,  # type: ignore[arg-type]
             root_parser=_Parser(),
-            cli_parse_args=_flags(arguments),
-            cli_parse_none_str="null",
+            cli_parse_args=known,
             cli_avoid_json=True,  # shortens the help; JSON values still work
             cli_implicit_flags=True,
         )
-        tables: Tables = source()
+        return merged(source(), unset)
     except pydantic_settings.SettingsError as error:
         raise UserError(f"{str(error).strip().splitlines()[0]}; see --help for the options") from None
-    return tables
 
 
-def _flags(arguments: Sequence[str]) -> list[str]:
-    """Rewrite `--section.key true` and `--section.key false` of a switch to `--section.key` and `--no-section.key`."""
-    switches = {f"--{name}" for name, default in options().items() if isinstance(default, bool)}
-    result: list[str] = []
+def _known(arguments: Sequence[str]) -> tuple[list[str], Tables]:
+    """The arguments in the form that the parser knows, and a table of the options that are set to null.
+
+    `--section.key=VALUE` becomes two arguments; true and false of a switch become `--section.key` and
+    `--no-section.key`.
+    """
+    defaults = {f"--{name}": default for name, default in options().items()}
+    words: list[str] = []
     for argument in arguments:
-        if result and result[-1] in switches and argument.lower() in ("true", "false"):
-            result[-1] = result[-1] if argument.lower() == "true" else result[-1].replace("--", "--no-", 1)
+        name, equals, value = argument.partition("=")
+        words += [name, value] if equals and name in defaults else [argument]
+    result: list[str] = []
+    unset: Tables = {}
+    for word in words:
+        name = result[-1] if result else ""
+        if name in defaults and word == "null":
+            section, key = result.pop().removeprefix("--").split(".")
+            unset.setdefault(section, {})[key] = None
+        elif isinstance(defaults.get(name), bool) and word.lower() in ("true", "false"):
+            result[-1] = name if word.lower() == "true" else name.replace("--", "--no-", 1)
         else:
-            result.append(argument)
-    return result
+            result.append(word)
+    return result, unset
 
 
 def merged(*layers: Mapping[str, Any]) -> Tables:
@@ -95,7 +108,8 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def build(*layers: Mapping[str, Any]) -> Config:
     """The configuration of the merged layers, over the defaults. Raises UserError for any invalid value."""
-    tables = merged(*layers)
+    merged_layers = merged(*layers)  # null leaves an option at its default
+    tables = {name: {k: v for k, v in table.items() if v is not None} for name, table in merged_layers.items()}
     for layer in layers:
         written = layer.get("method", {})
         if MethodConfig.model_fields.keys() <= written.keys() and written["name"] != tables["method"]["name"]:

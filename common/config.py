@@ -113,6 +113,9 @@ class ActorConfig(Section):
 
 
 class LearnerConfig(Section):
+    num_ranks: int = Field(1, ge=1)
+    """Processes that learn, each with the whole model and a part of every step; the gradient is the same for any
+    number of them."""
     learning_rate: float = Field(5e-6, gt=0)
     """Peak; cosine decay to 0 after a linear warm-up of max(5, steps // 10) steps."""
     weight_decay: float = Field(0.01, ge=0)
@@ -134,6 +137,13 @@ class LearnerConfig(Section):
     auto: the first of these that fits the memory plan."""
 
 
+class ClusterConfig(Section):
+    layout: Literal["colocated", "separate"] = "colocated"
+    """colocated: learner rank i and actor i share a device and take turns; separate: each has a device of its own."""
+    wait_seconds: float = Field(60.0, gt=0)
+    """How long the run waits for devices that others hold, before it ends."""
+
+
 class EvaluationConfig(Section):
     num_problems: int | None = Field(None, ge=1)
     """Number of the task.num_eval problems that are evaluated; None: all."""
@@ -152,6 +162,7 @@ class Config(BaseModel):
     actor: ActorConfig = ActorConfig()
     method: MethodConfig = MethodConfig()
     learner: LearnerConfig = LearnerConfig()
+    cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -169,6 +180,11 @@ class Config(BaseModel):
             raise ValueError(
                 f"method.weight_gradient=true has no effect with token_weight={method.token_weight}; "
                 "set token_weight=horizon"
+            )
+        if method.weight_gradient and (method.entropy, method.entropy_temperature) != ("exact", "sampling"):
+            raise ValueError(
+                f"method.weight_gradient=true needs the gradient of method.entropy={method.entropy} at "
+                f"entropy_temperature={method.entropy_temperature}, which the head does not make"
             )
         if method.opening == "reft" and self.actor.group_size % method.opening_distinct:
             raise ValueError(

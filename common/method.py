@@ -58,25 +58,25 @@ class Fields(Section):
         "group_std"
     )
     """How rewards (asymmetric: correct answers) become advantages; or your own function of rewards_PG."""
-    beta_pos: float = Field(0.5, allow_inf_nan=False)
+    beta_pos: float = Field(0.5)
     """asymmetric: the power for correct answers; with both powers 0.5 it equals group_std."""
-    beta_neg: float = Field(0.5, allow_inf_nan=False)
+    beta_neg: float = Field(0.5)
     """asymmetric: the power for incorrect answers."""
     token_advantage: Literal["broadcast", "erpo-additive", "erpo-gated-outcome", "erpo-multiplicative"] = "broadcast"
     """How a rollout's advantage becomes token advantages; the three ERPO variants need a reference pass."""
-    erpo_gate: float = Field(5.0, allow_inf_nan=False)
+    erpo_gate: float = Field(5.0)
     """ERPO: sharpness gamma of the entropy gate."""
-    erpo_weight: float = Field(0.2, ge=0, allow_inf_nan=False)
+    erpo_weight: float = Field(0.2, ge=0)
     """ERPO: eta, weight of the progress term relative to the outcome."""
-    erpo_progress: float = Field(0.1, ge=0, allow_inf_nan=False)
+    erpo_progress: float = Field(0.1, ge=0)
     """ERPO: beta_s, the scale of log pi - log pi_ref."""
     erpo_buckets: int = Field(10, ge=1)
     """ERPO: K, number of segments of the rollouts within which progress is standardised."""
     token_weight: Annotated[str, _one_of("token_weight", "uniform", "horizon", "residual")] = "uniform"
     """Token weights: equal, by entropy, or by the adapter's effect; or your function of (entropy, mask, advantages)."""
-    residual_power: float = Field(2.0, ge=0, allow_inf_nan=False)
+    residual_power: float = Field(2.0, ge=0)
     """residual: kappa, the power of the hidden states' distance."""
-    alpha: float = Field(0.0, allow_inf_nan=False)
+    alpha: float = Field(0.0)
     """Horizon discount; negative amplifies uncertain tokens."""
     selective: bool = False
     """Discount only rollouts of negative advantage (Eq. 8)."""
@@ -95,9 +95,9 @@ class Fields(Section):
     actor.max_tokens (constant), or the sum of the weights of each group (group) or of the step (step)."""
     ratio: Literal["token", "sequence", "power-mean", "stop-gradient"] = "token"
     """Importance ratio per token, per rollout (GSPO; power-mean: HölderPO), or per token without gradient (CISPO)."""
-    power_start: float = Field(2.0, allow_inf_nan=False)
+    power_start: float = Field(2.0)
     """power-mean: p at the first step; it changes linearly to power_end."""
-    power_end: float = Field(-2.0, allow_inf_nan=False)
+    power_end: float = Field(-2.0)
     """power-mean: p at the last step."""
     power_clip: Literal["sequence", "token"] = "sequence"
     """power-mean: clip the mean, or each token's ratio before the mean."""
@@ -107,11 +107,11 @@ class Fields(Section):
     """The ratio is clipped above 1 + clip_high."""
     kl: Literal["none", "k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence from the frozen model."""
-    beta: float = Field(0.04, ge=0, allow_inf_nan=False)
+    beta: float = Field(0.04, ge=0)
     """Weight of the KL divergence in the loss."""
-    entropy_bonus: float = Field(0.0, ge=0, allow_inf_nan=False)
+    entropy_bonus: float = Field(0.0, ge=0)
     """Weight of the mean entropy in the objective; with entropy_target, its initial value."""
-    entropy_target: float = Field(0.0, ge=0, allow_inf_nan=False)
+    entropy_target: float = Field(0.0, ge=0)
     """Nats. The bonus adapts (arXiv 2505.22312): it grows while the entropy is below the target; otherwise it shrinks
     and is not applied. 0: the bonus is constant."""
     entropy_bonus_step: float = Field(0.005, gt=0)
@@ -120,13 +120,13 @@ class Fields(Section):
     """Upper bound of the adaptive bonus."""
     group_filter: Literal["none", "zero-variance", "accuracy"] = "none"
     """Excludes groups, from the KL too, of equal rewards, or with all answers correct or all incorrect."""
-    reward_threshold: float = Field(0.0, ge=0, allow_inf_nan=False)
+    reward_threshold: float = Field(0.0, ge=0)
     """Excludes groups whose rewards have a population standard deviation below this."""
     refill_rounds: int = Field(0, ge=0)
     """How many times a step samples new prompts to replace excluded groups."""
     overlong_buffer: int = Field(0, ge=0)
     """Number of last tokens before actor.max_tokens over which a penalty grows to overlong_penalty; 0: none."""
-    overlong_penalty: float = Field(1.0, ge=0, allow_inf_nan=False)
+    overlong_penalty: float = Field(1.0, ge=0)
     """Penalty of a completion of actor.max_tokens tokens."""
     importance: Annotated[
         Literal["auto", "none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"], PLANNED

@@ -1,4 +1,4 @@
-"""METHODS: one entry per method, words and numbers only (../README.md, "Methods").
+"""METHODS: one entry per method, words and numbers only (../learner/README.md).
 
 Users can add their own: --method.name takes the dotted path of a module with a METHOD, whose fields may name functions
 by dotted path.
@@ -161,7 +161,6 @@ class MethodConfig(Fields):
     def _complete(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Fill fields that are unset, or null, from the named method. If all are set, the method is not looked up, so
         that a run's config.toml keeps its meaning when METHODS changes."""
-        given = {key: value for key, value in given.items() if value is not None}
         if cls.model_fields.keys() <= given.keys():
             return given
         return find(given.get("name", cls.model_fields["name"].default)).values() | given
@@ -173,7 +172,7 @@ def find(name: str) -> Method:
         return METHODS[name]
     try:
         method = importlib.import_module(name).METHOD
-    except (ImportError, ValueError, TypeError, AttributeError) as error:
+    except (ImportError, ValueError, TypeError, AttributeError, SyntaxError) as error:
         raise ValueError(
             f"method.name={name} is unknown{suggest(name, METHODS)} (and it is not a module with a METHOD: {error})"
         ) from None

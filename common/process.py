@@ -1,4 +1,4 @@
-"""Child processes that do not outlive their parent (Linux). Only this file calls prctl or sets a CPU affinity.
+"""Child processes that do not outlive their parent (Linux). Only this file calls prctl.
 
 `child` runs this file as a script, which sets the parent-death signal and the affinity, then becomes the command by
 exec. A preexec_fn could deadlock: our processes have threads, and it runs Python code between fork and exec.

@@ -23,4 +23,4 @@ COSMETIC, REPETITION, MACHINE, PLANNED = Role
 class Section(BaseModel):
     """Unknown keys are errors, values are frozen, and the docstring below a field is its help text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)

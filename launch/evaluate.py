@@ -23,6 +23,7 @@ from common.types import Prompt, UserError
 from launch.planning import plan
 from launch.runtime import cluster, workers
 from launch.runtime.buffer import sample
+from launch.runtime.channel import AdapterMismatch
 
 
 def interval(p: float, n: int) -> float:
@@ -36,6 +37,7 @@ def evaluate(actors: Sequence[Any], prompts: Sequence[Prompt], config: Config, *
     A problem whose reward fails counts as incorrect for Pass@1; the mean reward is over the others.
     """
     started = time.perf_counter()
+    prompts = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]  # sampling seeds derive from it
     sampled = replace(Sampling.of(config), fixed_length=False, opening=None)
     greedy = replace(sampled, group_size=1, temperature=0.0)
     groups = sample(actors, prompts, greedy)
@@ -72,12 +74,16 @@ def main(argv: Sequence[str]) -> int:
                 f"{checkpoint} is not a checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030"
             )
         checked = plan.make(load(["--config", str(written), *argv[1:]], written), saved=checkpoint)
+        checked.refuse_absent_gpu()
         with cluster.connect(), workers.start(checked) as started:
             record = evaluate(started.actors, checked.eval_prompts, checked.config, step=started.version)
         print(json.dumps(record))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except AdapterMismatch as error:
+        print(f"evaluation failed: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

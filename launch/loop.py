@@ -5,17 +5,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import ray
-
 from common.config import Config
-from common.types import Prompt
+from common.types import Group, Prompt
 from launch.evaluate import evaluate
 from launch.runtime.buffer import Buffer
 from launch.runtime.recorder import Recorder, StepTimes
 from launch.runtime.workers import Workers
 from learner import checkpoint
 
-MAX_SKIPPED_STEPS = 3
+MAX_STEPS_WITHOUT_TRAINING = 3
 
 
 class RunFailed(RuntimeError):
@@ -34,23 +32,27 @@ def train(
     """Run optimizer steps first_step + 1 .. run.steps, with the evaluations and checkpoints that are due.
 
     New rollouts start when `buffer` releases a step's groups. That happens only after the adapter that was learned from
-    them is published, so that no rollout starts with an old adapter. Raises RunFailed after three skipped (non-finite)
-    steps in a row, and AdapterMismatch from the channel.
+    them is published, so that no rollout starts with an old adapter. Raises RunFailed after three steps in a row that
+    are skipped (not finite) or without any reward, and AdapterMismatch from the channel.
     """
     run = config.run
-    num_skipped = 0
+    num_without = 0  # steps in a row that trained nothing
     if first_step == 0 and run.evaluate_every:
         recorder.evaluation(evaluate(workers.actors, eval_prompts, config, step=0))
+    buffer.start()
     for step in range(first_step + 1, run.steps + 1):
         started = time.perf_counter()
         groups = buffer.take(run.prompts_per_step)
         taken = time.perf_counter()
-        result = ray.get(workers.learner.update.remote(groups))
+        result = workers.learner.update(groups)
         learned = time.perf_counter()
         buffer.drain()  # an actor must not load an adapter while it samples
         drained = time.perf_counter()
         published = workers.channel.publish(workers.learner)
         ended = time.perf_counter()
+        evaluation = None
+        if run.evaluate_every and due(step, run.evaluate_every, run.steps):  # before the next rollouts start
+            evaluation = evaluate(workers.actors, eval_prompts, config, step=step)
         buffer.release(len(groups))
         times = StepTimes(
             wait_seconds=taken - started,
@@ -60,13 +62,22 @@ def train(
             step_seconds=ended - started,
         )
         recorder.step(step, groups, result, published, times, num_discarded=len(buffer.discarded))
-        num_skipped = num_skipped + 1 if result.skipped else 0
-        if num_skipped == MAX_SKIPPED_STEPS:
-            raise RunFailed(f"{num_skipped} steps in a row were not finite; stopped at step {step}: {result.skipped}")
-        if run.evaluate_every and due(step, run.evaluate_every, run.steps):
-            recorder.evaluation(evaluate(workers.actors, eval_prompts, config, step=step))
+        if evaluation is not None:
+            recorder.evaluation(evaluation)
+        reason = result.skipped or every_reward_failed(groups)
+        num_without = num_without + 1 if reason else 0
+        if num_without == MAX_STEPS_WITHOUT_TRAINING:
+            raise RunFailed(f"{num_without} steps in a row trained nothing; stopped at step {step}: {reason}")
         if due(step, run.checkpoint_every, run.steps):
             save(run.dir, workers, step=step, prompt_cursor=buffer.prompt_cursor)
+
+
+def every_reward_failed(groups: Sequence[Group]) -> str | None:
+    """The failure of the first reward if all of them failed, else None."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    if any(rollout.score for rollout in rollouts):
+        return None
+    return f"every reward failed: {rollouts[0].reward_error}"
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -77,7 +88,7 @@ def due(step: int, every: int, last: int) -> bool:
 def save(folder: Path, workers: Workers, *, step: int, prompt_cursor: int) -> None:
     """Write a checkpoint into the run folder, atomically."""
     with checkpoint.written_whole(folder / "checkpoints" / checkpoint.name(step)) as whole:
-        ray.get(workers.learner.save.remote(whole.resolve()))
+        workers.learner.save(whole.resolve())
         (whole / "run_state.json").write_text(json.dumps({"step": step, "prompt_cursor": prompt_cursor}))
 
 

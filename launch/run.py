@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -39,20 +40,18 @@ def run(checked: Plan) -> None:
     checked.refuse_absent_gpu()
     method = config.method
     folder = config.run.dir
-    folder.mkdir(parents=True, exist_ok=True)
-    first_step, cursor = 0, 0
-    if checked.resume_from is not None:
-        first_step, cursor = position(checked.resume_from)
-        rewind(folder, first_step)
-    else:
-        (folder / "config.toml").write_text(dump(config))
-    display = Display(f"{config.method.name} in {folder}", steps=config.run.steps, first_step=first_step)
-    recorder = Recorder(folder, checked.tokenizer, display, sample_every=config.run.sample_every)
+    first_step, cursor = position(checked.resume_from) if checked.resume_from else (0, 0)
+    display = Display(f"{config.method.name} in {folder}", steps=config.run.steps)
     try:
         for warning in checked.warnings():
             display.note(f"warning: {warning}")
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
         with cluster.connect(), workers.start(checked) as started:
+            folder.mkdir(parents=True, exist_ok=True)  # only now: a start that fails leaves no folder
+            if checked.resume_from:
+                rewind(folder, first_step)
+            else:
+                (folder / "config.toml").write_text(dump(config))
             stream = PromptStream(checked.train_prompts, seed=config.run.seed, cursor=cursor)
             buffer = Buffer(
                 started.actors,
@@ -64,10 +63,13 @@ def run(checked: Plan) -> None:
                 drop_reason=partial(drop_reason, method=method),
                 refill_rounds=method.refill_rounds,
             )
-            train(config, started, buffer, recorder, eval_prompts=checked.eval_prompts, first_step=first_step)
+            with closing(
+                Recorder(folder, checked.tokenizer, display, sample_every=config.run.sample_every)
+            ) as recorder:
+                train(config, started, buffer, recorder, eval_prompts=checked.eval_prompts, first_step=first_step)
         display.note(f"finished {config.run.steps} steps; run folder {folder}")
     finally:
-        recorder.close()
+        display.close()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -37,6 +37,7 @@ class Ends(NamedTuple):
 class MicroBatch:
     """L positions, of which N predict a scored token. All tensors int64."""
 
+    index: int  # in the step
     token_ids_L: Tensor
     position_ids_L: Tensor  # a rollout's positions continue those of its prompt
     lengths: tuple[tuple[int, ...], ...]  # for each packed sequence: its prompt, then its rollouts; they sum to L
@@ -90,7 +91,8 @@ def pack(groups: Sequence[Group], *, max_tokens: int, min_micro_batches: int, de
         sequences += _pack_group(group.rollouts, num_rollouts, max_tokens)
         num_rollouts += len(group.rollouts)
     max_sequences = max(1, len(sequences) // min_micro_batches)
-    micro_batches = tuple(_micro_batch(cut, device) for cut in _cut(sequences, max_tokens, max_sequences))
+    cuts = _cut(sequences, max_tokens, max_sequences)
+    micro_batches = tuple(_micro_batch(index, cut, device) for index, cut in enumerate(cuts))
     rollout_N = torch.cat([m.rollout_N for m in micro_batches])
     token_N = torch.cat([m.token_N for m in micro_batches])
     mask_BT = torch.zeros(num_rollouts, int(token_N.max()) + 1, dtype=torch.bool, device=device)
@@ -167,12 +169,13 @@ def _cut(sequences: Sequence[_Sequence], max_tokens: int, max_sequences: int) ->
     yield taken
 
 
-def _micro_batch(sequences: Sequence[_Sequence], device: torch.device) -> MicroBatch:
+def _micro_batch(index: int, sequences: Sequence[_Sequence], device: torch.device) -> MicroBatch:
     def tensor(arrays: Iterable[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(list(arrays)).astype(np.int64)).to(device)
 
     starts = np.cumsum([0, *(len(sequence.token_ids_L) for sequence in sequences)])
     return MicroBatch(
+        index=index,
         token_ids_L=tensor(sequence.token_ids_L for sequence in sequences),
         position_ids_L=tensor(sequence.position_ids_L for sequence in sequences),
         lengths=tuple(sequence.lengths for sequence in sequences),

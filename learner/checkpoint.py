@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from common.types import UserError
 
 TENSORS, NUMBERS = "learner_state.safetensors", "learner_state.json"
 PICKLE = "learner_state.pt"
-OPTIMIZER, RANDOM_CPU, RANDOM_CUDA = "optimizer.", "random.cpu", "random.cuda"  # keys in TENSORS; the first a prefix
 
 
 @contextmanager
@@ -51,32 +49,19 @@ def name(step: int) -> str:
 
 
 def save_state(folder: Path, learner: Mapping[str, Any]) -> None:
-    """Write the learner's own state and torch's random states into `folder`.
+    """Write the learner's state into `folder`: `learner["optimizer"]` holds tensors by name, all else is plain JSON.
 
-    `learner["optimizer"]` holds tensors by name, every other entry is a plain JSON value. The learner never draws from
-    the global generators of NumPy or Python, so their states are not saved.
+    No random state is part of it: dropout is seeded by the step, the probe by itself.
     """
-    tensors = {OPTIMIZER + name: tensor for name, tensor in learner["optimizer"].items()}
-    tensors[RANDOM_CPU] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors[RANDOM_CUDA] = torch.cuda.get_rng_state()
-    save_file(tensors, folder / TENSORS)
+    save_file(dict(learner["optimizer"]), folder / TENSORS)
     numbers = {name: value for name, value in learner.items() if name != "optimizer"}
     (folder / NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Restore torch's random states, and return the learner's own state.
-
-    The files cannot make it run code. Raises UserError as `check` does.
-    """
+    """The learner's state as it was saved. Runs no code that the files may hold. Raises UserError as `check` does."""
     check(folder)
-    tensors = load_file(folder / TENSORS)
-    torch.set_rng_state(tensors[RANDOM_CPU])
-    if torch.cuda.is_available() and RANDOM_CUDA in tensors:
-        torch.cuda.set_rng_state(tensors[RANDOM_CUDA])
-    moments = {n.removeprefix(OPTIMIZER): tensor for n, tensor in tensors.items() if n.startswith(OPTIMIZER)}
-    return {**json.loads((folder / NUMBERS).read_text(encoding="utf-8")), "optimizer": moments}
+    return {**json.loads((folder / NUMBERS).read_text(encoding="utf-8")), "optimizer": load_file(folder / TENSORS)}
 
 
 def check(folder: Path) -> None:

@@ -18,7 +18,9 @@ from learner.batch import pack
 from learner.metrics import per_rollout, step_metrics
 from learner.objective import Objective
 from learner.optimizer import Optimizer
-from learner.policy.policy import Policy
+from learner.policy.forward import ForwardOutput
+from learner.policy.policy import Policy, mixed
+from learner.ranks import Ranks
 from learner.selection import select
 
 PROBE_STRENGTH = 0.01  # the first one tried
@@ -29,7 +31,9 @@ PROBE_GAIN = 1.1  # stops the search on a model of random weights, which no adap
 class Learner:
     """One policy, its optimizer, and the number of optimizer steps taken."""
 
-    def __init__(self, model_folder: Path, config: Config, canary_token_ids: np.ndarray) -> None:
+    def __init__(
+        self, model_folder: Path, config: Config, canary_token_ids: np.ndarray, *, ranks: Ranks | None = None
+    ) -> None:
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # because Ray sets it to 1
         torch.manual_seed(config.run.seed)
@@ -44,7 +48,8 @@ class Learner:
             head_backend=config.learner.head_backend,
         )
         self.objective = Objective(config, self.policy.vocab_size)
-        self.optimizer = Optimizer(self.policy.parameters(), config.learner, steps=config.run.steps)
+        self.ranks = ranks or Ranks()
+        self.optimizer = Optimizer(self.policy.parameters(), config.learner, steps=config.run.steps, ranks=self.ranks)
         self.canary_token_ids = canary_token_ids
         with self.policy.reference():
             self.canary_base_logprobs = self.policy.logprobs(canary_token_ids)
@@ -69,17 +74,25 @@ class Learner:
             min_micro_batches=self.config.learner.gradient_accumulation,
             device=policy.device,
         )
-        reference = policy.reference_pass(batch, objective.demands) if objective.demands.reference else None
-        output = policy.forward(batch, objective.demands)
+        own, demands = self.ranks.part(batch), objective.demands
+
+        def forward(update: int) -> ForwardOutput:
+            seed = mixed(self.config.run.seed, step, update)
+            return self.ranks.whole(policy.forward(own, demands, own_reference, seed=seed), batch)
+
+        own_reference = policy.reference_pass(own, demands) if demands.reference else None
+        reference = self.ranks.whole(own_reference, batch) if own_reference else None
+        output = forward(0)
         targets = objective.targets(output, reference, batch, selection, step)
         metrics |= step_metrics(output.stats, targets, selection, batch, vocab_size=policy.vocab_size)
         for number in range(self.config.learner.inner_updates):
             if number:
-                output = policy.forward(batch, objective.demands)
+                output = forward(number)
             loss, terms = objective.loss(output, targets, batch)
             metrics |= terms
             metrics["gradient/norm"], skipped = self.optimizer.step(loss, step)
             if skipped:
+                skipped += f" in inner update {number + 1}; those before it were made" if number else ""
                 break
         else:
             objective.entropy_bonus = targets.next_entropy_bonus
@@ -101,6 +114,10 @@ class Learner:
             seconds=time.perf_counter() - started,
         )
 
+    def checksum(self) -> str:
+        """Of the current weights as they are published."""
+        return self.policy.adapter(self.step, None).checksum
+
     def probe(self) -> Adapter:
         """A strong random adapter, version PROBE_VERSION, that shows whether an actor computes what the learner does.
 
@@ -118,7 +135,7 @@ class Learner:
             strength *= 2
 
     def save(self, folder: Path) -> None:
-        """Write adapter, optimizer, step and random state into the existing `folder`."""
+        """Write adapter, optimizer, step and entropy bonus into the existing `folder`."""
         self.policy.save(folder)
         learner = {"step": self.step, "optimizer": self.optimizer.state_dict()}
         checkpoint.save_state(folder, learner | {"entropy_bonus": self.objective.entropy_bonus})

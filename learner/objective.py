@@ -1,6 +1,6 @@
 """The objective of a method: what it demands of a forward pass, the per-token targets of a step, and the loss.
 
-Only this file and learner/selection.py read the method's fields.
+In the learner, only this file and selection.py read the method's fields.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ def demands(config: Config) -> Demands:
     return Demands(
         temperature=config.actor.temperature,
         reference=compares or _has_kl(method),
-        hidden_states=method.token_weight == "residual",
+        residual=method.token_weight == "residual",
         topk=None if method.entropy == "exact" else method.entropy_topk,
         entropy_gradient=method.weight_gradient or method.entropy_bonus > 0 or method.entropy_target > 0,
         dropout=not compares,  # its noise would look like a change that the adapter has learned
@@ -76,7 +76,7 @@ class Objective:
         device = stats.logprob_N.device
         advantages_B, group_B = selection.advantages_B.to(device), selection.group_B.to(device)
         entropy_BT = batch.pad(self._weight_entropy(stats)).double().requires_grad_(method.weight_gradient)
-        raw_BT = self._raw_weights(entropy_BT, output, batch, advantages_B, reference)
+        raw_BT = self._raw_weights(entropy_BT, output, batch, advantages_B)
         weights_BT = token_weights.normalise(
             raw_BT, batch.mask_BT, group_B, normaliser=method.normaliser, max_tokens=self.max_tokens
         )
@@ -140,7 +140,6 @@ class Objective:
         output: ForwardOutput,
         batch: StepBatch,
         advantages_B: Tensor,
-        reference: ForwardOutput | None,
     ) -> Tensor:
         """[B, T] float64: token weights before normalising."""
         method = self.method
@@ -154,10 +153,8 @@ class Objective:
                 selective=method.selective,
             )
         elif method.token_weight == "residual":
-            assert reference is not None and reference.hidden_NH is not None, "hidden states were demanded"
-            assert output.hidden_NH is not None, "hidden states were demanded"
-            norm_N = (output.hidden_NH.float() - reference.hidden_NH.float()).norm(dim=1)
-            raw_BT = token_weights.residual(batch.pad(norm_N), batch.mask_BT, power=method.residual_power)
+            assert output.residual_N is not None, "the residual was demanded"
+            raw_BT = token_weights.residual(batch.pad(output.residual_N), batch.mask_BT, power=method.residual_power)
         elif method.token_weight == "uniform":
             raw_BT = token_weights.uniform(batch.mask_BT)
         else:

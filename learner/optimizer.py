@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.config import LearnerConfig
+from learner.ranks import Ranks
 
 
 def learning_rate(step: int, *, steps: int, peak: float) -> float:
@@ -22,10 +23,13 @@ def learning_rate(step: int, *, steps: int, peak: float) -> float:
 class Optimizer:
     """AdamW on `parameters`."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], config: LearnerConfig, *, steps: int) -> None:
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], config: LearnerConfig, *, steps: int, ranks: Ranks | None = None
+    ) -> None:
         self.parameters = parameters
         self.config = config
         self.steps = steps
+        self.ranks = ranks or Ranks()
         self.adamw = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
     def rate(self, step: int) -> float:
@@ -34,13 +38,15 @@ class Optimizer:
     def step(self, loss: Tensor, step: int) -> tuple[float, str | None]:
         """Backward, clip and update at optimizer step `step`.
 
-        Returns the gradient norm before clipping, and why the update was skipped, or None. A skipped update leaves
-        weights and moments unchanged.
+        All ranks have the same loss, sum of gradients and weights. Returns the gradient norm before clipping, and why
+        the update was skipped (None: it was made). A skipped update leaves weights and moments as they were.
         """
         self.adamw.zero_grad(set_to_none=True)
         if not torch.isfinite(loss):
             return math.nan, f"loss {loss.item()}"
-        loss.backward()
+        if loss.requires_grad:  # not on a rank without tokens
+            loss.backward()
+        self.ranks.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip).item()
         if not math.isfinite(norm):
             return norm, f"gradient norm {norm}"

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from rich.console import Console
 from transformers import AutoConfig
@@ -81,7 +80,7 @@ class Horizon:
         config = with_method(self.config, method)
         groups = sample(self.workers.actors, prompts, Sampling.of(config))
         sampled = time.perf_counter()
-        result = ray.get(self.workers.learner.update_with.remote(config, groups))
+        result = self.workers.learner.call("update_with", config, groups)
         learned = time.perf_counter()
         published = self.workers.channel.publish(self.workers.learner)
         ended = time.perf_counter()

@@ -1,6 +1,7 @@
 """The results of launch/benchmarks/step.py as one JSON object, one table and one chart."""
 
 import json
+import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,6 @@ from rich.table import Table
 
 from launch.benchmarks.roofline import Rates
 from launch.planning.plan import Plan
-from launch.runtime import workers
 
 Results = Mapping[str, Sequence[Mapping[str, float]]]  # by contender: its measured steps
 PHASES = {"rollout": "#0072b2", "learn": "#e69f00", "publish": "#009e73"}  # phases of a step; colour-blind safe
@@ -31,7 +31,7 @@ def summary(
         "machine": {
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "processor": _processor(),
-            "cores": len(workers.cores()),
+            "cores": len(os.sched_getaffinity(0)),
             **asdict(rates),
         },
         "model": model,

@@ -213,7 +213,7 @@ def _head_bytes(config: Config, work: Work) -> int:
     """What the head keeps for a step's N scored tokens: float32 gradients; for some methods hidden states [N, H]."""
     needed = demands(config)
     gradients = 1 + needed.entropy_gradient
-    states = 2 if needed.hidden_states else 0  # of the policy and of the reference
+    states = 2 if needed.residual else 0  # with the adapter and without
     scored = config.run.prompts_per_step * config.actor.group_size * config.actor.max_tokens
     return scored * work.size.hidden * (4 * gradients + _itemsize(config) * states)
 

@@ -54,7 +54,7 @@ def resolve(config: Config, model: PreTrainedModel, *, longest_prompt_tokens: in
     size = Size.of(model, config.model)
     work = Work(size=size, longest_prompt_tokens=longest_prompt_tokens, activations=activations)
     if gpu_bytes is None:
-        return on_cpu(config, work, psutil.virtual_memory().available), None
+        return on_cpu(config, work, psutil.virtual_memory().available // config.learner.num_ranks), None
     config = on_gpu(config, work, gpu_bytes)
     return config, memory.plan(config, work, gpu_bytes)
 

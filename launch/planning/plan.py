@@ -19,7 +19,7 @@ from launch.planning import checks, memory_fit, model_folder
 from launch.planning.memory import GIB, Memory, Size
 from learner import checkpoint, head
 from learner.objective import demands
-from learner.policy.policy import unsupported
+from learner.policy.base import unsupported
 
 CANARY_TOKENS = 128  # at most; enough to average out the noise of bfloat16
 
@@ -81,11 +81,6 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     """
     _check_machine(config)
     config = with_importance(config)
-    if torch.cuda.is_available() and config.actor.num_actors > torch.cuda.device_count():
-        raise UserError(
-            f"actor.num_actors={config.actor.num_actors} exceeds the {torch.cuda.device_count()} GPUs of this machine; "
-            "lower it"
-        )
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
     resume_from = saved or run_folder(config)
@@ -95,6 +90,8 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     task = task_module(config.task.name)
     train_prompts = tuple(task.load(config.task, "train"))
     eval_prompts = tuple(task.load(config.task, "eval"))[: config.evaluation.num_problems]
+    if not train_prompts or not eval_prompts:
+        raise UserError(f"task.name={config.task.name} loads no prompts to train or to evaluate on; its load() must")
     folder = model_folder.resolve(config.model.path)
     model = check_model(config, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -138,6 +135,11 @@ def warnings(config: Config) -> list[str]:
     """A line for each option that is allowed but has no effect, or none of the one that its name suggests."""
     method = config.method
     found = []
+    if config.learner.num_ranks > config.learner.gradient_accumulation:
+        found.append(
+            f"learner.gradient_accumulation={config.learner.gradient_accumulation} is below "
+            f"learner.num_ranks={config.learner.num_ranks}: a step may have fewer micro-batches than ranks"
+        )
     if method.ratio != "token" and config.learner.inner_updates == 1:
         found.append(f"ratio={method.ratio} is 1 with learner.inner_updates=1: neither clip nor power has an effect")
     if config.run.max_staleness and method.importance == "none":
@@ -180,7 +182,7 @@ def run_folder(config: Config) -> Path | None:
     if not written.exists():
         raise UserError(f"run.dir={folder} has no run to resume; leave out --run.resume to start one")
     began, config = _began_with(config), _with_planned_options(with_importance(config))
-    for name in options().keys() - options(COSMETIC).keys():
+    for name in [name for name in options() if name not in options(COSMETIC)]:
         before, now = value_of(began, name), value_of(config, name)
         if before != now:
             raise UserError(f"{name}={now} differs from {before} of the run in {folder}; resume with equal options")

@@ -81,8 +81,12 @@ class Buffer:
         self.prompt_cursor = stream.cursor  # of the first prompt not yet taken: where a resumed run begins
         self.num_remaining = prompts_per_step * num_steps  # prompts still to start: none is sampled after the last step
         self.requests: deque[list[Any]] = deque()  # one per step: references to lists of groups, in prompt order
-        for _ in range(max_staleness + 1):
-            self.release(prompts_per_step)
+        self.prompts_per_step, self.max_staleness = prompts_per_step, max_staleness
+
+    def start(self) -> None:
+        """Start the first rollouts."""
+        for _ in range(self.max_staleness + 1):
+            self.release(self.prompts_per_step)
 
     def take(self, count: int) -> list[Group]:
         """The next `count` groups, in the order of their prompts; waits for them.

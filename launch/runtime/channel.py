@@ -14,6 +14,7 @@ import ray
 
 from actor.actor import Receipt
 from common.adapter import Adapter
+from launch.runtime.crew import Crew
 
 CANARY_FRACTION = 0.01  # of the time between two publishes
 # The verified start publishes a random adapter, the probe. An actor may differ from the learner by this fraction of
@@ -48,14 +49,14 @@ class Channel:
         self._published_at = 0.0  # time of the last publish
         self._canary = (-1, math.nan, math.nan)  # version, difference, signal
 
-    def verify(self, learner: Any) -> Published:
+    def verify(self, learner: Crew) -> Published:
         """A verified start: publish a strong random adapter, compare both sides, then publish the learner's own.
 
         Finds modules without an adapter, with another module's adapter or with a wrong scale, and prefix caches of an
         older version. Raises AdapterMismatch, which names the numbers that disagree.
         """
         self.publish(learner, canary=True)
-        probe_ref = learner.probe.remote()
+        probe_ref = learner.probe()
         probe: Adapter = ray.get(probe_ref)
         self._prefix_differences(probe)  # fills the prefix caches under the old version
         for receipt in ray.get([actor.load.remote(probe_ref) for actor in self.actors]):
@@ -76,18 +77,24 @@ class Channel:
         assert probe.canary is not None
         return ray.get([actor.prefix_difference.remote(probe.canary.token_ids) for actor in self.actors])
 
-    def publish(self, learner: Any, *, canary: bool | None = None) -> Published:
-        """Publish the adapter of `learner` (a handle); returns when it is verified that every actor holds it.
+    def publish(self, learner: Crew, *, canary: bool | None = None) -> Published:
+        """Publish the adapter of `learner`; returns when it is verified that every actor holds it.
 
         Version and checksum are verified each time. The canary, two forward passes, is compared as often as
         CANARY_FRACTION of the time allows, or as `canary` demands. Raises AdapterMismatch, which names both numbers.
         """
         due = self._num_without + 1 >= self._canary_every if canary is None else canary
-        adapter_ref = learner.adapter.remote(due)
+        adapter_ref, others = learner.adapter(due), learner.checksums()
         receipts: list[Receipt] = ray.get([actor.load.remote(adapter_ref) for actor in self.actors])
         adapter: Adapter = ray.get(adapter_ref)
         for receipt in receipts:
             _check_identity(adapter, receipt)
+        for rank, checksum in enumerate(ray.get(others), start=1):
+            if checksum != adapter.checksum:
+                raise AdapterMismatch(
+                    f"adapter version {adapter.version} has checksum {adapter.checksum} on rank 0 of the learner, but "
+                    f"{checksum} on rank {rank}: the ranks have taken different steps"
+                )
         now = time.perf_counter()
         self._num_without += 1
         if adapter.canary is not None:

@@ -1,6 +1,5 @@
 """The display of a run: a live panel on a terminal, plain lines elsewhere (a Ray job's log)."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from common.metrics import mean
 from common.types import Group
 
 # Metric, label and format of each column, from left to right.
@@ -31,14 +31,12 @@ RECENT = 12  # steps in the live table
 
 
 class Display:
-    """The progress of a run of `steps` optimizer steps, of which `first_step` were done before."""
+    """The progress of a run of `steps` optimizer steps, on a terminal a live panel, elsewhere lines."""
 
-    def __init__(self, title: str, *, steps: int, first_step: int = 0, console: Console | None = None) -> None:
+    def __init__(self, title: str, *, steps: int, console: Console | None = None) -> None:
         self.title = title
         self.steps = steps
-        self.first_step = first_step
         self.console = console or Console(soft_wrap=True, highlight=False)
-        self.started = time.monotonic()
         self.recent: list[tuple[int, Mapping[str, float]]] = []
         self.live = Live(console=self.console, refresh_per_second=2) if self.console.is_terminal else None
         if self.live:
@@ -81,7 +79,7 @@ class Display:
             self.live.stop()
 
     def _left(self, step: int) -> str:
-        per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
+        per_step = mean(metrics["time/step_seconds"] for _, metrics in self.recent)
         return minutes(per_step * (self.steps - step))
 
     def _panel(self, step: int) -> Panel:

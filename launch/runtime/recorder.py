@@ -72,7 +72,7 @@ class Recorder:
             self.rollouts.write(record)
         self.display.step(step, metrics)
         if result.skipped:
-            self.display.note(f"step {step} skipped: {result.skipped}; weights unchanged")
+            self.display.note(f"step {step} skipped: {result.skipped}")
         for error in {r.reward_error for group in groups for r in group.rollouts if r.reward_error}:
             self.display.note(f"step {step}: a reward failed: {error}")
         if self.sample_every and step % self.sample_every == 0:
@@ -87,7 +87,6 @@ class Recorder:
         self.metrics.close()
         self.rollouts.close()
         self.evaluations.close()
-        self.display.close()
 
 
 def rewind(folder: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""The processes of a run: one learner and its actors, as Ray actors."""
+"""The processes of a run: learner ranks and actors, as Ray actors on whatever the cluster has."""
 
 import contextlib
 import os
@@ -8,24 +8,22 @@ from typing import Any
 
 import ray
 import torch
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actor.actor import Actor
 from common.config import Config
-from common.types import UserError
 from launch.planning.plan import Plan
 from launch.runtime.channel import Channel
+from launch.runtime.crew import Crew
+from launch.runtime.placement import Place, placed
 from learner.learner import Learner
-
-PLACEMENT_SECONDS = 60  # to wait for GPUs that other jobs hold
+from learner.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
     """Handles of the learner and the actors, and the channel between them."""
 
-    learner: Any
+    learner: Crew
     actors: list[Any]
     channel: Channel
     version: int  # of the adapter that the actors hold at the start
@@ -35,102 +33,78 @@ class Workers:
 def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Workers]:
     """Run the learner and the actors for the duration of the block, after a verified start.
 
-    Raises UserError if there are too few GPUs.
+    Raises UserError for what cannot be placed.
     """
-    config = plan.config
-    num_actors = config.actor.num_actors
-    with placed(num_actors if torch.cuda.is_available() else 0) as places:
-        actors = [
-            _remote(Actor, config, place, first_half=True).remote(plan.model_folder, config)
-            for place in places or [{}] * num_actors
-        ]
+    config, folder = plan.config, plan.model_folder
+    with placed(config, gpus=torch.cuda.is_available()) as places:
+        actors = [_remote(Actor, config, place, half=0).remote(folder, config) for place in places.actors]
+        number = len(places.learners)
+        crew = Crew(
+            [
+                _remote(learner_class, config, place, half=1).remote(
+                    folder, config, plan.canary_token_ids, ranks=Ranks(rank, number)
+                )
+                for rank, place in enumerate(places.learners)
+            ]
+        )
         try:
-            with _learner(plan, learner_class, places[0] if places else {}) as learner:
-                channel = Channel(actors, canary_bound_nats=config.actor.canary_bound_nats)
-                published = channel.verify(learner)
-                yield Workers(learner=learner, actors=actors, channel=channel, version=published.version)
+            crew.meet()
+            if plan.resume_from is not None:
+                crew.load(plan.resume_from.resolve())
+            channel = Channel(actors, canary_bound_nats=config.actor.canary_bound_nats)
+            published = channel.verify(crew)
+            yield Workers(learner=crew, actors=actors, channel=channel, version=published.version)
         finally:
-            with contextlib.suppress(ray.exceptions.RayError):  # an actor that does not close in time is killed
+            crew.close()
+            with contextlib.suppress(ray.exceptions.RayError):  # what does not close in time is killed
                 ray.get([actor.close.remote() for actor in actors], timeout=20)
             for actor in actors:
                 ray.kill(actor)
 
 
-@contextlib.contextmanager
-def placed(num_gpus: int, *, wait_seconds: float = PLACEMENT_SECONDS) -> Iterator[list[dict[str, Any]]]:
-    """Ray's options that place a worker on each of `num_gpus` whole GPUs, reserved for the duration of the block.
-
-    Raises UserError at once if the cluster has too few GPUs, and after `wait_seconds` if other jobs hold them.
-    """
-    if not num_gpus:
-        yield []
-        return
-    total = ray.cluster_resources().get("GPU", 0)
-    if total < num_gpus:
-        raise UserError(
-            f"the run asks for {num_gpus} GPUs (actor.num_actors), and the Ray cluster has {total:g}; start Ray with "
-            f"--num-gpus={num_gpus}, or lower actor.num_actors"
-        )
-    group = placement_group([{"GPU": 1}] * num_gpus)
-    try:
-        if not group.wait(wait_seconds):
-            free = ray.available_resources().get("GPU", 0)
-            raise UserError(
-                f"the run asks for {num_gpus} GPUs, and after {wait_seconds:g} s {free:g} of the Ray cluster's "
-                f"{total:g} are free; wait for its other jobs (`ray status` shows them), or lower actor.num_actors"
-            )
-        strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(num_gpus)]
-        yield [{"scheduling_strategy": strategy} for strategy in strategies]
-    finally:
-        remove_placement_group(group)
+def part(processors: Sequence[int], index: int, number: int) -> list[int]:
+    """Part `index` of `number` equal parts of the processors; where there are too few, parts share one."""
+    first, after = (i * len(processors) // number for i in (index, index + 1))
+    return list(processors[first : max(after, first + 1)])
 
 
-@contextlib.contextmanager
-def _learner(plan: Plan, learner_class: type[Learner], place: dict[str, Any]) -> Iterator[Any]:
-    """Run the learner for the duration of the block, from the checkpoint of the plan if it has one."""
-    handle = _remote(learner_class, plan.config, place, first_half=False).remote(
-        plan.model_folder, plan.config, plan.canary_token_ids
-    )
-    try:
-        if plan.resume_from is not None:
-            ray.get(handle.load.remote(plan.resume_from.resolve()))
-        yield handle
-    finally:
-        ray.kill(handle)
+class _Worker:
+    """Mixed into a side: keeps its process on its part of the node's processors, and lets learner ranks meet."""
+
+    parts: Sequence[tuple[int, int]]  # index and number, one division within the other
+    ranks: Ranks
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        processors = sorted(os.sched_getaffinity(0))
+        for index, number in self.parts:
+            processors = part(processors, index, number)
+        os.sched_setaffinity(0, processors)
+        super().__init__(*arguments, **options)
+
+    def open(self) -> tuple[str, int]:
+        """On rank 0: address and port at which the ranks meet."""
+        address = ray.util.get_node_ip_address()
+        return address, self.ranks.open(address)
+
+    def join(self, address: str, port: int) -> None:
+        """Meet the other ranks there."""
+        self.ranks.join(ray.util.get_node_ip_address(), address, port)
 
 
-def cores() -> list[int]:
-    """The processors that this process may use."""
-    return sorted(os.sched_getaffinity(0))
-
-
-def half(processors: Sequence[int], *, first: bool) -> list[int]:
-    """The first half of the processors, or the second; a single processor is in both."""
-    middle = len(processors) // 2
-    return list(processors[: max(1, middle)] if first else processors[middle:])
-
-
-class _OnHalf:
-    """A mixin that pins its process to half of the processors before the constructor of the other class runs."""
-
-    first_half: bool
-
-    def __init__(self, *arguments: Any) -> None:
-        os.sched_setaffinity(0, half(cores(), first=self.first_half))
-        super().__init__(*arguments)
-
-
-def _remote(side: type, config: Config, place: dict[str, Any], *, first_half: bool) -> Any:
-    """`side` as a Ray actor at `place`; pinned to half of the processors if the sides overlap on a CPU."""
-    if not config.run.max_staleness or torch.cuda.is_available():
-        return ray.remote(side).options(**_options(side, len(cores())), **place)
-
-    on_half = type(side.__name__, (_OnHalf, side), {"first_half": first_half})  # the name in Ray's logs
-    return ray.remote(on_half).options(**_options(side, len(half(cores(), first=first_half))), **place)
+def _remote(side: type, config: Config, place: Place, *, half: int) -> Any:
+    """`side` as a Ray actor at `place`; on its half of the processors where both sides work there at the same time."""
+    on_cpu, overlapping = not torch.cuda.is_available(), config.run.max_staleness > 0
+    halved = on_cpu and overlapping and config.cluster.layout == "colocated"
+    parts = [place.share, *([(half, 2)] if halved else [])]
+    num_threads = len(os.sched_getaffinity(0))
+    for _, number in parts:
+        num_threads = max(1, num_threads // number)
+    worker = type(side.__name__, (_Worker, side), {"parts": parts})  # by this name Ray's logs call it
+    return ray.remote(worker).options(**_options(side, num_threads), **place.options)
 
 
 def _options(side: type, num_threads: int) -> dict[str, Any]:
-    """Ray's options for either side. Both share a GPU, so each asks for half of it; this reserves no memory."""
+    """Ray's options for either side. They share each device: the fractions say so and reserve nothing."""
     environment = {
         "OMP_NUM_THREADS": str(num_threads),  # Ray would set it to 1
         "GOMP_SPINCOUNT": "3000",  # threads that wait soon sleep: spinning would take cores from the other side

@@ -101,6 +101,7 @@ def scored_everywhere(lengths: Sequence[Sequence[int]], device: torch.device) ->
     """A micro-batch with `lengths` whose positions are all scored; its tokens are 0."""
     positions_L = torch.arange(sum(map(sum, lengths)), device=device)
     return MicroBatch(
+        index=0,
         token_ids_L=torch.zeros_like(positions_L),
         position_ids_L=positions_L,
         lengths=tuple(map(tuple, lengths)),

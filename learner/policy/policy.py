@@ -16,29 +16,21 @@ from peft.tuners import lora
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from common.adapter import Adapter, Canary
 from common.config import ModelConfig
 from common.types import UserError
 from learner.batch import MicroBatch, StepBatch
 from learner.head import HeadStats, head_stats
-from learner.policy.attention import PACKED
-from learner.policy.forward import Demands, ForwardOutput, join
+from learner.policy.base import load_base, unsupported
+from learner.policy.forward import Demands, ForwardOutput, empty, join
 from learner.policy.lora import Projection, lora_linear
 
 
-def unsupported(config: PretrainedConfig, max_length: int) -> str | None:
-    """Why this learner cannot compute a model of this configuration, in a few words; None if it can."""
-    text = config.get_text_config()
-    for name in ("logits_scaling", "logit_scale"):
-        if getattr(text, name, None) not in (None, 1):
-            return f"scales its logits ({name}), which learner/head does not"
-    if getattr(text, "attn_logit_softcapping", None):
-        return "caps its attention logits (attn_logit_softcapping), which learner/policy/attention.py does not"
-    if getattr(text, "use_sliding_window", True) and (getattr(text, "sliding_window", None) or max_length) < max_length:
-        return f"attends within a window of {text.sliding_window} tokens, less than model.max_length={max_length}"
-    return None
+def mixed(*numbers: int) -> int:
+    """One seed made of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # projections that share a call of lora_linear
@@ -95,13 +87,6 @@ def _share_inputs(model: torch.nn.Module) -> None:
                 layer.shared = shared
 
 
-def _base(model: Path | PretrainedConfig, dtype: str, device: torch.device) -> Any:
-    if isinstance(model, PretrainedConfig):
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model, dtype=getattr(torch, dtype), attn_implementation=PACKED)
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=PACKED).to(device)
-
-
 class Policy:
     """Base, adapter and head, on one device, in training mode."""
 
@@ -120,7 +105,7 @@ class Policy:
         """
         assert config.dtype != "auto", "the plan resolves auto"
         assert recompute in ("none", "layer", "micro-batch"), "the memory plan resolves auto"
-        base = _base(model, config.dtype, device)
+        base = load_base(model, config.dtype, device)
         if reason := unsupported(base.config, config.max_length):
             raise UserError(f"model.path={config.path} {reason}; use another model")
         self.device = device
@@ -157,16 +142,39 @@ class Policy:
         """The trainable weights, which are those of the adapter."""
         return [p for p in self.peft_model.parameters() if p.requires_grad]
 
-    def forward(self, batch: StepBatch, demands: Demands) -> ForwardOutput:
-        """One pass over the whole step. It keeps its graph, as the token weights need the entropies of all tokens."""
+    def forward(
+        self, batch: StepBatch, demands: Demands, reference: ForwardOutput | None = None, *, seed: int = 0
+    ) -> ForwardOutput:
+        """One pass over the micro-batches, whose graph is kept: the token weights need all entropies of the step.
+
+        `reference` is the reference pass, for the residual. The dropout of a micro-batch depends on `seed` and its
+        position in the step alone: not on the rank that computes it, nor on what was computed before.
+        """
         self.set_dropout(demands.dropout)
-        return join([self._forward(micro_batch, demands, entropy_at_one=True) for micro_batch in batch.micro_batches])
+        outputs = []
+        for micro_batch in batch.micro_batches:
+            if demands.dropout and self.config.lora_dropout:
+                torch.manual_seed(mixed(seed, micro_batch.index))
+            outputs.append(self._forward(micro_batch, demands))
+        output = self._join(outputs, demands)
+        if not demands.residual:
+            return output
+        assert output.hidden_NH is not None and reference is not None and reference.hidden_NH is not None
+        dtype = torch.promote_types(output.hidden_NH.dtype, torch.float32)
+        residual_N = (output.hidden_NH.to(dtype) - reference.hidden_NH.to(dtype)).norm(dim=1)
+        return ForwardOutput(output.stats, residual_N=residual_N)
 
     def reference_pass(self, batch: StepBatch, demands: Demands) -> ForwardOutput:
-        """The same pass with the adapter off, without dropout and gradient."""
-        plain = demands._replace(topk=None, entropy_gradient=False)
+        """The same with the adapter off, without dropout and gradient."""
+        plain = demands._replace(topk=None, entropy_gradient=False, entropy_at_one=False)
         with self.reference():
-            return join([self._forward(micro_batch, plain) for micro_batch in batch.micro_batches])
+            return self._join([self._forward(micro_batch, plain) for micro_batch in batch.micro_batches], plain)
+
+    def _join(self, outputs: Sequence[ForwardOutput], demands: Demands) -> ForwardOutput:
+        if outputs:
+            return join(outputs)
+        dtype = torch.promote_types(self.head_weight_VH.dtype, torch.float32)
+        return empty(demands, self.head_weight_VH.shape[1], torch.empty(0, dtype=dtype, device=self.device))
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -174,7 +182,7 @@ class Policy:
         with torch.no_grad(), self.peft_model.disable_adapter():
             yield
 
-    def _forward(self, batch: MicroBatch, demands: Demands, *, entropy_at_one: bool = False) -> ForwardOutput:
+    def _forward(self, batch: MicroBatch, demands: Demands) -> ForwardOutput:
         """The trunk on a micro-batch, and the head at its N scored tokens."""
         hidden_NH = self.scored_states(batch)
         stats = self._head(
@@ -183,9 +191,9 @@ class Policy:
             temperature=demands.temperature,
             topk=demands.topk,
             entropy_gradient=demands.entropy_gradient,
-            entropy_at_one=entropy_at_one,
+            entropy_at_one=demands.entropy_at_one,
         )
-        return ForwardOutput(stats, hidden_NH.detach() if demands.hidden_states else None)
+        return ForwardOutput(stats, hidden_NH.detach() if demands.residual else None)
 
     def scored_states(self, batch: MicroBatch) -> Tensor:
         """[N, H]: the trunk's outputs that predict the scored tokens."""

@@ -18,8 +18,9 @@ from launch.loop import RunFailed, train
 from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.channel import AdapterMismatch, Channel
 from launch.runtime.console import Display
+from launch.runtime.crew import Crew
 from launch.runtime.recorder import Recorder
-from launch.runtime.workers import Workers, half
+from launch.runtime.workers import Workers
 from learner.learner import Learner
 
 
@@ -33,7 +34,7 @@ class ScriptedActor:
 
     def rollout(self, prompts, sampling):
         reward = next(self.rewards)
-        group = tiny.group(prompts[0].index, [3, 5], [reward, 0.0])
+        group = tiny.group(prompts[0].index, [3, 5], [reward, None if reward is None else 0.0])
         return [replace(group, rollouts=tuple(replace(r, version=self.version) for r in group.rollouts))]
 
     def load(self, adapter):
@@ -52,13 +53,14 @@ class ScriptedActor:
 def run(tmp_path, monkeypatch):
     """A function that trains on scripted rewards; the recorded metrics are in tmp_path."""
     monkeypatch.setattr(ray, "get", lambda references: references)
+    monkeypatch.setattr(ray, "put", lambda value: value)
     folder = tiny.save_model(tmp_path / "model")
 
     def run(rewards, lies=False, **changes):
         config = tiny.config(steps=len(rewards))
         changes = {"prompts_per_step": 1, "dir": tmp_path, "evaluate_every": 0} | changes
         config = config.model_copy(update={"run": config.run.model_copy(update=changes)})
-        learner = Local(Learner(folder, config, np.arange(8, dtype=np.int32)))
+        learner = Crew([Local(Learner(folder, config, np.arange(8, dtype=np.int32)))])
         actor = ScriptedActor(rewards)
         actor.lies = lies
         tokenizer = type("Tokenizer", (), {"decode": staticmethod(str)})
@@ -108,17 +110,29 @@ def test_waiting_for_rollouts_and_for_prefetched_ones_are_two_times(run, tmp_pat
     assert phases == pytest.approx(metrics["time/step_seconds"])
 
 
-def test_halves_of_the_processors():
-    assert [half([3, 4, 5], first=first) for first in (True, False)] == [[3], [4, 5]]
-    assert [half([0, 1], first=first) for first in (True, False)] == [[0], [1]]
-    assert [half([7], first=first) for first in (True, False)] == [[7], [7]]
-
-
 def test_three_skipped_steps_in_a_row_end_the_run(run, tmp_path):
     with pytest.raises(RunFailed, match="3 steps in a row"):
         run([1.0, math.inf, math.inf, 1.0, math.inf, math.inf, math.inf, 1.0])
     metrics = read_lines(tmp_path / "metrics.jsonl")
     assert [m["update/skipped"] for m in metrics] == [0, 1, 1, 0, 1, 1, 1]
+
+
+def test_three_steps_in_a_row_without_any_reward_end_the_run(run, tmp_path):
+    """They train nothing: a run that goes on would look like one that has trained."""
+    with pytest.raises(RunFailed, match="3 steps in a row trained nothing; stopped at step 5: every reward failed: it"):
+        run([1.0, None, 1.0, None, None, None, 1.0][1:])
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 5
+
+
+def test_an_evaluation_comes_before_the_next_rollouts_start(run, monkeypatch):
+    """An actor takes one call after another: started rollouts would count as the evaluation's time."""
+    order = []
+    rollout = ScriptedActor.rollout
+    monkeypatch.setattr(ScriptedActor, "rollout", lambda *args: [order.append("rollout"), rollout(*args)][1])
+    monkeypatch.setattr(loop, "evaluate", lambda *args, step: order.append(step) or {"step": step})
+    monkeypatch.setattr(Recorder, "evaluation", lambda self, record: None)
+    run([1.0, 2.0, 3.0], evaluate_every=2)
+    assert order == [0, "rollout", "rollout", 2, "rollout", 3]
 
 
 def test_actor_with_another_adapter_ends_the_run(run):

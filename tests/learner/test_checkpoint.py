@@ -35,14 +35,10 @@ def test_latest_is_by_number(tmp_path):
     assert checkpoint.latest(tmp_path).name == "step-000100"
 
 
-def test_the_state_comes_back_and_so_do_the_random_numbers(tmp_path):
-    torch.manual_seed(3)
+def test_the_state_comes_back(tmp_path):
     moments = {"0.exp_avg": torch.randn(2, 3), "0.step": torch.tensor(7.0), "12.exp_avg": torch.randn(4)}
     checkpoint.save_state(tmp_path, {"step": 7, "entropy_bonus": 0.1 + 0.2, "optimizer": moments})
-    expected = torch.rand(4)
-    torch.manual_seed(4)
     state = checkpoint.load_state(tmp_path)
-    assert torch.equal(torch.rand(4), expected)
     assert (state["step"], state["entropy_bonus"]) == (7, 0.1 + 0.2)
     assert state["optimizer"].keys() == moments.keys()
     assert all(torch.equal(state["optimizer"][name], tensor) for name, tensor in moments.items())

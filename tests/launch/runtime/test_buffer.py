@@ -40,6 +40,7 @@ def test_bounds_and_order(num_actors, max_staleness):
     actors = [FakeActor() for _ in range(num_actors)]
     stream = PromptStream(PROMPTS, seed=1)
     buffer = Buffer(actors, stream, SAMPLING, prompts_per_step=4, num_steps=6, max_staleness=max_staleness)
+    buffer.start()
     seen, stalest = [], 0
     for step in range(6):
         started = sum(len(r) for actor in actors for r in actor.requests)
@@ -63,6 +64,7 @@ def test_nothing_is_being_sampled_after_wait_ahead(monkeypatch):
     buffer = Buffer(
         [FakeActor()], PromptStream(PROMPTS, seed=1), SAMPLING, prompts_per_step=2, num_steps=3, max_staleness=1
     )
+    buffer.start()
     buffer.take(2)
     waited.clear()
     buffer.drain()
@@ -102,6 +104,7 @@ def test_refill(refill_rounds, kept):
         drop_reason=lambda group: None if group.prompt.index % 2 else "even",
         refill_rounds=refill_rounds,
     )
+    buffer.start()
     groups = buffer.take(4)
     assert [group.prompt.index for group in groups] == kept
     discarded = [group.prompt.index for group in buffer.discarded]

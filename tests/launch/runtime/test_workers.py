@@ -1,23 +1,26 @@
-"""Which GPU and processors a worker gets, on a Ray that is configured with two GPUs; and which starts are refused."""
+"""Which GPU and processors a worker gets, on a Ray that is told of three GPUs; and which starts are refused."""
 
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 import torch
 
-from common.config import ActorConfig, Config, RunConfig
+from common.config import Config, with_values
 from common.types import UserError
 from launch.runtime import workers
-from launch.runtime.workers import placed
+from launch.runtime.placement import placed
+from launch.runtime.workers import part
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _two_gpus() -> Iterator[None]:
-    ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, logging_level="ERROR")
+def _cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, num_gpus=3, include_dashboard=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -25,14 +28,16 @@ def _two_gpus() -> Iterator[None]:
 class Side:
     """Stands in for an actor and for a learner: it says which GPU Ray gave it, and which processors it keeps to."""
 
-    def __init__(self, *arguments: object) -> None:
-        pass
+    def __init__(self, *arguments: object, ranks: Any = None) -> None:
+        self.ranks = ranks
 
-    def gpus(self) -> list[str]:
-        return ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    def seen(self) -> tuple[list[str], list[int]]:
+        return ray.get_runtime_context().get_accelerator_ids()["GPU"], sorted(os.sched_getaffinity(0))
 
-    def processors(self) -> list[int]:
-        return workers.cores()
+    def sum(self) -> float:
+        values = torch.full((3,), float(self.ranks.rank + 1))
+        self.ranks._sum(values)
+        return values.mean().item()
 
     def close(self) -> None:
         pass
@@ -48,51 +53,96 @@ class Unverified:
         return SimpleNamespace(version=0)
 
 
-def test_the_learner_shares_the_first_actors_gpu_and_each_further_actor_has_its_own(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def options(**values: Any) -> Config:
+    return with_values(Config(), {name.replace("__", "."): value for name, value in values.items()})
+
+
+def started(monkeypatch: pytest.MonkeyPatch, config: Config, *, gpus: bool) -> tuple[list[Any], list[Any], list[float]]:
+    """What the actors and the learner ranks see, and what the ranks make of a sum over them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
     monkeypatch.setattr(workers, "Actor", Side)
     monkeypatch.setattr(workers, "Channel", Unverified)
-    config = Config(actor=ActorConfig(num_actors=2))
     plan = SimpleNamespace(config=config, model_folder=None, canary_token_ids=None, resume_from=None)
-    with workers.start(plan, learner_class=Side) as started:
-        first, second, learners = ray.get(
-            [side.gpus.remote() for side in (*started.actors, started.learner)], timeout=60
-        )
-    assert first == learners != second
+    with workers.start(plan, learner_class=Side) as made:
+        sides = made.actors, made.learner.ranks
+        assert all(repr(worker).startswith("Actor(Side, ") for side in sides for worker in side)
+        actors, learners = (ray.get([each.seen.remote() for each in side], timeout=60) for side in sides)
+        sums = ray.get([rank.sum.remote() for rank in made.learner.ranks], timeout=60) if len(learners) > 1 else []
+    return actors, learners, sums
 
 
-def test_overlapped_sides_have_half_of_the_processors_each_and_keep_their_names(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(workers, "Actor", Side)
-    monkeypatch.setattr(workers, "Channel", Unverified)
-    config = Config(run=RunConfig(max_staleness=1))
-    plan = SimpleNamespace(config=config, model_folder=None, canary_token_ids=None, resume_from=None)
-    with workers.start(plan, learner_class=Side) as started:
-        sides = [*started.actors, started.learner]
-        kept = ray.get([side.processors.remote() for side in sides], timeout=60)
-        assert all(repr(side).startswith("Actor(Side, ") for side in sides)
-    assert kept == [workers.half(workers.cores(), first=first) for first in (True, False)]
+def gpus(workers: list[Any]) -> list[str]:
+    return [gpu for seen, _ in workers for gpu in seen]
 
 
-def test_more_gpus_than_the_cluster_has_are_refused_at_once() -> None:
+@pytest.mark.parametrize(("ranks", "actors"), [(1, 2), (2, 1), (3, 3)])
+def test_colocated_workers_share_a_gpu_in_pairs(monkeypatch: pytest.MonkeyPatch, ranks: int, actors: int) -> None:
+    config = options(learner__num_ranks=ranks, actor__num_actors=actors)
+    seen_actors, seen_ranks, sums = started(monkeypatch, config, gpus=True)
+    assert len(set(gpus(seen_actors))) == actors
+    assert len(set(gpus(seen_ranks))) == ranks
+    both = min(ranks, actors)
+    assert gpus(seen_actors)[:both] == gpus(seen_ranks)[:both]
+    assert sums == ([] if ranks == 1 else [sum(range(1, ranks + 1))] * ranks)
+
+
+def test_separate_workers_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = options(learner__num_ranks=2, actor__num_actors=1, cluster__layout="separate")
+    seen_actors, seen_ranks, sums = started(monkeypatch, config, gpus=True)
+    assert len({*gpus(seen_actors), *gpus(seen_ranks)}) == 3
+    assert sums == [3, 3]
+
+
+def test_workers_share_out_the_processors_of_their_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one kind where both sides take turns, all of them where each has a device of its own."""
+    cores = sorted(os.sched_getaffinity(0))
+    [actor], ranks, sums = started(monkeypatch, options(learner__num_ranks=2), gpus=False)
+    assert actor == ([], cores)
+    assert [seen for _, seen in ranks] == [part(cores, 0, 2), part(cores, 1, 2)]
+    assert sums == [3, 3]
+    [actor], [rank], _ = started(monkeypatch, options(cluster__layout="separate"), gpus=False)
+    assert (rank[1], actor[1]) == (part(cores, 0, 2), part(cores, 1, 2))
+
+
+def test_overlapped_sides_have_half_of_the_processors_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    [actor], [rank], _ = started(monkeypatch, options(run__max_staleness=1), gpus=False)
+    assert (actor[1], rank[1]) == (part(cores, 0, 2), part(cores, 1, 2))
+
+
+def test_parts_of_the_processors() -> None:
+    assert [part([3, 4, 5], i, 2) for i in (0, 1)] == [[3], [4, 5]]
+    assert [part(range(7), i, 3) for i in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [part([7], i, 2) for i in (0, 1)] == [[7], [7]]
+    assert [part([1, 2], i, 4) for i in range(4)] == [[1], [1], [2], [2]]
+
+
+def test_more_devices_than_the_cluster_has_are_refused_at_once() -> None:
+    config = options(learner__num_ranks=4)
     with (
-        pytest.raises(UserError, match=r"asks for 3 GPUs .*, and the Ray cluster has 2; start Ray with --num-gpus=3"),
-        placed(3),
+        pytest.raises(UserError, match=r"asks for 4 GPUs \(learner\.num_ranks=4, .*and the Ray cluster has 3 GPUs"),
+        placed(config, gpus=True),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match=r"asks for 5 times 1 processors .*, and the Ray cluster has 4 CPUs"),
+        placed(options(actor__num_actors=5), gpus=False),
     ):
         pass
 
 
-def test_gpus_that_others_hold_are_waited_for_and_then_named() -> None:
+def test_devices_that_others_hold_are_waited_for_and_then_named() -> None:
+    waiting = options(actor__num_actors=2, cluster__wait_seconds=1.0)
     with (
-        placed(1),
-        pytest.raises(UserError, match=r"asks for 2 GPUs, and after 1 s 1 of the Ray cluster's 2 are free"),
-        placed(2, wait_seconds=1),
+        placed(options(actor__num_actors=2), gpus=True),
+        pytest.raises(UserError, match=r"asks for 2 GPUs .*, and after 1 s 1 of the Ray cluster's 3 GPUs are free"),
+        placed(waiting, gpus=True),
     ):
         pass
-    with placed(2, wait_seconds=30) as places:
-        assert len(places) == 2
+    with placed(waiting, gpus=True) as places:
+        assert len(places.actors) == 2
 
 
-def test_a_processor_is_not_placed() -> None:
-    with placed(0) as places:
-        assert places == []
+def test_one_worker_of_each_kind_on_processors_is_not_placed() -> None:
+    with placed(Config(), gpus=False) as places:
+        assert [place.options for place in (*places.learners, *places.actors)] == [{}, {}]
