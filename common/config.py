@@ -26,10 +26,10 @@ class RunConfig(Section):
     """Optimizer steps."""
     prompts_per_step: int = Field(4, ge=1)
     """P: prompts (and groups) per step."""
-    max_staleness: int = Field(0, ge=0, le=1)
-    """Versions that a rollout may be behind when it is learned from. 0: sampling and learning alternate; 1: the next
-    step's rollouts are sampled during this step's update (importance is then token-truncate unless set). Larger values
-    would not be faster, since an adapter is loaded between two steps' rollouts."""
+    max_staleness: int = Field(0, ge=0)
+    """Versions that a rollout may be behind when it is learned from. 0: sampling and learning alternate. K: rollouts
+    of the next K steps are sampled during this step's update (importance is then token-truncate unless set). An actor
+    loads a new version between two parts of its work."""
     seed: Annotated[int, REPETITION] = Field(123, ge=0)
     """Seed of prompt order, sampling and dropout."""
     checkpoint_every: Annotated[int, COSMETIC] = Field(15, ge=0)
@@ -85,7 +85,10 @@ class TaskConfig(Section):
 
 class ActorConfig(Section):
     num_actors: int = Field(1, ge=1)
-    """Number of vLLM engines; each holds the whole model and samples its share of the prompts."""
+    """Number of vLLM engines; each holds the whole model and samples a part of the prompts."""
+    part_prompts: int | None = Field(None, ge=1)
+    """Prompts that an actor samples at a time; None: an equal share for each actor. With small parts a slow actor does
+    not hold the step, and the parts, so all samples, are the same for any number of actors."""
     group_size: int = Field(4, ge=2)
     """G: completions per prompt."""
     temperature: float = Field(1.0, gt=0)

@@ -22,8 +22,8 @@ from common.metrics import mean
 from common.types import Prompt, UserError
 from launch.planning import plan
 from launch.runtime import cluster, workers
-from launch.runtime.buffer import sample
 from launch.runtime.channel import AdapterMismatch
+from launch.runtime.fleet import Fleet
 
 
 def interval(p: float, n: int) -> float:
@@ -31,8 +31,8 @@ def interval(p: float, n: int) -> float:
     return 1.96 * math.sqrt(p * (1 - p) / n)
 
 
-def evaluate(actors: Sequence[Any], prompts: Sequence[Prompt], config: Config, *, step: int) -> dict[str, Any]:
-    """Evaluate the adapter that the actors hold; returns the record, one line of evaluations.jsonl.
+def evaluate(fleet: Fleet, prompts: Sequence[Prompt], config: Config, *, step: int) -> dict[str, Any]:
+    """Evaluate the adapter that the fleet holds; returns the record, one line of evaluations.jsonl.
 
     A problem whose reward fails counts as incorrect for Pass@1; the mean reward is over the others.
     """
@@ -40,7 +40,7 @@ def evaluate(actors: Sequence[Any], prompts: Sequence[Prompt], config: Config, *
     prompts = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]  # sampling seeds derive from it
     sampled = replace(Sampling.of(config), fixed_length=False, opening=None)
     greedy = replace(sampled, group_size=1, temperature=0.0)
-    groups = sample(actors, prompts, greedy)
+    groups = fleet.sample(prompts, greedy)
     firsts = [group.rollouts[0] for group in groups]
     pass_at_1 = mean(float(r.score is not None and r.score.correct) for r in firsts)
     record = {
@@ -54,7 +54,7 @@ def evaluate(actors: Sequence[Any], prompts: Sequence[Prompt], config: Config, *
     }
     if config.evaluation.num_samples:
         k = config.evaluation.num_samples
-        several = sample(actors, prompts, replace(sampled, group_size=k))
+        several = fleet.sample(prompts, replace(sampled, group_size=k))
         record |= {
             "k": k,
             "pass_at_k": mean(float(any(r.score and r.score.correct for r in g.rollouts)) for g in several),
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         checked = plan.make(load(["--config", str(written), *argv[1:]], written), saved=checkpoint)
         checked.refuse_absent_gpu()
         with cluster.connect(), workers.start(checked) as started:
-            record = evaluate(started.actors, checked.eval_prompts, checked.config, step=started.version)
+            record = evaluate(started.fleet, checked.eval_prompts, checked.config, step=started.version)
         print(json.dumps(record))
     except UserError as error:
         print(error, file=sys.stderr)

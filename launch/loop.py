@@ -38,7 +38,7 @@ def train(
     run = config.run
     num_without = 0  # steps in a row that trained nothing
     if first_step == 0 and run.evaluate_every:
-        recorder.evaluation(evaluate(workers.actors, eval_prompts, config, step=0))
+        recorder.evaluation(evaluate(workers.fleet, eval_prompts, config, step=0))
     buffer.start()
     for step in range(first_step + 1, run.steps + 1):
         started = time.perf_counter()
@@ -46,13 +46,13 @@ def train(
         taken = time.perf_counter()
         result = workers.learner.update(groups)
         learned = time.perf_counter()
-        buffer.drain()  # an actor must not load an adapter while it samples
-        drained = time.perf_counter()
-        published = workers.channel.publish(workers.learner)
-        ended = time.perf_counter()
+        with workers.fleet.paused():  # an actor loads an adapter between two parts of its work, never within one
+            drained = time.perf_counter()
+            published = workers.channel.publish(workers.learner)
+            ended = time.perf_counter()
         evaluation = None
         if run.evaluate_every and due(step, run.evaluate_every, run.steps):  # before the next rollouts start
-            evaluation = evaluate(workers.actors, eval_prompts, config, step=step)
+            evaluation = evaluate(workers.fleet, eval_prompts, config, step=step)
         buffer.release(len(groups))
         times = StepTimes(
             wait_seconds=taken - started,

@@ -54,10 +54,11 @@ def run(checked: Plan) -> None:
                 (folder / "config.toml").write_text(dump(config))
             stream = PromptStream(checked.train_prompts, seed=config.run.seed, cursor=cursor)
             buffer = Buffer(
-                started.actors,
+                started.fleet,
                 stream,
                 Sampling.of(config),
                 prompts_per_step=config.run.prompts_per_step,
+                part_prompts=config.actor.part_prompts,
                 num_steps=config.run.steps - first_step,
                 max_staleness=config.run.max_staleness,
                 drop_reason=partial(drop_reason, method=method),

@@ -39,7 +39,7 @@ from launch.benchmarks.update import CONFIG, with_method
 from launch.planning import model_folder, plan
 from launch.planning.plan import Plan
 from launch.runtime import cluster, workers
-from launch.runtime.buffer import PromptStream, sample
+from launch.runtime.buffer import PromptStream
 from launch.runtime.recorder import num_completion_tokens
 from learner.learner import Learner
 from learner.objective import Objective, demands
@@ -78,7 +78,7 @@ class Horizon:
         started = time.perf_counter()
         prompts = self.stream.draw(batch * self.config.run.prompts_per_step)
         config = with_method(self.config, method)
-        groups = sample(self.workers.actors, prompts, Sampling.of(config))
+        groups = self.workers.fleet.sample(prompts, Sampling.of(config))
         sampled = time.perf_counter()
         result = self.workers.learner.call("update_with", config, groups)
         learned = time.perf_counter()

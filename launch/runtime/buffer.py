@@ -1,33 +1,14 @@
 """The buffer between sampling and learning: bounds how many groups are in flight, and so how stale one can be."""
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import ray
 
 from actor.rollout import Sampling
 from common.types import Group, Prompt
-
-
-def start_rollouts(actors: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling) -> list[Any]:
-    """Distribute the prompts over the actors; returns references to lists of groups, in prompt order."""
-    share = math.ceil(len(prompts) / len(actors)) or 1
-    parts = [prompts[start : start + share] for start in range(0, len(prompts), share)]
-    return [actor.rollout.remote(part, sampling) for actor, part in zip(actors, parts, strict=False)]
-
-
-def finished(request: list[Any]) -> list[Group]:
-    """The groups of a request, in prompt order; waits for them."""
-    return [group for part in ray.get(request) for group in part]
-
-
-def sample(actors: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-    """One group per prompt, in prompt order; waits for them."""
-    return finished(start_rollouts(actors, prompts, sampling))
+from launch.runtime.fleet import Fleet, Request, finished
 
 
 class PromptStream:
@@ -61,18 +42,20 @@ class Buffer:
 
     def __init__(
         self,
-        actors: Sequence[Any],
+        fleet: Fleet,
         stream: PromptStream,
         sampling: Sampling,
         *,
         prompts_per_step: int,
+        part_prompts: int | None = None,
         num_steps: int,
         max_staleness: int = 0,
         drop_reason: Callable[[Group], str | None] = lambda group: None,
         refill_rounds: int = 0,
     ) -> None:
         assert not (max_staleness and refill_rounds), "a refill would wait for the prefetched rollouts"
-        self.actors = list(actors)
+        self.fleet = fleet
+        self.part_prompts = part_prompts
         self.stream = stream
         self.sampling = sampling
         self.drop_reason = drop_reason
@@ -80,7 +63,7 @@ class Buffer:
         self.discarded: list[Group] = []  # by the last take
         self.prompt_cursor = stream.cursor  # of the first prompt not yet taken: where a resumed run begins
         self.num_remaining = prompts_per_step * num_steps  # prompts still to start: none is sampled after the last step
-        self.requests: deque[list[Any]] = deque()  # one per step: references to lists of groups, in prompt order
+        self.requests: deque[Request] = deque()  # one per step
         self.prompts_per_step, self.max_staleness = prompts_per_step, max_staleness
 
     def start(self) -> None:
@@ -102,17 +85,13 @@ class Buffer:
                 break
             self.discarded += dropped
             groups = [group for group in groups if not self.drop_reason(group)]
-            groups += sample(self.actors, self.stream.draw(len(dropped)), self.sampling)
+            prompts = self.stream.draw(len(dropped))
+            groups += self.fleet.sample(prompts, self.sampling, part_prompts=self.part_prompts)
         self.prompt_cursor += count + len(self.discarded)
         return groups
-
-    def drain(self) -> None:
-        """Wait for the rollouts in flight; they stay in the buffer."""
-        for request in self.requests:
-            ray.get(request)
 
     def release(self, count: int) -> None:
         """Free the capacity of `count` taken groups: as many new ones start, with the adapter that the actors hold."""
         prompts = self.stream.draw(min(count, self.num_remaining))
         self.num_remaining -= len(prompts)
-        self.requests.append(start_rollouts(self.actors, prompts, self.sampling))
+        self.requests.append(self.fleet.start(prompts, self.sampling, part_prompts=self.part_prompts))

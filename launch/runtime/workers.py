@@ -14,6 +14,7 @@ from common.config import Config
 from launch.planning.plan import Plan
 from launch.runtime.channel import Channel
 from launch.runtime.crew import Crew
+from launch.runtime.fleet import Fleet
 from launch.runtime.placement import Place, placed
 from learner.learner import Learner
 from learner.ranks import Ranks
@@ -24,7 +25,7 @@ class Workers:
     """Handles of the learner and the actors, and the channel between them."""
 
     learner: Crew
-    actors: list[Any]
+    fleet: Fleet
     channel: Channel
     version: int  # of the adapter that the actors hold at the start
 
@@ -47,14 +48,18 @@ def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Wor
                 for rank, place in enumerate(places.learners)
             ]
         )
+        fleet = None
         try:
             crew.meet()
             if plan.resume_from is not None:
                 crew.load(plan.resume_from.resolve())
             channel = Channel(actors, canary_bound_nats=config.actor.canary_bound_nats)
             published = channel.verify(crew)
-            yield Workers(learner=crew, actors=actors, channel=channel, version=published.version)
+            fleet = Fleet(actors)
+            yield Workers(learner=crew, fleet=fleet, channel=channel, version=published.version)
         finally:
+            if fleet is not None:
+                fleet.close()
             crew.close()
             with contextlib.suppress(ray.exceptions.RayError):  # what does not close in time is killed
                 ray.get([actor.close.remote() for actor in actors], timeout=20)

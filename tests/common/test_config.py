@@ -37,7 +37,7 @@ def empty(tmp_path: Path) -> Path:
         ("--run.steps 0", "run.steps='0': Input should be greater than or equal to 1"),
         ("--actor.group_size 1", "actor.group_size='1': Input should be greater than or equal to 2"),
         ("--actor.temperature -1", "actor.temperature='-1': Input should be greater than 0"),
-        ("--run.max_staleness 2", "run.max_staleness='2'"),
+        ("--run.max_staleness -1", "run.max_staleness='-1'"),
         ("--run.max_staleness 1 --method.name dapo", "method.refill_rounds=3 cannot be combined"),
         ("--actor.publish merged", "--actor.publish was removed: every adapter is resident"),
         ("--actor.max_tokens 1024", "actor.max_tokens=1024 leaves no room for a prompt in model.max_length=1024"),

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import ray
 import torch
-from local_actor import Local
 
 from actor.rollout import Sampling
 from common.command_line import load
@@ -22,6 +21,7 @@ from launch.planning import plan
 from launch.runtime import cluster, workers
 from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.console import Display
+from launch.runtime.crew import Crew
 from launch.runtime.recorder import Recorder
 from learner.learner import Learner
 from learner.selection import drop_reason
@@ -77,12 +77,21 @@ def running(tmp_path_factory):
         yield checked, started
 
 
-class InProcess(Local):
-    """A learner called by .remote(...), which returns object references as a Ray actor does."""
+class InProcess(Crew):
+    """A crew of one learner in this process."""
 
-    def __getattr__(self, name):
-        method = getattr(self.target, name)
-        return type("Method", (), {"remote": staticmethod(lambda *arguments: ray.put(method(*arguments)))})
+    def __init__(self, learner):
+        super().__init__([])
+        self.learner = learner
+
+    def update(self, groups):
+        return self.learner.update(groups)
+
+    def adapter(self, canary):
+        return ray.put(self.learner.adapter(canary))
+
+    def save(self, folder):
+        self.learner.save(folder)
 
 
 def metrics(folder) -> dict[str, list[float]]:
@@ -107,7 +116,7 @@ def test_five_steps(running, tmp_path, name):
     started.channel.publish(learner)
     recorder = Recorder(tmp_path, checked.tokenizer, Display(name, steps=STEPS), sample_every=0)
     buffer = Buffer(
-        started.actors,
+        started.fleet,
         PromptStream(checked.train_prompts, seed=3),
         Sampling.of(config),
         prompts_per_step=2,
@@ -124,4 +133,4 @@ def test_five_steps(running, tmp_path, name):
     assert learned and all(map(math.isfinite, learned)) and all(map(math.isfinite, got["gradient/norm"]))
     assert all(x < 0.1 for x in got["actor_learner_kl"]), "actor and learner hold the same policy"
     assert SIGNALS[name](got), {key: values for key, values in got.items() if "time" not in key}
-    assert all(torch.isfinite(p).all() for p in learner.target.policy.parameters())
+    assert all(torch.isfinite(p).all() for p in learner.learner.policy.parameters())

@@ -19,6 +19,7 @@ from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.channel import AdapterMismatch, Channel
 from launch.runtime.console import Display
 from launch.runtime.crew import Crew
+from launch.runtime.fleet import Fleet
 from launch.runtime.recorder import Recorder
 from launch.runtime.workers import Workers
 from learner.learner import Learner
@@ -66,9 +67,10 @@ def run(tmp_path, monkeypatch):
         tokenizer = type("Tokenizer", (), {"decode": staticmethod(str)})
         recorder = Recorder(tmp_path, tokenizer, Display("test", steps=len(rewards)), sample_every=1)
         stream = PromptStream([Prompt(messages=({"role": "user", "content": "?"},), answer="1")], seed=0)
-        buffer = Buffer([Local(actor)], stream, None, prompts_per_step=1, num_steps=len(rewards))
+        fleet = Fleet([Local(actor)])
+        buffer = Buffer(fleet, stream, None, prompts_per_step=1, num_steps=len(rewards))
         channel = Channel([Local(actor)], canary_bound_nats=0.1)
-        workers = Workers(learner=learner, actors=[Local(actor)], channel=channel, version=0)
+        workers = Workers(learner=learner, fleet=fleet, channel=channel, version=0)
         try:
             train(config, workers, buffer, recorder, eval_prompts=(), first_step=0)
         finally:
@@ -102,7 +104,8 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(run, tmp_path, monke
 def test_waiting_for_rollouts_and_for_prefetched_ones_are_two_times(run, tmp_path, monkeypatch):
     take = Buffer.take
     monkeypatch.setattr(Buffer, "take", lambda self, count: [time.sleep(0.1), take(self, count)][1])
-    monkeypatch.setattr(Buffer, "drain", lambda self: time.sleep(0.3))
+    paused = Fleet.paused
+    monkeypatch.setattr(Fleet, "paused", lambda self: [time.sleep(0.3), paused(self)][1])
     run([1.0])
     (metrics,) = read_lines(tmp_path / "metrics.jsonl")
     assert 0.1 <= metrics["time/wait_seconds"] < 0.3 <= metrics["time/ahead_seconds"]

@@ -9,6 +9,7 @@ import tiny
 from actor.rollout import Sampling, prompt_seed
 from common.types import Prompt
 from launch.runtime.buffer import Buffer, PromptStream
+from launch.runtime.fleet import Fleet
 
 SAMPLING = Sampling(group_size=2, temperature=1.0, max_tokens=4, stop=(), seed=0)
 PROMPTS = [Prompt(messages=({"role": "user", "content": str(i)},), answer=str(i)) for i in range(5)]
@@ -39,7 +40,7 @@ def _references_are_values(monkeypatch):
 def test_bounds_and_order(num_actors, max_staleness):
     actors = [FakeActor() for _ in range(num_actors)]
     stream = PromptStream(PROMPTS, seed=1)
-    buffer = Buffer(actors, stream, SAMPLING, prompts_per_step=4, num_steps=6, max_staleness=max_staleness)
+    buffer = Buffer(Fleet(actors), stream, SAMPLING, prompts_per_step=4, num_steps=6, max_staleness=max_staleness)
     buffer.start()
     seen, stalest = [], 0
     for step in range(6):
@@ -55,22 +56,6 @@ def test_bounds_and_order(num_actors, max_staleness):
     assert stalest == max_staleness
     assert sum(len(r) for actor in actors for r in actor.requests) == 24  # none sampled in vain at the end
     assert buffer.prompt_cursor == 24
-
-
-def test_nothing_is_being_sampled_after_wait_ahead(monkeypatch):
-    """Before a version is loaded, the prefetched rollouts are waited for; they are not taken."""
-    waited = []
-    monkeypatch.setattr(ray, "get", lambda references: waited.append(references) or references)
-    buffer = Buffer(
-        [FakeActor()], PromptStream(PROMPTS, seed=1), SAMPLING, prompts_per_step=2, num_steps=3, max_staleness=1
-    )
-    buffer.start()
-    buffer.take(2)
-    waited.clear()
-    buffer.drain()
-    assert [[g.prompt.index for part in each for g in part] for each in waited] == [[2, 3]]
-    buffer.release(2)
-    assert [group.prompt.index for group in buffer.take(2)] == [2, 3]
 
 
 def test_stream_depends_on_seed_and_position_alone():
@@ -96,7 +81,7 @@ def test_refill(refill_rounds, kept):
     actors = [FakeActor(), FakeActor()]
     stream = PromptStream(PROMPTS, seed=1)
     buffer = Buffer(
-        actors,
+        Fleet(actors),
         stream,
         SAMPLING,
         prompts_per_step=4,

@@ -64,7 +64,7 @@ def started(monkeypatch: pytest.MonkeyPatch, config: Config, *, gpus: bool) -> t
     monkeypatch.setattr(workers, "Channel", Unverified)
     plan = SimpleNamespace(config=config, model_folder=None, canary_token_ids=None, resume_from=None)
     with workers.start(plan, learner_class=Side) as made:
-        sides = made.actors, made.learner.ranks
+        sides = made.fleet.actors, made.learner.ranks
         assert all(repr(worker).startswith("Actor(Side, ") for side in sides for worker in side)
         actors, learners = (ray.get([each.seen.remote() for each in side], timeout=60) for side in sides)
         sums = ray.get([rank.sum.remote() for rank in made.learner.ranks], timeout=60) if len(learners) > 1 else []

@@ -1,0 +1,93 @@
+"""Parts of a request and the actors that sample them: who takes what, in which order, and what a pause waits for."""
+
+import time
+
+import pytest
+import ray
+import tiny
+
+from actor.rollout import Sampling
+from common.types import Group, Prompt
+from launch.runtime.fleet import Fleet, finished
+
+SAMPLING = Sampling(group_size=2, temperature=1.0, max_tokens=4, stop=(), seed=0)
+PROMPTS = [Prompt(messages=(), answer=str(i), index=i) for i in range(12)]
+
+
+class Timed:
+    """An actor that takes some seconds for a part, one part after another as Ray's actors do."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.parts: list[list[int]] = []
+        self.working = 0
+        self.rollout = self
+
+    def remote(self, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+        self.working += 1
+        assert self.working == 1, "an actor has one part at a time"
+        self.parts.append([prompt.index for prompt in prompts])
+        time.sleep(self.seconds)
+        self.working -= 1
+        return [tiny.group(prompt.index, [1, 1], [0.0, 1.0]) for prompt in prompts]
+
+
+@pytest.fixture(autouse=True)
+def _references_are_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+
+
+@pytest.mark.parametrize(("part_prompts", "sizes"), [(None, [6, 6]), (5, [5, 5, 2]), (1, [1] * 12), (99, [12])])
+def test_groups_come_in_the_order_of_their_prompts(part_prompts: int | None, sizes: list[int]) -> None:
+    actors = [Timed(), Timed()]
+    groups = Fleet(actors).sample(PROMPTS, SAMPLING, part_prompts=part_prompts)
+    assert [group.prompt.index for group in groups] == list(range(12))
+    assert sorted(len(part) for actor in actors for part in actor.parts) == sorted(sizes)
+
+
+def test_a_slow_actor_takes_fewer_parts_and_the_parts_are_the_same_for_any_number_of_actors() -> None:
+    slow, fast = Timed(0.2), Timed(0.01)
+    Fleet([slow, fast]).sample(PROMPTS, SAMPLING, part_prompts=1)
+    assert len(slow.parts) <= 2 and len(fast.parts) >= 10
+    alone = Timed()
+    Fleet([alone]).sample(PROMPTS, SAMPLING, part_prompts=1)
+    assert sorted(slow.parts + fast.parts) == sorted(alone.parts)
+
+
+def test_a_pause_waits_for_running_parts_and_holds_the_others() -> None:
+    actor = Timed(0.1)
+    fleet = Fleet([actor])
+    request = fleet.start(PROMPTS[:3], SAMPLING, part_prompts=1)
+    while not actor.parts:
+        time.sleep(0.001)
+    with fleet.paused():
+        assert (actor.working, len(actor.parts)) == (0, 1)
+        time.sleep(0.3)
+        assert len(actor.parts) == 1
+    assert [group.prompt.index for group in finished(request)] == [0, 1, 2]
+
+
+def test_a_failed_part_fails_its_request_and_frees_its_actor() -> None:
+    class Broken(Timed):
+        def remote(self, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+            if prompts[0].index == 0:
+                raise ray.exceptions.RayActorError
+            return super().remote(prompts, sampling)
+
+    fleet = Fleet([Broken()])
+    with pytest.raises(ray.exceptions.RayActorError):
+        fleet.sample(PROMPTS[:1], SAMPLING)
+    assert [group.prompt.index for group in fleet.sample(PROMPTS[1:3], SAMPLING)] == [1, 2]
+    with fleet.paused():
+        pass
+
+
+def test_a_closed_fleet_drops_what_has_not_started() -> None:
+    actor = Timed(0.1)
+    fleet = Fleet([actor])
+    fleet.start(PROMPTS, SAMPLING, part_prompts=1)
+    while not actor.parts:
+        time.sleep(0.001)
+    fleet.close()
+    time.sleep(0.3)
+    assert len(actor.parts) == 1
