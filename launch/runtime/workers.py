@@ -12,6 +12,7 @@ import torch
 from actor.actor import Actor
 from common.config import Config
 from launch.planning.plan import Plan
+from launch.runtime import nodes
 from launch.runtime.channel import Channel
 from launch.runtime.crew import Crew
 from launch.runtime.fleet import Fleet
@@ -34,9 +35,10 @@ class Workers:
 def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Workers]:
     """Run the learner and the actors for the duration of the block, after a verified start.
 
-    Raises UserError for what cannot be placed.
+    Raises UserError for what cannot be placed, and for what a node lacks.
     """
     config, folder = plan.config, plan.model_folder
+    nodes.check(plan)
     with placed(config, gpus=torch.cuda.is_available()) as places:
         actors = [_remote(Actor, config, place, half=0).remote(folder, config) for place in places.actors]
         number = len(places.learners)
