@@ -24,12 +24,13 @@ def processes(number: int) -> Iterator[ProcessPoolExecutor]:
 
 def on_ranks(pool: ProcessPoolExecutor, world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`work(ranks, *arguments)` of `world` ranks that have met, each in a process of its own; their results."""
-    port = _free_port()
-    futures = [pool.submit(_on_rank, rank, world, port, work, arguments) for rank in range(world)]
+    port = free_port()
+    futures = [pool.submit(on_rank, rank, world, port, work, arguments) for rank in range(world)]
     return [future.result() for future in futures]
 
 
-def _on_rank(rank: int, world: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def on_rank(rank: int, world: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """`work(ranks, *arguments)` as one of `world` ranks that meet at `port`."""
     ranks = Ranks(rank, world)
     if world > 1:
         if rank == 0:
@@ -38,7 +39,8 @@ def _on_rank(rank: int, world: int, port: int, work: Callable[..., Any], argumen
     return work(ranks, *arguments)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind((ADDRESS, 0))
         return int(probe.getsockname()[1])

@@ -131,3 +131,11 @@ def test_the_canary_takes_a_hundredth_of_the_time(seconds, every, monkeypatch):
     assert gaps == {every}
     assert found[-1].canary_version == 7
     assert found[-1].canary_signal == pytest.approx(0.5)
+
+
+def test_learner_ranks_with_different_adapters_end_the_run(monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda references: references)
+    both = Scripted(0.0, [1000.0])
+    both.checksums = lambda: [ADAPTER.checksum, "another"]
+    with pytest.raises(AdapterMismatch, match=r"has checksum .* on rank 0 of the learner, but another on rank 2"):
+        Channel([both], canary_bound_nats=0.1).publish(both)
