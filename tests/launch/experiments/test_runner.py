@@ -13,27 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
+from small_grid import GRID
 
 from launch.experiments import runner
 from launch.runtime import cluster
 
 ROOT = Path(__file__).resolve().parents[3]
-GRID = """
-[run]
-steps = 3
-checkpoint_every = 1
-[task]
-gym_options = { min_terms = 2, max_terms = 2 }
-num_train = 4
-num_eval = 4
-[grid]
-seeds = [1]
-variants = [
-    { name = "good", method = { name = "grpo" } },
-    { name = "bad", method = { name = "ah-grpo" } },
-    { name = "torn", method = { name = "sa-ah-grpo" } },
-]
-"""
 # Notes each start in starts.txt; ah-grpo fails early, sa-ah-grpo is killed in its second step when it has not resumed.
 RUN = """
 import json, os, signal, sys, time
