@@ -1,6 +1,8 @@
-"""Checkpoints: folders that appear only when they are complete, and the learner's state beside its adapter."""
+"""Checkpoints: folders that appear only when they are complete, with a checksum of each file; only data is in them."""
 
+import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -8,44 +10,107 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from common.files import NotWritten, remove
+from common.metrics import is_count
 from common.types import UserError
 
 TENSORS, NUMBERS = "learner_state.safetensors", "learner_state.json"
-PICKLE = "learner_state.pt"
+CHECKSUMS = "checksums.json"  # name of each other file -> SHA-256 of its bytes
+DATA = (".safetensors", ".json", ".md")  # files that cannot run code when they are read; PEFT writes a README.md
+MAX_JSON_BYTES = 2**20
 
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, and rename it to `folder` once everything in it is on the disk.
+    """Yield a temporary folder; once its files and their checksums are on the disk, rename it to `folder`.
 
-    A crash before that leaves only the temporary folder, which the next call removes.
+    A crash before that leaves only the temporary folder, which the next call removes. A damaged checkpoint in the
+    place is replaced. Raises NotWritten if a file cannot be written, here or in the block, and leaves nothing then.
     """
     temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    for path in [*(p for p in temporary.rglob("*") if p.is_file()), temporary]:
-        _flush(path)
-    temporary.rename(folder)
-    _flush(folder.parent)
+    try:
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        sums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
+        (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        remove(folder)
+        temporary.rename(folder)
+        _flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise NotWritten(folder, error) from None
 
 
 def latest(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step in `folder` (step-000030, ...), or None."""
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return max(found, key=step_of, default=None)
+    """The whole checkpoint of the highest step in `folder` (step-000030, ...), or None."""
+    return next((checkpoint for checkpoint in _newest_first(folder) if damage(checkpoint) is None), None)
+
+
+def passed_over(folder: Path) -> list[str]:
+    """What is wrong with each checkpoint in `folder` that is newer than `latest`, one line each."""
+    lines = []
+    for checkpoint in _newest_first(folder):
+        reason = damage(checkpoint)
+        if reason is None:
+            break
+        lines.append(f"{checkpoint} is damaged: {reason}")
+    return lines
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if path.name == name(step_of(path))]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of optimizer steps that a checkpoint's folder name states."""
-    return int(checkpoint.name.removeprefix("step-"))
+    """The number of optimizer steps that a checkpoint's folder name states; -1 if it is another folder's name."""
+    digits = checkpoint.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() and len(digits) < 10 else -1
 
 
 def name(step: int) -> str:
     """The folder name of the checkpoint after `step` optimizer steps."""
     return f"step-{step:06d}"
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why a folder is not a checkpoint as it was written, in a few words; None if it is one."""
+    reason = _damage(checkpoint)
+    return reason if reason is None or reason.isprintable() else repr(reason)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    try:
+        files = {path.name: path for path in checkpoint.iterdir()}
+        for found, path in files.items():
+            if path.is_symlink() or not path.is_file():
+                return f"{found} is not a plain file"
+            if path.suffix not in DATA:
+                return f"{found} is neither safetensors nor JSON, so that reading it could run code"
+        if CHECKSUMS not in files:
+            return f"{CHECKSUMS} is missing"
+        sums = read_object(files.pop(CHECKSUMS))
+        if lacking := sorted(sums.keys() ^ files.keys()):
+            return f"{lacking[0]} is {'missing' if lacking[0] in sums else f'not in {CHECKSUMS}'}"
+        for found, path in files.items():
+            if _checksum(path) != sums[found]:
+                return f"{found} has another checksum than when it was written"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def check(checkpoint: Path) -> None:
+    """Raise UserError, in one line, for a checkpoint that is not whole."""
+    if reason := damage(checkpoint):
+        raise UserError(f"{checkpoint} is damaged: {reason}; use another checkpoint")
 
 
 def save_state(folder: Path, learner: Mapping[str, Any]) -> None:
@@ -59,18 +124,44 @@ def save_state(folder: Path, learner: Mapping[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The learner's state as it was saved. Runs no code that the files may hold. Raises UserError as `check` does."""
-    check(folder)
-    return {**json.loads((folder / NUMBERS).read_text(encoding="utf-8")), "optimizer": load_file(folder / TENSORS)}
+    """The learner's state as it was saved; nothing that the files hold is run. Raises UserError for other contents."""
+    try:
+        numbers = read_object(folder / NUMBERS)
+        if not is_count(numbers.get("step")) or not _is_finite(numbers.get("entropy_bonus")):
+            raise ValueError(f"{NUMBERS} has other numbers than a learner's")
+        return numbers | {"optimizer": load_tensors(folder / TENSORS)}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be loaded: {error}; use another checkpoint") from None
 
 
-def check(folder: Path) -> None:
-    """Raise UserError for a checkpoint whose state is a pickle: reading one can run code that it holds."""
-    if (folder / PICKLE).exists():
-        raise UserError(
-            f"{folder} holds {PICKLE}, a pickle, which can run code when it is read; start the run again in another "
-            "folder"
-        )
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises ValueError for a file of another kind."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file. Raises ValueError for another content."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} has more than {MAX_JSON_BYTES} bytes")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is not an object")
+    return value
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.config import LearnerConfig
+from common.types import UserError
 from learner.ranks import Ranks
 
 
@@ -61,9 +62,16 @@ class Optimizer:
         return {f"{index}.{name}": tensor for index, each in state.items() for name, tensor in each.items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned. Raises UserError for tensors of other parameters."""
+        shapes = {
+            f"{index}.{name}": parameter.shape if name != "step" else torch.Size()
+            for index, parameter in enumerate(self.parameters)
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        }
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
+            if shapes.get(key) != tensor.shape:
+                raise UserError(f"the optimizer's state {key} is not of this model's adapter; use another checkpoint")
             index, name = key.split(".")
             state.setdefault(int(index), {})[name] = tensor
         self.adamw.load_state_dict({**self.adamw.state_dict(), "state": state})

@@ -4,7 +4,7 @@ Dtypes: frozen weights and activations have `model.dtype`; adapter weights, thei
 float32. learner/policy/lora.py rounds the adapter's weights at use, so that they make no float32 activations.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners import lora
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
@@ -22,6 +21,7 @@ from common.adapter import Adapter, Canary
 from common.config import ModelConfig
 from common.types import UserError
 from learner.batch import MicroBatch, StepBatch
+from learner.checkpoint import load_tensors
 from learner.head import HeadStats, head_stats
 from learner.policy.base import load_base, unsupported
 from learner.policy.forward import Demands, ForwardOutput, empty, join
@@ -284,5 +284,16 @@ class Policy:
         self.peft_model.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Load the adapter that `save` wrote."""
-        set_peft_model_state_dict(self.peft_model, load_file(folder / "adapter_model.safetensors"))
+        """Load the adapter that `save` wrote. Raises UserError for one of another model or rank."""
+        path = folder / "adapter_model.safetensors"
+        try:
+            tensors = load_tensors(path)
+            if _shapes(tensors) != _shapes(get_peft_model_state_dict(self.peft_model)):
+                raise ValueError("its names or shapes are not those of this model's adapter")
+        except ValueError as error:
+            raise UserError(f"{path} cannot be loaded: {error}; use another checkpoint") from None
+        set_peft_model_state_dict(self.peft_model, tensors)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

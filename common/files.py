@@ -1,0 +1,107 @@
+"""Files of a run folder, each whole or not there; and the check of a folder that a stranger may have made."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+from common.types import UserError
+
+OWN_FOLDERS = ("checkpoints", "tensorboard")  # in a run folder; all else that a run writes are files in it
+Warn = Callable[[str], None]
+NEW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class NotWritten(RuntimeError):
+    """A file cannot be written, because a disk is full or fails. The run ends with status 1 and can be resumed."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        super().__init__(f"{_problem(path, error)}; make room, then resume the run with --run.resume")
+
+
+def _problem(path: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or getattr(error, "cause", error)  # `cause`: Ray adds a traceback
+    return f"{path} cannot be written ({reason})"
+
+
+class Appended:
+    """A file to which bytes are appended whole or not at all. A symbolic link in its place is not followed.
+
+    With `warn`, a failure is no more than a line for it.
+    """
+
+    def __init__(self, path: Path, warn: Warn | None = None) -> None:
+        self.path = path
+        self.warn = warn
+        self.file: int | None = None
+
+    def append(self, data: bytes) -> bool:
+        """Whether `data` is on the disk; if not, the file is as it was. Raises NotWritten, unless it is to warn."""
+        try:
+            if self.file is None:
+                self.path.parent.mkdir(exist_ok=True)
+                self.file = os.open(self.path, NEW | os.O_APPEND, 0o666)
+            before = os.fstat(self.file).st_size
+            try:
+                _write(self.file, data)
+            except OSError:
+                os.ftruncate(self.file, before)
+                raise
+        except OSError as error:
+            if self.warn is None:
+                raise NotWritten(self.path, error) from None
+            self.warn(f"{_problem(self.path, error)}: a part of it is missing")
+            return False
+        return True
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `path`, and the folders above it, atomically. Raises NotWritten, with the file as it was."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        file = os.open(temporary, NEW | os.O_EXCL, 0o666)
+        try:
+            _write(file, text.encode(errors="replace"))
+        finally:
+            os.close(file)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise NotWritten(path, error) from None
+
+
+def _write(file: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:  # a nearly full disk takes a part, and refuses the next one
+        rest = rest[os.write(file, rest) :]
+    os.fsync(file)  # a network's file system may report a full disk only now
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_own(folder: Path) -> None:
+    """Raise UserError if anything that a run or a grid would write in `folder` is a link, or no file or folder.
+
+    Such a link may lead outside of the folder, and a pipe has no end. `folder` itself may be a link.
+    """
+    for path in chain(folder.iterdir(), *((folder / name).rglob("*") for name in OWN_FOLDERS)):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UserError(
+                f"{path} is a symbolic link or a special file, which may lead outside of its folder; put a plain file "
+                "or folder in its place"
+            )
