@@ -32,8 +32,8 @@ class Recorder:
         self.tokenizer = tokenizer
         self.display = display
         self.sample_every = sample_every
-        self.metrics = MetricsWriter(folder)
-        self.rollouts = JsonLines(folder / "rollouts.jsonl")
+        self.metrics = MetricsWriter(folder, self._warn)
+        self.rollouts = JsonLines(folder / "rollouts.jsonl", self._warn)
         self.evaluations = JsonLines(folder / "evaluations.jsonl")
 
     def step(
@@ -68,8 +68,7 @@ class Recorder:
             "throughput/tokens_per_second": num_completion_tokens(groups) / times.step_seconds,
         }
         self.metrics.write(step, metrics)
-        for record in rollout_records(step, groups, result, self.tokenizer):
-            self.rollouts.write(record)
+        self.rollouts.write(*rollout_records(step, groups, result, self.tokenizer))
         self.display.step(step, metrics)
         if result.skipped:
             self.display.note(f"step {step} skipped: {result.skipped}")
@@ -82,6 +81,9 @@ class Recorder:
         """Record an evaluation (launch/evaluate.py)."""
         self.evaluations.write(record)
         self.display.evaluation(record)
+
+    def _warn(self, problem: str) -> None:
+        self.display.note(f"warning: {problem}")
 
     def close(self) -> None:
         self.metrics.close()
