@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import Config
-from common.types import Group, Prompt
+from common.metrics import is_count
+from common.types import Group, Prompt, UserError
 from launch.evaluate import evaluate
 from launch.runtime.buffer import Buffer
 from launch.runtime.recorder import Recorder, StepTimes
@@ -93,6 +94,12 @@ def save(folder: Path, workers: Workers, *, step: int, prompt_cursor: int) -> No
 
 
 def position(folder: Path) -> tuple[int, int]:
-    """Step and prompt cursor of a checkpoint."""
-    state = json.loads((folder / "run_state.json").read_text())
-    return state["step"], state["prompt_cursor"]
+    """Step and prompt cursor of a checkpoint. Raises UserError for a file that `save` does not write."""
+    try:
+        state = checkpoint.read_object(folder / "run_state.json")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be loaded: {error}; use another checkpoint") from None
+    step, cursor = state.get("step"), state.get("prompt_cursor")
+    if step != checkpoint.step_of(folder) or not isinstance(cursor, int) or not is_count(cursor):
+        raise UserError(f"{folder}/run_state.json has another step than its folder, or no cursor; use another checkpoint")
+    return step, cursor
