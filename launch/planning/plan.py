@@ -13,6 +13,7 @@ from actor.rollout import prompt_tokens
 from actor.tasks import task_module
 from common.command_line import build, read
 from common.config import Config, dump, options, value_of, with_values
+from common.files import check_own
 from common.section import COSMETIC, PLANNED
 from common.types import Prompt, UserError
 from launch.planning import checks, memory_fit, model_folder
@@ -84,8 +85,6 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
     resume_from = saved or run_folder(config)
-    if resume_from is not None:
-        checkpoint.check(resume_from)
     config = _with_planned_options(config)
     task = task_module(config.task.name)
     train_prompts = tuple(task.load(config.task, "train"))
@@ -171,7 +170,7 @@ def _began_with(config: Config) -> Config:
 
 
 def run_folder(config: Config) -> Path | None:
-    """The checkpoint to resume from, or None; refuses to write over another run."""
+    """The checkpoint to resume from, the newest that is whole; None without one. Refuses to write over another run."""
     folder, written = config.run.dir, config.run.dir / "config.toml"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is not a directory; name another")
@@ -181,15 +180,13 @@ def run_folder(config: Config) -> Path | None:
         return None
     if not written.exists():
         raise UserError(f"run.dir={folder} has no run to resume; leave out --run.resume to start one")
+    check_own(folder)
     began, config = _began_with(config), _with_planned_options(with_importance(config))
     for name in [name for name in options() if name not in options(COSMETIC)]:
         before, now = value_of(began, name), value_of(config, name)
         if before != now:
             raise UserError(f"{name}={now} differs from {before} of the run in {folder}; resume with equal options")
-    resume_from = checkpoint.latest(folder / "checkpoints")
-    if resume_from is None:
-        raise UserError(f"run.dir={folder} has no checkpoint to resume from; start again in another folder")
-    return resume_from
+    return checkpoint.latest(folder / "checkpoints")
 
 
 def check_model(config: Config, folder: Path) -> PreTrainedModel:
