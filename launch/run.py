@@ -22,6 +22,7 @@ from actor.rollout import Sampling
 from common import methods
 from common.command_line import load
 from common.config import dump
+from common.files import NotWritten, write_whole
 from common.types import UserError
 from launch.loop import RunFailed, position, train
 from launch.planning import plan
@@ -31,6 +32,7 @@ from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.channel import AdapterMismatch
 from launch.runtime.console import Display
 from launch.runtime.recorder import Recorder, rewind
+from learner import checkpoint
 from learner.selection import drop_reason
 
 
@@ -40,18 +42,23 @@ def run(checked: Plan) -> None:
     checked.refuse_absent_gpu()
     method = config.method
     folder = config.run.dir
+    written = folder / "config.toml"
     first_step, cursor = position(checked.resume_from) if checked.resume_from else (0, 0)
     display = Display(f"{config.method.name} in {folder}", steps=config.run.steps)
     try:
         for warning in checked.warnings():
             display.note(f"warning: {warning}")
+        if written.exists():
+            for problem in checkpoint.passed_over(folder / "checkpoints"):
+                display.note(f"warning: {problem}")
+            whole = "" if checked.resume_from else ": there is no whole checkpoint"
+            display.note(f"resuming at step {first_step}{whole}")
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
         with cluster.connect(), workers.start(checked) as started:
-            folder.mkdir(parents=True, exist_ok=True)  # only now: a start that fails leaves no folder
-            if checked.resume_from:
-                rewind(folder, first_step)
+            if written.exists():
+                rewind(folder, first_step if checked.resume_from else -1)  # the evaluation at step 0 comes again
             else:
-                (folder / "config.toml").write_text(dump(config))
+                write_whole(written, dump(config))  # only now: a start that fails leaves no folder
             stream = PromptStream(checked.train_prompts, seed=config.run.seed, cursor=cursor)
             buffer = Buffer(
                 started.fleet,
@@ -91,9 +98,9 @@ def main(argv: Sequence[str]) -> int:
         else:
             run(checked)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(getattr(error, "cause", error), file=sys.stderr)  # `cause`: a worker's, to which Ray adds a traceback
         return 2
-    except (RunFailed, AdapterMismatch) as error:
+    except (RunFailed, AdapterMismatch, NotWritten) as error:
         print(f"run failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
