@@ -24,6 +24,7 @@ from launch.planning import plan
 from launch.runtime import cluster, workers
 from launch.runtime.channel import AdapterMismatch
 from launch.runtime.fleet import Fleet
+from learner import checkpoint
 
 
 def interval(p: float, n: int) -> float:
@@ -67,19 +68,20 @@ def main(argv: Sequence[str]) -> int:
     try:
         if not argv or argv[0].startswith("-"):
             raise UserError("name a checkpoint: python launch/evaluate.py runs/x/checkpoints/step-000030 [OPTIONS]")
-        checkpoint = Path(argv[0])
-        written = checkpoint.parent.parent / "config.toml"
-        if not (checkpoint / "adapter_model.safetensors").is_file() or not written.is_file():
+        saved = Path(argv[0])
+        written = saved.parent.parent / "config.toml"
+        if not (saved / "adapter_model.safetensors").is_file() or not written.is_file():
             raise UserError(
-                f"{checkpoint} is not a checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030"
+                f"{saved} is not a checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030"
             )
-        checked = plan.make(load(["--config", str(written), *argv[1:]], written), saved=checkpoint)
+        checkpoint.check(saved)
+        checked = plan.make(load(["--config", str(written), *argv[1:]], written), saved=saved)
         checked.refuse_absent_gpu()
         with cluster.connect(), workers.start(checked) as started:
             record = evaluate(started.fleet, checked.eval_prompts, checked.config, step=started.version)
         print(json.dumps(record))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(getattr(error, "cause", error), file=sys.stderr)  # `cause`: a worker's, to which Ray adds a traceback
         return 2
     except AdapterMismatch as error:
         print(f"evaluation failed: {error}", file=sys.stderr)
