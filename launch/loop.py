@@ -101,5 +101,5 @@ def position(folder: Path) -> tuple[int, int]:
         raise UserError(f"{folder} cannot be loaded: {error}; use another checkpoint") from None
     step, cursor = state.get("step"), state.get("prompt_cursor")
     if not is_count(step) or step != checkpoint.step_of(folder) or not is_count(cursor):
-        raise UserError(f"{folder}/run_state.json has another step than its folder, or no cursor; use another checkpoint")
+        raise UserError(f"{folder}/run_state.json has not the step of its folder and a cursor; use another checkpoint")
     return step, cursor
