@@ -51,7 +51,7 @@ def run(checked: Plan) -> None:
         if written.exists():
             for problem in checkpoint.passed_over(folder / "checkpoints"):
                 display.note(f"warning: {problem}")
-            whole = "" if checked.resume_from else ": there is no whole checkpoint"
+            whole = "" if checked.resume_from else ": there is no checkpoint"
             display.note(f"resuming at step {first_step}{whole}")
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
         with cluster.connect(), workers.start(checked) as started:
