@@ -3,8 +3,9 @@
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -147,6 +148,19 @@ class Learner:
         self.step, self.objective.entropy_bonus = learner["step"], learner["entropy_bonus"]
         self.optimizer.load_state_dict(learner["optimizer"])
         return self.step
+
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes, by file name: the caller's machine may not share a disk with this one."""
+        with TemporaryDirectory() as folder:
+            self.save(Path(folder))
+            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+    def load_files(self, files: Mapping[str, bytes]) -> int:
+        """`load` of files that the caller has read."""
+        with TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            return self.load(Path(folder))
 
 
 def peak_bytes() -> float:

@@ -43,12 +43,13 @@ class Crew:
         return [rank.checksum.remote() for rank in self.ranks[1:]]
 
     def save(self, folder: Path) -> None:
-        """A checkpoint into the existing `folder`: the ranks' states are equal, and rank 0 writes its own."""
-        ray.get(self.ranks[0].save.remote(folder))
+        """A checkpoint into the driver's existing `folder`: the ranks' states are equal, and rank 0 sends its own."""
+        for name, content in ray.get(self.ranks[0].files.remote()).items():
+            (folder / name).write_bytes(content)
 
     def load(self, folder: Path) -> None:
-        """The checkpoint in `folder`, on every rank."""
-        ray.get([rank.load.remote(folder) for rank in self.ranks])
+        """The checkpoint in the driver's `folder`, on every rank."""
+        self.call("load_files", {path.name: path.read_bytes() for path in folder.iterdir()})
 
     def close(self) -> None:
         for rank in self.ranks:
