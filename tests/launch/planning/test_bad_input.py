@@ -10,6 +10,7 @@ from common.config import dump
 from launch import run
 from launch.planning import plan
 from launch.runtime import cluster, workers
+from learner import checkpoint
 
 QUESTION = {"question": "1 + 1?", "answer": "2 #### 2"}
 
@@ -116,14 +117,15 @@ def test_a_checkpoint_with_a_pickle_is_refused_and_its_run_stays(capsys, tmp_pat
     (tmp_path / "config.toml").write_text(dump(load([], cluster.DEFAULT_CONFIG)))
     (tmp_path / "metrics.jsonl").write_text('{"step": 16}\n')
     line = refuse(capsys, "--run.dir", str(tmp_path), "--run.resume", *dry)
-    assert "learner_state.pt, a pickle" in line
+    assert "step-000015 is damaged: learner_state.pt is neither safetensors nor JSON" in line
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 16}\n'
 
 
 def test_a_moved_run_folder_resumes_by_any_name_of_it(tmp_path, monkeypatch):
     begun = load([], cluster.DEFAULT_CONFIG)
     folder = tmp_path / "moved"
-    (folder / "checkpoints" / "step-000015").mkdir(parents=True)
+    with checkpoint.written_whole(folder / "checkpoints" / "step-000015"):
+        pass
     (folder / "config.toml").write_text(dump(begun))  # its run.dir is another
     monkeypatch.chdir(tmp_path)
     for name in ("moved", "./moved", str(folder)):
