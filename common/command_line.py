@@ -41,7 +41,7 @@ def read(path: Path, above: Sequence[Path] = ()) -> Tables:
         raise UserError(f"--config {path} is its own base; remove one `base =`")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {path} is not valid TOML: {error}") from None
     base = tables.pop("base", None)
     if base is not None and not isinstance(base, str):
