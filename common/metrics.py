@@ -48,12 +48,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-        problem = None if isinstance(record, dict) and is_count(record.get("step")) else "not an object with a step"
+        record: dict[str, Any] = json.loads(line)
+        if not isinstance(record, dict) or not is_count(record.get("step")):
+            raise ValueError("not an object with a step")
     except (ValueError, RecursionError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    if problem:
-        raise UserError(f"{path} is damaged (line {number}: {problem}); restore it, or leave the run out")
+        raise UserError(f"{path} is damaged (line {number}: {error}); restore it, or leave the run out") from None
     return record
 
 

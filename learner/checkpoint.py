@@ -7,6 +7,8 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +51,21 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The whole checkpoint of the highest step in `folder` (step-000030, ...), or None."""
-    return next((checkpoint for checkpoint in _newest_first(folder) if damage(checkpoint) is None), None)
+    """The whole checkpoint of the highest step in `folder` (step-000030, ...); None if there are none.
+
+    Raises UserError, in one line, if there are some and none is whole.
+    """
+    checkpoints = _newest_first(folder)
+    whole = next((checkpoint for checkpoint in checkpoints if damage(checkpoint) is None), None)
+    if checkpoints and whole is None:
+        raise UserError(f"no checkpoint in {folder} is whole: {passed_over(folder)[0]}; restore one, or start again")
+    return whole
 
 
 def passed_over(folder: Path) -> list[str]:
     """What is wrong with each checkpoint in `folder` that is newer than `latest`, one line each."""
-    lines = []
-    for checkpoint in _newest_first(folder):
-        reason = damage(checkpoint)
-        if reason is None:
-            break
-        lines.append(f"{checkpoint} is damaged: {reason}")
-    return lines
+    newer = takewhile(itemgetter(1), ((each, damage(each)) for each in _newest_first(folder)))
+    return [f"{each.name} is damaged: {reason}" for each, reason in newer]
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -131,7 +135,7 @@ def load_state(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{NUMBERS} has other numbers than a learner's")
         return numbers | {"optimizer": load_tensors(folder / TENSORS)}
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be loaded: {error}; use another checkpoint") from None
+        raise UserError(f"the checkpoint cannot be loaded: {error}; use another one") from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

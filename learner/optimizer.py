@@ -71,7 +71,10 @@ class Optimizer:
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             if shapes.get(key) != tensor.shape:
-                raise UserError(f"the optimizer's state {key} is not of this model's adapter; use another checkpoint")
+                raise UserError(
+                    f"the checkpoint cannot be loaded: {key!r} is not a part of AdamW's state on this model's adapter; "
+                    "use another one"
+                )
             index, name = key.split(".")
             state.setdefault(int(index), {})[name] = tensor
         self.adamw.load_state_dict({**self.adamw.state_dict(), "state": state})

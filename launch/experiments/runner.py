@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from common.config import dump
+from common.files import check_own
 from common.metrics import mean, read_lines
 from common.types import UserError
 from launch.experiments import cell as cell_process
@@ -29,8 +30,9 @@ POLL_SECONDS = 2.0
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Refuse a second driver on the folder until the block or this process ends."""
+    """Refuse a second driver on the folder until the block or this process ends, and a folder that has links."""
     folder.mkdir(parents=True, exist_ok=True)
+    check_own(folder)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,7 +62,10 @@ def unfinished(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _died_early(folder: Path) -> bool:
-    """Whether the folder is that of a run without a checkpoint; no other folder is ever deleted."""
+    """Whether the folder is that of a run without a checkpoint; no other folder is ever deleted.
+
+    Raises UserError for one whose checkpoints are all damaged.
+    """
     return (folder / "config.toml").is_file() and checkpoint.latest(folder / "checkpoints") is None
 
 
@@ -137,16 +142,21 @@ def progress(cell: Cell, state: str) -> Progress:
     """The progress of a cell, read from its run folder."""
     lines = read_lines(cell.config.run.dir / "metrics.jsonl")
     step, steps = (lines[-1]["step"] if lines else 0), cell.config.run.steps
-    recent = [line["reward/mean"] for line in lines[-RECENT:] if line.get("reward/mean") is not None]
-    per_step = mean(line["time/step_seconds"] for line in lines)
+    recent = _numbers(lines[-RECENT:], "reward/mean")
+    per_step = mean(_numbers(lines, "time/step_seconds"))
     return Progress(
         name=cell.name,
         state=state,
         step=step,
         steps=steps,
         reward=mean(recent) if recent else None,
-        left_seconds=per_step * (steps - step) if lines and state == "running" else None,
+        left_seconds=per_step * (steps - step) if per_step >= 0 and state == "running" else None,
     )
+
+
+def _numbers(lines: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    """A metric at the steps that have a number for it."""
+    return [float(line[metric]) for line in lines if isinstance(line.get(metric), int | float)]
 
 
 def _log(cell: Cell) -> Path:

@@ -289,9 +289,9 @@ class Policy:
         try:
             tensors = load_tensors(path)
             if _shapes(tensors) != _shapes(get_peft_model_state_dict(self.peft_model)):
-                raise ValueError("its names or shapes are not those of this model's adapter")
+                raise ValueError(f"{path.name} has other names or shapes than this model's adapter")
         except ValueError as error:
-            raise UserError(f"{path} cannot be loaded: {error}; use another checkpoint") from None
+            raise UserError(f"the checkpoint cannot be loaded: {error}; use another one") from None
         set_peft_model_state_dict(self.peft_model, tensors)
 
 

@@ -8,6 +8,7 @@ from small_grid import GRID
 from common.config import dump, with_values
 from launch import experiment
 from launch.experiments import grid, runner
+from learner import checkpoint
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def written(cell: grid.Cell, *checkpoints: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(dump(with_values(cell.config, PLANNED)))
     for step in checkpoints:
-        (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        with checkpoint.written_whole(folder / "checkpoints" / checkpoint.name(step)):
+            pass
     return folder
 
 

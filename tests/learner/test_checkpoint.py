@@ -118,26 +118,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, rea
     [line] = checkpoint.passed_over(tmp_path)
     with pytest.raises(UserError, match=rf"^[^\n]*step-000004 is damaged: [^\n]*{reason}[^\n]*$") as error:
         checkpoint.check(newest)
-    assert str(error.value).startswith(line)
+    assert line in str(error.value)
     write(tmp_path, 4)  # the resumed run writes it again
     assert checkpoint.latest(tmp_path) == newest
 
 
-def test_without_a_whole_checkpoint_there_is_none(tmp_path):
+def test_checkpoints_of_which_none_is_whole_are_refused(tmp_path):
+    """Rather than begun again at step 0: a file may be restored, and the records of the steps stay."""
+    assert checkpoint.latest(tmp_path) is None
     for step in (2, 4):
         flip(write(tmp_path, step))
-    assert checkpoint.latest(tmp_path) is None
+    with pytest.raises(
+        UserError, match=r"^no checkpoint in [^\n]* is whole: step-000004 is damaged: state\.json [^\n]*$"
+    ):
+        checkpoint.latest(tmp_path)
     assert [line.split(" is")[0][-1] for line in checkpoint.passed_over(tmp_path)] == ["4", "2"]
-
-
-def test_the_state_comes_back(tmp_path):
-    moments = {"0.exp_avg": torch.randn(2, 3), "0.step": torch.tensor(7.0), "12.exp_avg": torch.randn(4)}
-    checkpoint.save_state(tmp_path, {"step": 7, "entropy_bonus": 0.1 + 0.2, "optimizer": moments})
-    state = checkpoint.load_state(tmp_path)
-    assert (state["step"], state["entropy_bonus"]) == (7, 0.1 + 0.2)
-    assert state["optimizer"].keys() == moments.keys()
-    assert all(torch.equal(state["optimizer"][name], tensor) for name, tensor in moments.items())
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 
 class Exploit:
@@ -160,7 +155,7 @@ def test_a_pickled_state_is_rejected_and_not_run(tmp_path, name):
             (tmp_path / file).rename(whole / file)
         torch.save({"learner": Exploit(trace)}, whole / name)
     read = checkpoint.check if name.endswith(".pt") else checkpoint.load_state
-    with pytest.raises(UserError, match=rf"^[^\n]*step-000030[^\n]*{name}[^\n]*use another checkpoint$"):
+    with pytest.raises(UserError, match=rf"^[^\n]*{name}[^\n]*use another (checkpoint|one)$"):
         read(folder)
     assert not trace.exists()
 
@@ -185,7 +180,7 @@ STATES = [
 def test_a_state_of_other_contents_is_one_line(tmp_path, text):
     checkpoint.save_state(tmp_path, {"step": 3, "entropy_bonus": 0.0, "optimizer": {"0.step": torch.tensor(1.0)}})
     (tmp_path / checkpoint.NUMBERS).write_text(text)
-    with pytest.raises(UserError, match=r"^[^\n]*cannot be loaded: learner_state\.json [^\n]*$"):
+    with pytest.raises(UserError, match=r"^the checkpoint cannot be loaded: learner_state\.json [^\n]*$"):
         checkpoint.load_state(tmp_path)
 
 
@@ -193,7 +188,7 @@ def test_a_state_of_other_contents_is_one_line(tmp_path, text):
 def test_tensors_of_another_format_are_one_line(tmp_path, header):
     checkpoint.save_state(tmp_path, {"step": 3, "entropy_bonus": 0.0, "optimizer": {"0.step": torch.tensor(1.0)}})
     (tmp_path / checkpoint.TENSORS).write_bytes(header)
-    with pytest.raises(UserError, match=r"^[^\n]*cannot be loaded: learner_state\.safetensors[^\n]*$"):
+    with pytest.raises(UserError, match=r"^the checkpoint cannot be loaded: learner_state\.safetensors[^\n]*$"):
         checkpoint.load_state(tmp_path)
 
 

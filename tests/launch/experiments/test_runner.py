@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from common.command_line import load
 from common.config import dump
+from learner import checkpoint
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("closed in good order"))
 config = load(sys.argv[1:], Path())
@@ -52,7 +53,8 @@ for step in range(done + 1, config.run.steps + 1):
         print(json.dumps({"step": step, "reward/mean": 1.5, "time/step_seconds": 0.1}), file=metrics)
     if name == "sa-ah-grpo" and step == 2 and not resume:
         os.kill(os.getpid(), signal.SIGKILL)
-    (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    with checkpoint.written_whole(folder / "checkpoints" / checkpoint.name(step)):
+        pass
     time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
 """
 

@@ -13,6 +13,7 @@ from launch.planning import memory_fit, model_folder, plan
 from launch.planning.memory import GIB
 from launch.run import main
 from launch.runtime.cluster import DEFAULT_CONFIG
+from learner import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,8 @@ def test_a_resumed_run_takes_over_what_was_set_when_it_began(folder, tmp_path, m
     run = tmp_path / "run"
     begun = plan.make(load(options(folder, run), DEFAULT_CONFIG)).config
     begun = with_values(begun, {"learner.recompute": "layer", "learner.micro_batch_tokens": 1234})
-    (run / "checkpoints" / "step-000001").mkdir(parents=True)
+    with checkpoint.written_whole(run / "checkpoints" / "step-000001"):
+        pass
     (run / "config.toml").write_text(dump(begun))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1}))
     resumed = plan.make(load(options(folder, run, "--run.resume"), DEFAULT_CONFIG)).config
@@ -96,7 +98,8 @@ def test_a_resumed_run_takes_over_what_was_set_when_it_began(folder, tmp_path, m
 def test_a_gpu_run_resumes_with_its_share(folder, tmp_path) -> None:
     run, gpu = tmp_path / "run", ("--run.gpu_memory_gib", "80")
     begun = plan.make(load(options(folder, run, *gpu), DEFAULT_CONFIG)).config
-    (run / "checkpoints" / "step-000001").mkdir(parents=True)
+    with checkpoint.written_whole(run / "checkpoints" / "step-000001"):
+        pass
     (run / "config.toml").write_text(dump(begun))
     resumed = plan.make(load(options(folder, run, *gpu, "--run.resume"), DEFAULT_CONFIG)).config
     assert resumed.actor == begun.actor
