@@ -46,7 +46,10 @@ def connect() -> Iterator[None]:
         interrupts: list[int] = []
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))  # Ray loses a Ctrl-C while it starts
-        ray.init(address=address, logging_level=logging.ERROR)
+        # Overrides PYTHONPATH alone, which in a job starts with the job's own.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+        environment = {"env_vars": {"PYTHONPATH": _python_path()}}
+        ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR)
         signal.signal(signal.SIGINT, handlers[0])
         signal.signal(signal.SIGTERM, handlers[1])  # Ray's own handler prints a C++ stack
         if interrupts:
@@ -88,7 +91,7 @@ def _started_by_hand() -> bool:
 def _supervised(*, job_server: bool) -> Iterator[str]:
     """A new Ray for this process alone; yields its address."""
     environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),  # for the workers too
+        "PYTHONPATH": _python_path(),
         "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
         "RAY_worker_niceness": "0",  # at Ray's default of 15 any other process on the machine starves the training
         "RAY_ADDRESS": "",  # Ray's own commands would take "local" for an address
@@ -134,6 +137,12 @@ def supervise(job_server: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         kill_descendants()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _python_path() -> str:
+    """Where workers find this checkout and the caller's own modules, whatever folder their node was started in."""
+    own = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join([str(ROOT), *map(os.path.abspath, own)])
 
 
 def _head_command(folder: Path, job_server: str) -> list[str]:

@@ -1,16 +1,20 @@
 """Ray as a run starts and leaves it."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+
+from launch.runtime import cluster
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,6 +33,20 @@ with connect():
     ray.get(actor.start_engine.remote())
     print("ready", flush=True)
     time.sleep(600)
+"""
+
+PATHS = """
+import ray
+from launch.runtime.cluster import connect
+
+@ray.remote(num_cpus=0)
+def of_modules():
+    import learner
+    import mine
+    return [*learner.__path__, mine.__file__]
+
+with connect():
+    print(*ray.get(of_modules.remote()))
 """
 
 JOB = """
@@ -89,3 +107,37 @@ def test_submit_returns_the_status_of_the_driver_and_stops_the_ray_that_it_start
     assert done.returncode == 7, done.stderr
     assert "arguments ['--run.steps', '3']" in done.stdout
     assert not list(Path(environment["RAY_TMPDIR"]).glob("ray-*"))
+
+
+@pytest.mark.slow
+def test_workers_of_a_ray_started_elsewhere_import_the_checkout_and_the_callers_modules(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Also where the job has a PYTHONPATH of its own, which Ray would refuse to replace."""
+    folder, own = Path(environment["RAY_TMPDIR"]), tmp_path / "own"
+    own.mkdir()
+    (own / "mine.py").touch()
+    (tmp_path / "driver.py").write_text(PATHS)
+    plain = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
+    with (folder / "log").open("w") as log:
+        head = subprocess.Popen(cluster._head_command(folder, "false"), cwd="/", env=plain, stdout=log, stderr=log)
+    try:
+        record, deadline = folder / "ray_current_cluster", time.monotonic() + 100
+        while not (record.exists() and record.read_text()):
+            assert head.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+        job = {
+            **environment,
+            "RAY_ADDRESS": record.read_text(),
+            "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": {"PYTHONPATH": "other"}}}),
+            "PYTHONPATH": f"{ROOT}:own",
+        }
+        done = subprocess.run(
+            [sys.executable, "driver.py"], cwd=tmp_path, env=job, capture_output=True, text=True, timeout=200
+        )
+        assert done.stdout.split() == [str(ROOT / "learner"), str(own / "mine.py")], done.stderr
+    finally:
+        family = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        head.wait(60)
+        psutil.wait_procs(family, timeout=100)
