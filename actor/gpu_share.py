@@ -4,6 +4,7 @@ This file does not import vLLM: the memory plan reads the same numbers, and a te
 """
 
 import math
+import os
 from typing import Any
 
 from common.config import ActorConfig, ModelConfig
@@ -28,7 +29,8 @@ def arguments(model_dir: str, model: ModelConfig, actor: ActorConfig, *, seed: i
         "use_tqdm_on_load": False,
         "logprobs_mode": "processed_logprobs",  # with the temperature applied
         "max_logprobs": -1,  # no limit: Engine.first_tokens asks for any number
-        "distributed_executor_backend": "uni",
+        "tensor_parallel_size": actor.tensor_parallel,
+        "distributed_executor_backend": "uni" if actor.tensor_parallel == 1 else "mp",
         "worker_cls": "actor.vllm_worker.AdapterWorker",
         "additional_config": {
             "horizon": {"rank": model.lora_rank, "alpha": model.lora_alpha, "targets": list(model.lora_targets)}
@@ -71,14 +73,18 @@ def environment(actor: ActorConfig, *, on_gpu: bool) -> dict[str, str]:
     """Environment variables of the engine's process. vLLM reads them when it starts, not when it is imported."""
     chosen = {
         "VLLM_NO_USAGE_STATS": "1",
-        # Scheduler and model stay in this process. All requests of a call are then queued before its first step, so
+        # The scheduler stays in this process. All requests of a call are then queued before its first step, so
         # equal calls make equal batches; no process can outlive the actor; none polls while the engine is idle.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # The engine has no peer on another machine. By default vLLM looks up an address, which may be unreachable.
         "VLLM_HOST_IP": "127.0.0.1",
     }
     if not on_gpu:
-        return chosen | {"VLLM_CPU_KVCACHE_SPACE": str(math.ceil(actor.kv_cache_gib or 1))}  # vLLM takes whole GiB only
+        chosen["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(actor.kv_cache_gib or 1))  # vLLM takes whole GiB only
+        if actor.tensor_parallel > 1:  # its processes share out the processors; vLLM would want a NUMA node for each
+            threads = max(1, len(os.sched_getaffinity(0)) // actor.tensor_parallel)
+            chosen |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+        return chosen
     # FlashInfer's sampler supports neither seeds nor processed log-probabilities, which all our requests need; vLLM's
     # check whether it is available may compile it.
     return chosen | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}

@@ -24,7 +24,10 @@ from common.config import ActorConfig, ModelConfig
 
 
 class VLLMEngine:
-    """actor.engine.Engine on vLLM. Scheduler and model run in the caller's process; vLLM starts no other."""
+    """actor.engine.Engine on vLLM. Scheduler and model run in the caller's process; vLLM starts no other.
+
+    With actor.tensor_parallel the model runs in that many processes of vLLM, which end with the caller's.
+    """
 
     def __init__(self, model_dir: str, model: ModelConfig, actor: ActorConfig, *, seed: int) -> None:
         """Start vLLM on the model folder `model_dir` with an adapter that changes nothing."""
@@ -37,11 +40,10 @@ class VLLMEngine:
 
     def load(self, adapter: Adapter) -> str:
         """See Engine.load. Raises ValueError for an adapter that does not fit the engine's buffers."""
-        checksum: str
-        [checksum] = self._llm.collective_rpc(
+        checksums = self._llm.collective_rpc(
             "write_adapter", args=(adapter.values, adapter.shapes, adapter.rank, adapter.alpha, adapter.dtype)
         )
-        return checksum
+        return " and ".join(dict.fromkeys(checksums))  # of every tensor-parallel rank; one if they agree
 
     def sample(
         self,

@@ -85,10 +85,12 @@ class TaskConfig(Section):
 
 class ActorConfig(Section):
     num_actors: int = Field(1, ge=1)
-    """Number of vLLM engines; each holds the whole model and samples a part of the prompts."""
+    """Number of vLLM engines; each samples a part of the prompts."""
     part_prompts: int | None = Field(None, ge=1)
     """Prompts that an actor samples at a time; None: an equal share for each actor. With small parts a slow actor does
     not hold the step, and the parts, so all samples, are the same for any number of actors."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Devices that one engine is spread over, for a base that one GPU cannot hold; needs cluster.layout=separate."""
     group_size: int = Field(4, ge=2)
     """G: completions per prompt."""
     temperature: float = Field(1.0, gt=0)
@@ -175,6 +177,11 @@ class Config(BaseModel):
             raise ValueError(
                 f"actor.max_tokens={self.actor.max_tokens} leaves no room for a prompt in "
                 f"model.max_length={self.model.max_length}; lower the one or raise the other"
+            )
+        if self.actor.tensor_parallel > 1 and self.cluster.layout == "colocated":
+            raise ValueError(
+                f"actor.tensor_parallel={self.actor.tensor_parallel} needs devices of its own; set "
+                "cluster.layout=separate"
             )
         for path in (method.advantage, method.token_weight):
             if "." in path:

@@ -41,7 +41,7 @@ def evaluate(fleet: Fleet, prompts: Sequence[Prompt], config: Config, *, step: i
     prompts = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]  # sampling seeds derive from it
     sampled = replace(Sampling.of(config), fixed_length=False, opening=None)
     greedy = replace(sampled, group_size=1, temperature=0.0)
-    groups = fleet.sample(prompts, greedy)
+    groups = fleet.sample(prompts, greedy, work="evaluate")
     firsts = [group.rollouts[0] for group in groups]
     pass_at_1 = mean(float(r.score is not None and r.score.correct) for r in firsts)
     record = {
@@ -55,7 +55,7 @@ def evaluate(fleet: Fleet, prompts: Sequence[Prompt], config: Config, *, step: i
     }
     if config.evaluation.num_samples:
         k = config.evaluation.num_samples
-        several = fleet.sample(prompts, replace(sampled, group_size=k))
+        several = fleet.sample(prompts, replace(sampled, group_size=k), work="evaluate")
         record |= {
             "k": k,
             "pass_at_k": mean(float(any(r.score and r.score.correct for r in g.rollouts)) for g in several),
@@ -76,9 +76,8 @@ def main(argv: Sequence[str]) -> int:
             )
         checkpoint.check(saved)
         checked = plan.make(load(["--config", str(written), *argv[1:]], written), saved=saved)
-        checked.refuse_absent_gpu()
         with cluster.connect(), workers.start(checked) as started:
-            record = evaluate(started.fleet, checked.eval_prompts, checked.config, step=started.version)
+            record = evaluate(started.fleet, checked.eval_prompts, started.plan.config, step=started.version)
         print(json.dumps(record))
     except UserError as error:
         print(getattr(error, "cause", error), file=sys.stderr)  # `cause`: a worker's, to which Ray adds a traceback

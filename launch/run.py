@@ -38,13 +38,10 @@ from learner.selection import drop_reason
 
 def run(checked: Plan) -> None:
     """Train as planned; everything is written to the run folder."""
-    config = checked.config
-    checked.refuse_absent_gpu()
-    method = config.method
-    folder = config.run.dir
+    folder = checked.config.run.dir
     written = folder / "config.toml"
     first_step, cursor = position(checked.resume_from) if checked.resume_from else (0, 0)
-    display = Display(f"{config.method.name} in {folder}", steps=config.run.steps)
+    display = Display(f"{checked.config.method.name} in {folder}", steps=checked.config.run.steps)
     try:
         for warning in checked.warnings():
             display.note(f"warning: {warning}")
@@ -55,6 +52,7 @@ def run(checked: Plan) -> None:
             display.note(f"resuming at step {first_step}{whole}")
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
         with cluster.connect(), workers.start(checked) as started:
+            config = started.plan.config
             if written.exists():
                 rewind(folder, first_step if checked.resume_from else -1)  # the evaluation at step 0 comes again
             else:
@@ -68,12 +66,10 @@ def run(checked: Plan) -> None:
                 part_prompts=config.actor.part_prompts,
                 num_steps=config.run.steps - first_step,
                 max_staleness=config.run.max_staleness,
-                drop_reason=partial(drop_reason, method=method),
-                refill_rounds=method.refill_rounds,
+                drop_reason=partial(drop_reason, method=config.method),
+                refill_rounds=config.method.refill_rounds,
             )
-            with closing(
-                Recorder(folder, checked.tokenizer, display, sample_every=config.run.sample_every)
-            ) as recorder:
+            with closing(Recorder(folder, checked.tokenizer, display, config)) as recorder:
                 train(config, started, buffer, recorder, eval_prompts=checked.eval_prompts, first_step=first_step)
         display.note(f"finished {config.run.steps} steps; run folder {folder}")
     finally:

@@ -24,7 +24,7 @@ from common.command_line import load
 from common.config import Config
 from common.methods import MethodConfig
 from common.types import Group, UserError
-from launch.planning import memory_fit, model_folder, plan
+from launch.planning import devices, memory_fit, model_folder, plan
 from launch.planning.synthetic import synthetic_groups
 from learner.learner import Learner
 from learner.objective import Objective
@@ -59,7 +59,7 @@ def planned(options: Sequence[str], prompt_tokens: int) -> tuple[Config, Path, P
     config = plan.with_importance(load(options, CONFIG))
     folder = model_folder.resolve(config.model.path)
     model = plan.check_model(config, folder)
-    config, _ = memory_fit.resolve(config, model, longest_prompt_tokens=prompt_tokens)
+    config, _ = memory_fit.resolve(config, model, longest_prompt_tokens=prompt_tokens, gpus=devices.here())
     return config, folder, model
 
 

@@ -1,7 +1,7 @@
-"""The memory plan's parts: what the learner and the actor of a run take on one GPU, before either starts.
+"""The memory plan's parts: what one learner rank and one actor take of a GPU, before either starts.
 
-The plan is for the longest step: every prompt is as long as the longest one, every completion has actor.max_tokens. The
-GPU holds one learner and one actor; further actors have GPUs of their own.
+The plan is for the longest step: every prompt is as long as the longest one, every completion has actor.max_tokens.
+With cluster.layout = colocated a GPU holds both sides, with separate the one or the other.
 """
 
 import math
@@ -61,6 +61,7 @@ class Size:
     num_parameters: int  # tied weights count once
     num_adapter_parameters: int
     kv_elements: int  # keys and values of one token, over all layers
+    kv_heads: int
     hidden: int
     intermediate: int
     vocab: int
@@ -79,6 +80,7 @@ class Size:
         return cls(
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             num_adapter_parameters=sum(config.lora_rank * (m.in_features + m.out_features) for m in adapted),
+            kv_heads=heads,
             kv_elements=2 * text.num_hidden_layers * heads * head_size,
             hidden=text.hidden_size,
             intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -106,9 +108,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """The parts of a resolved run, and the size of the GPU."""
+    """The parts of a resolved run, and the size of a GPU."""
 
     gpu_bytes: int
+    separate: bool  # each side has GPUs of its own
     parts: tuple[Part, ...]
 
     @property
@@ -116,8 +119,10 @@ class Memory:
         return int(self.gpu_bytes * (1 - SPARE_FRACTION))
 
     def total(self, side: str | None = None) -> int:
-        """Bytes of one side, or of both."""
-        return sum(part.num_bytes for part in self.parts if side in (None, part.side))
+        """Bytes of one side; without a name, of the fullest GPU."""
+        if side is None:
+            return (max if self.separate else sum)([self.total("learner"), self.total("actor")])
+        return sum(part.num_bytes for part in self.parts if part.side == side)
 
     @property
     def learner_peak_bytes(self) -> int:
@@ -135,13 +140,15 @@ class Memory:
         rows += [("", "left free", self.gpu_bytes - self.total())]
         width = max(len(name) for _, name, _ in rows)
         lines = [f"{side:8} {name:{width}} {size / GIB:6.2f}" for side, name, size in rows]
-        return "\n".join([f"memory on a GPU of {self.gpu_bytes / GIB:.2f} GiB", *lines])
+        held = "a GPU for either side, each" if self.separate else "a GPU"
+        return "\n".join([f"memory on {held} of {self.gpu_bytes / GIB:.2f} GiB", *lines])
 
 
 def plan(config: Config, work: Work, gpu_bytes: int) -> Memory:
     """The parts of a run whose learner.recompute and learner.micro_batch_tokens are set."""
     parts = [*_learner(config, work), *_actor(config, work, gpu_bytes)]
-    return Memory(gpu_bytes=gpu_bytes, parts=tuple(part for part in parts if part.num_bytes))
+    separate = config.cluster.layout == "separate"
+    return Memory(gpu_bytes=gpu_bytes, separate=separate, parts=tuple(part for part in parts if part.num_bytes))
 
 
 def _learner(config: Config, work: Work) -> list[Part]:
@@ -162,12 +169,13 @@ def _actor(config: Config, work: Work, gpu_bytes: int) -> list[Part]:
     graphs = GRAPHS_PER_SIZE * len(graph_sizes(sequences))
     tokens = max(PREFILL_TOKENS, sequences)
     sampling = tokens * (2 * size.hidden + 3 * size.intermediate) * itemsize + sequences * size.vocab * LOGIT_BYTES
+    shards = actor.tensor_parallel  # each holds its share of weights, adapter and cache; the vocabulary's logits whole
     parts = [
-        Part(side, "frozen weights", size.num_parameters * itemsize),
+        Part(side, "frozen weights", size.num_parameters * itemsize // shards),
         Part(side, "CUDA graphs", 0 if actor.eager else GRAPH_POOL_BYTES + graphs * GRAPH_BYTES, f"{graphs}"),
         Part(side, "CUDA context", CONTEXT_BYTES),
         Part(side, "workspace", sampling),
-        Part(side, "adapter", size.num_adapter_parameters * itemsize * RESIDENT_FACTOR),
+        Part(side, "adapter", size.num_adapter_parameters * itemsize * RESIDENT_FACTOR // shards),
     ]
     cache = kv_cache_bytes(config, work)
     if actor.kv_cache_gib is None and actor.gpu_memory_fraction is not None:  # the rest of its share
@@ -190,7 +198,8 @@ def kv_cache_bytes(config: Config, work: Work) -> int:
     sequences = config.actor.num_sequences or concurrent_rollouts(config)
     longest = math.ceil((work.longest_prompt_tokens + config.actor.max_tokens) / BLOCK_TOKENS)
     blocks = max(sequences * longest, math.ceil(config.model.max_length / BLOCK_TOKENS)) + 1  # vLLM's null block
-    return blocks * BLOCK_TOKENS * work.size.kv_elements * _itemsize(config)
+    shards = min(config.actor.tensor_parallel, work.size.kv_heads)  # further ranks hold copies of a head
+    return blocks * BLOCK_TOKENS * work.size.kv_elements // shards * _itemsize(config)
 
 
 def step_activations(config: Config, work: Work) -> Activations:

@@ -2,20 +2,20 @@
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from transformers import PreTrainedModel
 
 from common.config import Config, options, value_of, with_values
 from common.section import MACHINE, PLANNED
 from common.types import UserError
-from launch.planning import memory
+from launch.planning import devices, memory
+from launch.planning.devices import Gpu
 from launch.planning.memory import GIB, Memory, Size, Work
 from learner.objective import demands
 from learner.policy.activations import Activations, measure
@@ -31,18 +31,19 @@ SHARE = "actor.gpu_memory_fraction"
 UNSET = options(MACHINE, PLANNED)  # the options that the plan sets if they are unset, with their unset values
 
 
-def resolve(config: Config, model: PreTrainedModel, *, longest_prompt_tokens: int) -> tuple[Config, Memory | None]:
+def resolve(
+    config: Config, model: PreTrainedModel, *, longest_prompt_tokens: int, gpus: Sequence[Gpu] = ()
+) -> tuple[Config, Memory | None]:
     """`config` with every unset option chosen, and the memory plan (None on a CPU).
 
-    The plan is for a GPU of run.gpu_memory_gib, or for the one of this machine. `model` may be on the meta device.
+    The plan is for a GPU of run.gpu_memory_gib, or for the smallest of `gpus`. `model` may be on the meta device.
     Raises UserError if the run does not fit.
     """
-
     gpu_bytes = None
     if config.run.gpu_memory_gib is not None:
         gpu_bytes = round(config.run.gpu_memory_gib * GIB)
-    elif torch.cuda.is_available():
-        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    elif gpus:
+        gpu_bytes = min(gpu.total_bytes for gpu in gpus)
     gpu = gpu_bytes is not None
 
     @cache
@@ -50,7 +51,7 @@ def resolve(config: Config, model: PreTrainedModel, *, longest_prompt_tokens: in
         dropout = demands(config).dropout
         return measure(model.config, config.model, lengths=[lengths], recompute=recompute, gpu=gpu, dropout=dropout)
 
-    config = with_values(config, {"model.dtype": dtype(config)[0]})
+    config = with_values(config, {"model.dtype": dtype(config, gpus)[0]})
     size = Size.of(model, config.model)
     work = Work(size=size, longest_prompt_tokens=longest_prompt_tokens, activations=activations)
     if gpu_bytes is None:
@@ -59,17 +60,18 @@ def resolve(config: Config, model: PreTrainedModel, *, longest_prompt_tokens: in
     return config, memory.plan(config, work, gpu_bytes)
 
 
-def dtype(config: Config) -> tuple[str, str]:
+def dtype(config: Config, gpus: Sequence[Gpu] = ()) -> tuple[str, str]:
     """What model.dtype becomes, and why: the 16-bit type where the device computes in it, and float32 elsewhere.
 
     A CPU without such instructions takes ten times as long in bfloat16; a GPU below sm_80 has no bfloat16 units.
     """
     if config.model.dtype != "auto":
         return config.model.dtype, "as set"
-    if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        name = f"{torch.cuda.get_device_name()} is sm_{capability[0]}{capability[1]}"
-        return ("bfloat16", name) if capability >= (8, 0) else ("float32", f"{name}, and bfloat16 begins with sm_80")
+    if gpu := devices.weakest(gpus):
+        name = f"{gpu.name} is sm_{gpu.capability[0]}{gpu.capability[1]}"
+        return (
+            ("bfloat16", name) if gpu.capability >= (8, 0) else ("float32", f"{name}, and bfloat16 begins with sm_80")
+        )
     if config.run.gpu_memory_gib is not None:
         return "bfloat16", "planned for a GPU, which is taken to be sm_80 or later"
     if found := sorted(BFLOAT16_FLAGS & cpu_flags()):

@@ -1,7 +1,7 @@
 """The plan of a run: checks everything that can be checked before a process starts or a model is loaded."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from warnings import catch_warnings
 
@@ -16,7 +16,8 @@ from common.config import Config, dump, options, value_of, with_values
 from common.files import check_own
 from common.section import COSMETIC, PLANNED
 from common.types import Prompt, UserError
-from launch.planning import checks, memory_fit, model_folder
+from launch.planning import checks, devices, memory_fit, model_folder
+from launch.planning.devices import Gpu
 from launch.planning.memory import GIB, Memory, Size
 from learner import checkpoint, head
 from learner.objective import demands
@@ -35,6 +36,8 @@ class Plan:
     """A run whose configuration has been checked and completed."""
 
     config: Config
+    unfitted: Config  # before the options that depend on the device were set
+    gpus: tuple[Gpu, ...]  # that the run is planned for; none on a CPU
     model_folder: Path
     tokenizer: PreTrainedTokenizerBase
     train_prompts: tuple[Prompt, ...]
@@ -48,7 +51,7 @@ class Plan:
 
     def refuse_absent_gpu(self) -> None:
         """Raise UserError if the plan is for a GPU and there is none: its choices do not suit a CPU."""
-        if self.memory is not None and not torch.cuda.is_available():
+        if self.memory is not None and not self.gpus:
             raise UserError(
                 f"run.gpu_memory_gib={self.config.run.gpu_memory_gib} plans for a GPU, and there is none; leave it "
                 "out, or only print the plan with launch/run.py --dry-run"
@@ -78,9 +81,11 @@ class Plan:
 def make(config: Config, *, saved: Path | None = None) -> Plan:
     """Check `config` against the machine, the run folder, the data and the model's own configuration.
 
-    With `saved`, a checkpoint to evaluate, the run folder is only read. Raises UserError for whatever is invalid.
+    With `saved`, a checkpoint to evaluate, the run folder is only read. Raises UserError for whatever is invalid. The
+    plan is for the GPUs of this machine; `fitted` makes one for others.
     """
-    _check_machine(config)
+    for problem in machine_problems(config):
+        raise UserError(problem)
     config = with_importance(config)
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
@@ -92,14 +97,14 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     if not train_prompts or not eval_prompts:
         raise UserError(f"task.name={config.task.name} loads no prompts to train or to evaluate on; its load() must")
     folder = model_folder.resolve(config.model.path)
-    model = check_model(config, folder)
+    model = check_model(config, folder)  # before the prompts, which take longer
     tokenizer = AutoTokenizer.from_pretrained(folder)
     longest = _check_lengths(config, tokenizer, [*train_prompts, *eval_prompts])
     canary = prompt_tokens(tokenizer, train_prompts[0])[: min(CANARY_TOKENS, config.model.max_length - 1)]
-    _, dtype_reason = memory_fit.dtype(config)
-    config, planned = memory_fit.resolve(config, model, longest_prompt_tokens=longest)
-    return Plan(
+    made = Plan(
         config=config,
+        unfitted=config,
+        gpus=(),
         model_folder=folder.resolve(),
         tokenizer=tokenizer,
         train_prompts=train_prompts,
@@ -108,19 +113,28 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
         resume_from=resume_from,
         longest_prompt_tokens=longest,
         num_adapter_parameters=Size.of(model, config.model).num_adapter_parameters,
-        dtype_reason=dtype_reason,
-        memory=planned,
+        dtype_reason="",
+        memory=None,
     )
+    return fitted(made, devices.here())
 
 
-def _check_machine(config: Config) -> None:
-    """Refuse what would otherwise fail on this machine only after minutes, or leave a run waiting."""
+def fitted(plan: Plan, gpus: Sequence[Gpu]) -> Plan:
+    """The same plan with the options that depend on the device set for these GPUs, or for a CPU if there are none."""
+    config = plan.unfitted
+    _, reason = memory_fit.dtype(config, gpus)
+    model = check_model(config, plan.model_folder)
+    config, memory = memory_fit.resolve(config, model, longest_prompt_tokens=plan.longest_prompt_tokens, gpus=gpus)
+    return replace(plan, config=config, gpus=tuple(gpus), memory=memory, dtype_reason=reason)
+
+
+def machine_problems(config: Config) -> Iterator[str]:
+    """What would otherwise fail on this machine only after minutes, or leave a run waiting: a line for each."""
     with catch_warnings(action="ignore"):  # torch's own warning about an old driver
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     torch_here = checks.Torch(version=torch.__version__, cuda=torch.version.cuda, num_gpus=num_gpus)
     planned = config.run.gpu_memory_gib
-    for problem in checks.problems(checks.here(), torch_here, None if planned is None else round(planned * GIB)):
-        raise UserError(problem)
+    yield from checks.problems(checks.here(), torch_here, None if planned is None else round(planned * GIB))
 
 
 def with_importance(config: Config) -> Config:
@@ -201,6 +215,12 @@ def check_model(config: Config, folder: Path) -> PreTrainedModel:
         ) from None
     if reason := unsupported(model_config, config.model.max_length):
         raise UserError(f"model.path={config.model.path} {reason}; use another model")
+    heads = model_config.get_text_config().num_attention_heads
+    if heads % config.actor.tensor_parallel:
+        raise UserError(
+            f"actor.tensor_parallel={config.actor.tensor_parallel} does not divide the model's {heads} attention "
+            "heads; choose one that does"
+        )
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     head_layer = model.get_output_embeddings()
     softcap = getattr(model_config.get_text_config(), "final_logit_softcapping", None)

@@ -1,35 +1,57 @@
-"""What every node of the Ray cluster must have: the model folder, and a user's own modules."""
+"""The nodes of the Ray cluster: their GPUs, which the run is planned for, and what each of them must have."""
 
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from common.config import Config
 from common.types import UserError
+from launch.planning import devices, plan
+from launch.planning.devices import Gpu
 from launch.planning.plan import Plan
 
 REMEDY = "put it at the same path on every node, or start with `ray job submit --working-dir FOLDER`"
 
 
-def check(plan: Plan) -> None:
-    """Raise UserError, which names the node, for a model or module that one of the cluster's nodes lacks.
+class Found(NamedTuple):
+    """What one node says of itself."""
 
-    A single node is the driver's own, where the plan has looked.
+    gpus: tuple[Gpu, ...]
+    problem: str | None  # why the run cannot work there
+
+
+def fitted(made: Plan) -> Plan:
+    """The plan for the GPUs of the cluster's nodes.
+
+    Raises UserError, which names the node, for what one of them lacks (the model folder, a user's own modules), and for
+    a GPU's plan if no node has one. A single node is the driver's own, where the plan has looked.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1:
-        return
-    task = ray.remote(missing)
-    found = []
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        options = task.options(num_cpus=0, scheduling_strategy=there)
-        found.append(options.remote(plan.model_folder, modules(plan)))
-    for node, problem in zip(nodes, ray.get(found), strict=True):
-        if problem:
-            raise UserError(f"node {node['NodeManagerAddress']}: {problem}; {REMEDY}")
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if len(alive) > 1:
+        found = ask(made, [node["NodeID"] for node in alive])
+        gpus = [gpu for each in found for gpu in each.gpus]
+        for node, each in zip(alive, found, strict=True):
+            if each.problem and (each.gpus or not gpus):  # workers are placed on GPUs if there are any
+                raise UserError(f"node {node['NodeManagerAddress']}: {each.problem}")
+        if sorted(gpus) != sorted(made.gpus):
+            made = plan.fitted(made, gpus)
+    made.refuse_absent_gpu()
+    return made
+
+
+def ask(made: Plan, node_ids: Sequence[str]) -> list[Found]:
+    """What each of the nodes says of itself."""
+    refs = []
+    for node_id in node_ids:
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        task = ray.remote(inspect).options(num_cpus=0, scheduling_strategy=there)
+        refs.append(task.remote(made.config, made.model_folder, modules(made)))
+    found: list[Found] = ray.get(refs)
+    return found
 
 
 def modules(plan: Plan) -> list[str]:
@@ -39,13 +61,20 @@ def modules(plan: Plan) -> list[str]:
     return [name for name in (plan.config.task.name if "." in plan.config.task.name else "", *functions) if name]
 
 
+def inspect(config: Config, model_folder: Path, names: Sequence[str]) -> Found:
+    """What this node has, and the first thing that it lacks."""
+    gpus = devices.here()
+    problem = next(plan.machine_problems(config), None) if gpus else None
+    return Found(gpus, problem or missing(model_folder, names))
+
+
 def missing(model_folder: Path, names: Sequence[str]) -> str | None:
     """What this machine lacks, in a few words, or None."""
     if not (model_folder / "config.json").is_file():
-        return f"model.path={model_folder} has no config.json"
+        return f"model.path={model_folder} has no config.json; {REMEDY}"
     for name in names:
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 (a user's module may raise anything)
-            return f"module {name} cannot be imported ({type(error).__name__}: {error})"
+            return f"module {name} cannot be imported ({type(error).__name__}: {error}); {REMEDY}"
     return None

@@ -42,43 +42,51 @@ def placed(config: Config, *, gpus: bool) -> Iterator[Places]:
     `cluster.wait_seconds` if others hold them.
     """
     num_learners, num_actors = config.learner.num_ranks, config.actor.num_actors
-    number = num_bundles(config)
-    if number == 1 and not gpus:
+    devices = devices_by_bundle(config)
+    if devices == [1] and not gpus:
         yield Places(learners=(Place(options={}),), actors=(Place(options={}),))
         return
-    bundle = {"GPU": 1.0} if gpus else {"CPU": float(max(1, int(_total("CPU") // number)))}
-    first_actor = num_learners if config.cluster.layout == "separate" else 0
+    kind, each = ("GPU", 1) if gpus else ("CPU", max(1, int(_total("CPU") // sum(devices))))
+    separate = config.cluster.layout == "separate"
+    first_actor = num_learners if separate else 0
     learners, actors = range(num_learners), range(first_actor, first_actor + num_actors)
-    with _group(bundle, number, config) as group:
-        strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(number)]
+    with _group([{kind: float(number * each)} for number in devices], config) as group:
         nodes = placement_group_table(group)["bundles_to_node_id"]
 
-        def places(side: range) -> tuple[Place, ...]:
-            at_once = range(number) if config.cluster.layout == "separate" else side
-            shares = {i: (0, 1) if gpus else _share(i, at_once, nodes) for i in side}
-            return tuple(Place(options={"scheduling_strategy": strategies[i]}, share=shares[i]) for i in side)
+        def place(i: int, side: range) -> Place:
+            there = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)
+            if not gpus:
+                at_once = range(len(devices)) if separate else side
+                return Place(options={"scheduling_strategy": there}, share=_share(i, at_once, nodes))
+            num_gpus = devices[i] if separate else 0.5  # half: two workers share it; a fraction reserves no memory
+            return Place(options={"scheduling_strategy": there, "num_gpus": num_gpus})
 
-        yield Places(learners=places(learners), actors=places(actors))
+        yield Places(
+            learners=tuple(place(i, learners) for i in learners), actors=tuple(place(i, actors) for i in actors)
+        )
 
 
-def num_bundles(config: Config) -> int:
-    """Devices that the run takes."""
+def devices_by_bundle(config: Config) -> list[int]:
+    """Number of devices in each bundle of the placement group."""
     num_learners, num_actors = config.learner.num_ranks, config.actor.num_actors
-    return num_learners + num_actors if config.cluster.layout == "separate" else max(num_learners, num_actors)
+    if config.cluster.layout == "separate":
+        return [1] * num_learners + [config.actor.tensor_parallel] * num_actors
+    return [1] * max(num_learners, num_actors)
 
 
 @contextlib.contextmanager
-def _group(bundle: dict[str, float], number: int, config: Config) -> Iterator[PlacementGroup]:
-    [(kind, each)] = bundle.items()
+def _group(bundles: list[dict[str, float]], config: Config) -> Iterator[PlacementGroup]:
+    [kind] = bundles[0]
+    each, needed = bundles[0][kind], sum(bundle[kind] for bundle in bundles)  # the first one is of one device
     asked = (
-        f"the run asks for {number} {'GPUs' if kind == 'GPU' else f'times {each:g} processors'} "
+        f"the run asks for {needed / each:g} {'GPUs' if kind == 'GPU' else f'times {each:g} processors'} "
         f"(learner.num_ranks={config.learner.num_ranks}, actor.num_actors={config.actor.num_actors}, "
-        f"cluster.layout={config.cluster.layout})"
+        f"actor.tensor_parallel={config.actor.tensor_parallel}, cluster.layout={config.cluster.layout})"
     )
     total = _total(kind)
-    if total < number * each:
+    if total < needed:
         raise UserError(f"{asked}, and the Ray cluster has {total:g} {kind}s; add nodes, or lower one of the numbers")
-    group = placement_group([bundle] * number)
+    group = placement_group(bundles)
     try:
         if not group.wait(config.cluster.wait_seconds):
             free = ray.available_resources().get(kind, 0)

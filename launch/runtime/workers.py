@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 
 from actor.actor import Actor
-from common.config import Config
 from launch.planning.plan import Plan
 from launch.runtime import nodes
 from launch.runtime.channel import Channel
@@ -25,6 +23,7 @@ from learner.ranks import Ranks
 class Workers:
     """Handles of the learner and the actors, and the channel between them."""
 
+    plan: Plan  # fitted to the cluster's devices
     learner: Crew
     fleet: Fleet
     channel: Channel
@@ -37,14 +36,14 @@ def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Wor
 
     Raises UserError for what cannot be placed, and for what a node lacks.
     """
+    plan = nodes.fitted(plan)
     config, folder = plan.config, plan.model_folder
-    nodes.check(plan)
-    with placed(config, gpus=torch.cuda.is_available()) as places:
-        actors = [_remote(Actor, config, place, half=0).remote(folder, config) for place in places.actors]
+    with placed(config, gpus=bool(plan.gpus)) as places:
+        actors = [_remote(Actor, plan, place, half=0).remote(folder, config) for place in places.actors]
         number = len(places.learners)
         crew = Crew(
             [
-                _remote(learner_class, config, place, half=1).remote(
+                _remote(learner_class, plan, place, half=1).remote(
                     folder, config, plan.canary_token_ids, ranks=Ranks(rank, number)
                 )
                 for rank, place in enumerate(places.learners)
@@ -58,7 +57,7 @@ def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Wor
             channel = Channel(actors, canary_bound_nats=config.actor.canary_bound_nats)
             published = channel.verify(crew)
             fleet = Fleet(actors)
-            yield Workers(learner=crew, fleet=fleet, channel=channel, version=published.version)
+            yield Workers(plan=plan, learner=crew, fleet=fleet, channel=channel, version=published.version)
         finally:
             if fleet is not None:
                 fleet.close()
@@ -98,20 +97,15 @@ class _Worker:
         self.ranks.join(ray.util.get_node_ip_address(), address, port)
 
 
-def _remote(side: type, config: Config, place: Place, *, half: int) -> Any:
+def _remote(side: type, plan: Plan, place: Place, *, half: int) -> Any:
     """`side` as a Ray actor at `place`; on its half of the processors where both sides work there at the same time."""
-    on_cpu, overlapping = not torch.cuda.is_available(), config.run.max_staleness > 0
-    halved = on_cpu and overlapping and config.cluster.layout == "colocated"
+    cluster, overlapping = plan.config.cluster, plan.config.run.max_staleness > 0
+    halved = not plan.gpus and overlapping and cluster.layout == "colocated"
     parts = [place.share, *([(half, 2)] if halved else [])]
     num_threads = len(os.sched_getaffinity(0))
     for _, number in parts:
         num_threads = max(1, num_threads // number)
     worker = type(side.__name__, (_Worker, side), {"parts": parts})  # by this name Ray's logs call it
-    return ray.remote(worker).options(**_options(side, num_threads), **place.options)
-
-
-def _options(side: type, num_threads: int) -> dict[str, Any]:
-    """Ray's options for either side. They share each device: the fractions say so and reserve nothing."""
     environment = {
         "OMP_NUM_THREADS": str(num_threads),  # Ray would set it to 1
         "GOMP_SPINCOUNT": "3000",  # threads that wait soon sleep: spinning would take cores from the other side
@@ -120,8 +114,8 @@ def _options(side: type, num_threads: int) -> dict[str, Any]:
     }
     if issubclass(side, Learner):  # its micro-batches differ in length, which would fragment fixed segments
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    return {
-        "num_cpus": 0,  # Ray must not queue one side behind the other: they alternate on the same cores
-        "num_gpus": 0.5 if torch.cuda.is_available() else 0,
-        "runtime_env": {"env_vars": environment},
-    }
+    return ray.remote(worker).options(
+        num_cpus=0,  # Ray must not queue one side behind the other: they alternate on the same cores
+        runtime_env={"env_vars": environment},
+        **place.options,
+    )

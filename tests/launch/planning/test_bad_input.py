@@ -1,15 +1,17 @@
 """Bad input ends with one clear line and status 2, before any model is loaded and with nothing lost."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
+import ray
 import torch
 
 from common.command_line import load
 from common.config import dump
 from launch import run
 from launch.planning import plan
-from launch.runtime import cluster, workers
+from launch.runtime import cluster, nodes, workers
 from learner import checkpoint
 
 QUESTION = {"question": "1 + 1?", "answer": "2 #### 2"}
@@ -57,6 +59,8 @@ def refuse(capsys, *options: str) -> str:
         (["--task.gym", "chain_summ"], ["chain_summ", "chain_sum"]),
         (["--evaluation.num_problems", "65"], ["65", "64"]),
         (["--run.resume"], ["--run.resume"]),
+        (["--actor.tensor_parallel", "3"], ["actor.tensor_parallel=3", "cluster.layout=separate"]),
+        (["--actor.tensor_parallel", "2", "--cluster.layout", "separate"], ["tensor_parallel=2", "9 attention heads"]),
     ],
 )
 def test_options(capsys, tmp_path, options, words):
@@ -150,8 +154,11 @@ def test_a_head_that_cannot_run_here(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpus_plan_does_not_run_on_a_cpu(capsys, tmp_path):
+def test_a_gpus_plan_does_not_run_on_a_cpu(capsys, tmp_path, monkeypatch):
     """It would give a CPU run a GPU's KV cache and micro-batches."""
+    monkeypatch.setattr(cluster, "connect", nullcontext)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
+    monkeypatch.setattr(workers, "start", lambda plan: nodes.fitted(plan))
     line = refuse(capsys, "--run.dir", str(tmp_path / "run"), "--run.gpu_memory_gib", "40")
     assert "run.gpu_memory_gib=40.0 plans for a GPU, and there is none" in line
     assert not (tmp_path / "run").exists()

@@ -1,10 +1,10 @@
 """model.dtype = auto: bfloat16 where the device computes in it, float32 elsewhere."""
 
 import pytest
-import torch
 
 from common.config import Config, with_values
 from launch.planning import memory_fit
+from launch.planning.devices import Gpu
 from launch.run import main
 
 AVX2 = "processor\t: 0\nflags\t\t: fpu sse2 avx2 fma\nbugs\t\t: spectre_v1\n\nprocessor\t: 1\nflags\t\t: avx512_bf16\n"
@@ -23,7 +23,6 @@ def test_a_processor_gets_what_it_computes_in(cpuinfo, expected, words, tmp_path
     path.write_text(cpuinfo)
     flags = memory_fit.cpu_flags(path)
     monkeypatch.setattr(memory_fit, "cpu_flags", lambda: flags)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen, reason = memory_fit.dtype(Config())
     assert chosen == expected
     assert words in reason
@@ -34,11 +33,10 @@ def test_a_system_without_cpuinfo_gets_float32(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
-def test_a_gpu_gets_bfloat16_from_sm_80_on(capability, expected, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    chosen, reason = memory_fit.dtype(Config())
+def test_a_gpu_gets_bfloat16_from_sm_80_on(capability, expected) -> None:
+    """The weakest of the GPUs decides."""
+    newer, this = (Gpu(name="a GPU", capability=each, total_bytes=1) for each in ((12, 0), capability))
+    chosen, reason = memory_fit.dtype(Config(), [newer, this])
     assert chosen == expected
     assert reason.startswith(f"a GPU is sm_{capability[0]}{capability[1]}")
 

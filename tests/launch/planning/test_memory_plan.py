@@ -188,6 +188,7 @@ sizes = st.builds(
     num_parameters=st.integers(10**8, 2 * 10**10),
     num_adapter_parameters=st.integers(10**6, 10**8),
     kv_elements=st.integers(10**3, 10**6),
+    kv_heads=st.integers(1, 16),
     hidden=st.integers(256, 8192),
     intermediate=st.integers(256, 32768),
     vocab=st.integers(1000, 300_000),

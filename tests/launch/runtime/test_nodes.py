@@ -3,14 +3,20 @@
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from common.command_line import load
 from common.config import Config, with_values
 from common.types import UserError
+from launch.planning import plan as planning
+from launch.planning.devices import Gpu
+from launch.planning.memory import GIB
 from launch.runtime import nodes
+from launch.runtime.cluster import DEFAULT_CONFIG
 from launch.runtime.placement import placed
 
 pytestmark = pytest.mark.slow
@@ -26,21 +32,45 @@ def _two_nodes() -> Iterator[None]:
     cluster.shutdown()
 
 
-def plan(folder: Path, **values: str) -> SimpleNamespace:
+def plan(folder: Path, **values: str) -> Any:
     config = with_values(Config(), {name.replace("__", "."): value for name, value in values.items()})
-    return SimpleNamespace(config=config, model_folder=folder)
+    return SimpleNamespace(config=config, model_folder=folder, gpus=(), refuse_absent_gpu=lambda: None)
 
 
 @pytest.mark.usefixtures("_two_nodes")
 def test_a_model_or_module_that_a_node_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^node [\d.]+: model\.path=.* has no config\.json; put it at the same path"):
-        nodes.check(plan(tmp_path))
+        nodes.fitted(plan(tmp_path))
     (tmp_path / "config.json").touch()
-    nodes.check(plan(tmp_path))
+    unchanged = plan(tmp_path)
+    assert nodes.fitted(unchanged) is unchanged
     with pytest.raises(UserError, match=r"module no\.such cannot be imported \(ModuleNotFoundError"):
-        nodes.check(plan(tmp_path, task__name="no.such"))
+        nodes.fitted(plan(tmp_path, task__name="no.such"))
     with pytest.raises(UserError, match=r"module not_there cannot be imported"):
-        nodes.check(plan(tmp_path, method__token_weight="not_there.early"))
+        nodes.fitted(plan(tmp_path, method__token_weight="not_there.early"))
+
+
+def test_the_plan_is_for_the_smallest_gpu_of_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's node has none, and what it lacks does not matter: no worker goes there."""
+    sizes = iter([[], [40, 24], [80]])
+    found = [
+        nodes.Found(
+            tuple(Gpu(name="a GPU", capability=(8, 0), total_bytes=gib * GIB) for gib in each),
+            None if each else "has no model",
+        )
+        for each in sizes
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "NodeID": "", "NodeManagerAddress": "x"}] * 3)
+    monkeypatch.setattr(nodes, "ask", lambda made, alive: found)
+    made = planning.make(load(["--task.num_train", "8", "--run.dir", str(tmp_path / "run")], DEFAULT_CONFIG))
+    assert made.memory is None
+    fitted = nodes.fitted(made)
+    assert fitted.memory is not None and fitted.memory.gpu_bytes == 24 * GIB
+    assert (fitted.config.model.dtype, fitted.config.actor.kv_cache_gib is None) == ("bfloat16", False)
+    assert nodes.fitted(fitted) is fitted
+    found[2] = found[2]._replace(problem="has no model")
+    with pytest.raises(UserError, match=r"^node x: has no model"):
+        nodes.fitted(made)
 
 
 @pytest.mark.usefixtures("_two_nodes")

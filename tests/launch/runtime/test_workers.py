@@ -11,6 +11,7 @@ import torch
 
 from common.config import Config, with_values
 from common.types import UserError
+from launch.planning.devices import Gpu
 from launch.runtime import workers
 from launch.runtime.placement import placed
 from launch.runtime.workers import part
@@ -59,10 +60,11 @@ def options(**values: Any) -> Config:
 
 def started(monkeypatch: pytest.MonkeyPatch, config: Config, *, gpus: bool) -> tuple[list[Any], list[Any], list[float]]:
     """What the actors and the learner ranks see, and what the ranks make of a sum over them."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
     monkeypatch.setattr(workers, "Actor", Side)
     monkeypatch.setattr(workers, "Channel", Unverified)
-    plan = SimpleNamespace(config=config, model_folder=None, canary_token_ids=None, resume_from=None)
+    seen = (Gpu(name="a GPU", capability=(8, 0), total_bytes=1),) * 3 if gpus else ()
+    plan = SimpleNamespace(config=config, gpus=seen, model_folder=None, canary_token_ids=None, resume_from=None)
+    plan.refuse_absent_gpu = lambda: None
     with workers.start(plan, learner_class=Side) as made:
         sides = made.fleet.actors, made.learner.ranks
         assert all(repr(worker).startswith("Actor(Side, ") for side in sides for worker in side)
@@ -91,6 +93,9 @@ def test_separate_workers_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> No
     seen_actors, seen_ranks, sums = started(monkeypatch, config, gpus=True)
     assert len({*gpus(seen_actors), *gpus(seen_ranks)}) == 3
     assert sums == [3, 3]
+    config = options(actor__tensor_parallel=2, cluster__layout="separate")
+    [(spread, _)], seen_ranks, _ = started(monkeypatch, config, gpus=True)
+    assert (len(spread), len({*spread, *gpus(seen_ranks)})) == (2, 3)
 
 
 def test_workers_share_out_the_processors_of_their_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +137,10 @@ def test_more_devices_than_the_cluster_has_are_refused_at_once() -> None:
 
 
 def test_devices_that_others_hold_are_waited_for_and_then_named() -> None:
-    waiting = options(actor__num_actors=2, cluster__wait_seconds=1.0)
+    waiting = options(actor__num_actors=2, cluster__wait_seconds=5.0)
     with (
         placed(options(actor__num_actors=2), gpus=True),
-        pytest.raises(UserError, match=r"asks for 2 GPUs .*, and after 1 s 1 of the Ray cluster's 3 GPUs are free"),
+        pytest.raises(UserError, match=r"asks for 2 GPUs .*, and after 5 s 1 of the Ray cluster's 3 GPUs are free"),
         placed(waiting, gpus=True),
     ):
         pass
