@@ -1,6 +1,7 @@
 """Benchmarks of interleaved contenders; each prints a table, and one JSON object as its last line.
 
     python launch/benchmark.py train    whole steps, ours and TRL's (launch/benchmarks/step.py)
+    python launch/benchmark.py scaling  throughput by devices, measured and modelled (launch/benchmarks/scaling.py)
     python launch/benchmark.py learn    the learner alone (launch/benchmarks/update.py): needs no Ray and no vLLM
     python launch/benchmark.py head     the head alone (launch/benchmarks/head.py): needs no Ray, no vLLM and no model
     python launch/benchmark.py profile  a step's operations by time (launch/benchmarks/profile.py): needs no Ray
@@ -16,7 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-MODULES = {"train": "step", "learn": "update", "head": "head", "profile": "profile"}
+MODULES = {"train": "step", "scaling": "scaling", "learn": "update", "head": "head", "profile": "profile"}
 
 
 def main(argv: Sequence[str]) -> int:

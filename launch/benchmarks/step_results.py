@@ -28,12 +28,7 @@ def summary(
     over_grpo = ratios(measured, "sa-ah-grpo", "grpo")
     over_trl = ratios(measured, "trl", "sa-ah-grpo") if "trl" in measured else None
     return {
-        "machine": {
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            **asdict(rates),
-        },
+        "machine": machine() | asdict(rates),
         "model": model,
         "planned_learner_peak_bytes": plan.memory.learner_peak_bytes if plan.memory else None,
         "settings": plan.config.model_dump(mode="json"),
@@ -44,6 +39,15 @@ def summary(
         "speedup_over_trl_by_round": over_trl,
         "batches": batches,
         "cost_exponent": exponent(batches) if len(batches) > 1 else None,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the measurements are of."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
     }
 
 
