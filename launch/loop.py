@@ -10,7 +10,8 @@ from common.metrics import is_count
 from common.types import Group, Prompt, UserError
 from launch.evaluate import evaluate
 from launch.runtime.buffer import Buffer
-from launch.runtime.recorder import Recorder, StepTimes
+from launch.runtime.recorder import Recorder
+from launch.runtime.timeline import StepTimes
 from launch.runtime.workers import Workers
 from learner import checkpoint
 
@@ -55,14 +56,9 @@ def train(
         if run.evaluate_every and due(step, run.evaluate_every, run.steps):  # before the next rollouts start
             evaluation = evaluate(workers.fleet, eval_prompts, config, step=step)
         buffer.release(len(groups))
-        times = StepTimes(
-            wait_seconds=taken - started,
-            ahead_seconds=drained - learned,
-            learn_seconds=learned - taken,
-            publish_seconds=ended - drained,
-            step_seconds=ended - started,
-        )
-        recorder.step(step, groups, result, published, times, num_discarded=len(buffer.discarded))
+        times = StepTimes(started=started, taken=taken, learned=learned, drained=drained, ended=ended)
+        sampled = workers.fleet.worked()
+        recorder.step(step, groups, result, published, times, sampled, num_discarded=len(buffer.discarded))
         if evaluation is not None:
             recorder.evaluation(evaluation)
         reason = result.skipped or every_reward_failed(groups)

@@ -21,10 +21,11 @@ COLUMNS = (
     ("entropy/normalized_mean", "entropy", "{:.4f}"),
     ("weight/mean", "weight", "{:.3f}"),
     ("completion/length_mean", "length", "{:.0f}"),
-    ("staleness/max", "stale", "{:.0f}"),
+    ("staleness/mean", "stale", "{:.2g}"),  # versions behind: 0 in a synchronous run, 1.3 between 1 and 2
     ("actor_learner_kl", "a-l kl", "{:.4f}"),
     ("throughput/tokens_per_second", "tok/s", "{:.0f}"),
     ("time/step_seconds", "s/step", "{:.1f}"),
+    ("idle/mean_fraction", "idle", "{:.2f}"),
 )
 PART = "reward/parts/"  # the prefix of the metrics of a task's parts of the reward
 RECENT = 12  # steps in the live table

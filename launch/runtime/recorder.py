@@ -1,39 +1,30 @@
-"""Records each step: metrics, rollouts and evaluations in the run folder, and a line on the display."""
+"""Records each step: metrics, rollouts, timeline and evaluations in the run folder, and a line on the display."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from common.config import Config
 from common.metrics import JsonLines, MetricsWriter, keep_lines, mean
 from common.types import Group, Score, UpdateResult
 from launch.runtime.channel import Published
 from launch.runtime.console import PART, Display
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepTimes:
-    """Wall-clock seconds of the phases of a step."""
-
-    wait_seconds: float  # for the step's groups
-    learn_seconds: float
-    ahead_seconds: float  # for prefetched rollouts in flight, before publishing (run.max_staleness)
-    publish_seconds: float  # from the learner to every actor, verification included
-    step_seconds: float
+from launch.runtime.timeline import Span, StepTimes, Timeline
 
 
 class Recorder:
     """Writes the files of a run folder and updates the display."""
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, display: Display, *, sample_every: int):
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, display: Display, config: Config) -> None:
         self.tokenizer = tokenizer
         self.display = display
-        self.sample_every = sample_every
+        self.sample_every = config.run.sample_every
         self.metrics = MetricsWriter(folder, self._warn)
         self.rollouts = JsonLines(folder / "rollouts.jsonl", self._warn)
+        self.timeline = Timeline(folder / "timeline.jsonl", config, self._warn)
         self.evaluations = JsonLines(folder / "evaluations.jsonl")
 
     def step(
@@ -43,11 +34,13 @@ class Recorder:
         result: UpdateResult,
         published: Published,
         times: StepTimes,
+        sampled: Sequence[Span],
         *,
         num_discarded: int = 0,
     ) -> None:
         """Record optimizer step `step` (from 1 on).
 
+        `sampled` is the work of the actors since the last step (Fleet.worked).
         `num_discarded` groups were sampled for it and replaced, because the method's group filter dropped them.
         """
         metrics = {
@@ -59,13 +52,10 @@ class Recorder:
             "adapter/canary_version": float(published.canary_version),
             "adapter/canary_difference": published.canary_difference,
             "adapter/canary_signal": published.canary_signal,
-            "time/wait_seconds": times.wait_seconds,
-            "time/learn_seconds": times.learn_seconds,
-            "time/ahead_seconds": times.ahead_seconds,
-            "time/publish_seconds": times.publish_seconds,
+            **times.seconds(),
             "time/load_seconds": published.load_seconds,
-            "time/step_seconds": times.step_seconds,
-            "throughput/tokens_per_second": num_completion_tokens(groups) / times.step_seconds,
+            **self.timeline.step(step, times, published, sampled),
+            "throughput/tokens_per_second": num_completion_tokens(groups) / (times.ended - times.started),
         }
         self.metrics.write(step, metrics)
         self.rollouts.write(*rollout_records(step, groups, result, self.tokenizer))
@@ -89,11 +79,12 @@ class Recorder:
         self.metrics.close()
         self.rollouts.close()
         self.evaluations.close()
+        self.timeline.close()
 
 
 def rewind(folder: Path, step: int) -> None:
     """Remove the records of steps after `step` from a run folder: a resumed run writes them again."""
-    for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
+    for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl", "timeline.jsonl"):
         keep_lines(folder / name, lambda record: record["step"] <= step)
 
 
@@ -110,6 +101,7 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores = [rollout.score for rollout in rollouts if rollout.score is not None]
     lengths = [rollout.num_completion_tokens for rollout in rollouts]
+    staleness = [version - 1 - rollout.version for rollout in rollouts]
     return {
         "reward/mean": mean(score.total for score in scores),
         "reward/std": _std([score.total for score in scores]),
@@ -123,7 +115,8 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
             len({r.token_ids[r.num_prompt_tokens] for r in group.rollouts}) for group in groups
         ),
         "completion/truncated_fraction": mean(float(r.finish_reason == "length") for r in rollouts),
-        "staleness/max": float(max(version - 1 - rollout.version for rollout in rollouts)),
+        "staleness/mean": mean(staleness),
+        "staleness/max": float(max(staleness)),
         "time/rollout_seconds": max(group.rollout_seconds for group in groups),
         "time/reward_seconds": max(group.reward_seconds for group in groups),
     }

@@ -106,7 +106,7 @@ def test_five_steps(running, tmp_path, name):
     several = {"inner_updates": 2} if "holder" in name or name == "gspo" else {}
     config = checked.config.model_copy(
         update={
-            "run": checked.config.run.model_copy(update={"dir": tmp_path, "evaluate_every": 0}),
+            "run": checked.config.run.model_copy(update={"dir": tmp_path, "evaluate_every": 0, "sample_every": 0}),
             "method": MethodConfig(**COMBINATIONS.get(name, {"name": name}), importance="none"),
             "learner": checked.config.learner.model_copy(update=several),
         }
@@ -114,7 +114,7 @@ def test_five_steps(running, tmp_path, name):
     method = config.method
     learner = InProcess(Learner(checked.model_folder, config, checked.canary_token_ids))
     started.channel.publish(learner)
-    recorder = Recorder(tmp_path, checked.tokenizer, Display(name, steps=STEPS), sample_every=0)
+    recorder = Recorder(tmp_path, checked.tokenizer, Display(name, steps=STEPS), config)
     buffer = Buffer(
         started.fleet,
         PromptStream(checked.train_prompts, seed=3),

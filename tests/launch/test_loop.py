@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -59,18 +60,18 @@ def run(tmp_path, monkeypatch):
 
     def run(rewards, lies=False, **changes):
         config = tiny.config(steps=len(rewards))
-        changes = {"prompts_per_step": 1, "dir": tmp_path, "evaluate_every": 0} | changes
+        changes = {"prompts_per_step": 1, "dir": tmp_path, "evaluate_every": 0, "sample_every": 1} | changes
         config = config.model_copy(update={"run": config.run.model_copy(update=changes)})
         learner = Crew([Local(Learner(folder, config, np.arange(8, dtype=np.int32)))])
         actor = ScriptedActor(rewards)
         actor.lies = lies
         tokenizer = type("Tokenizer", (), {"decode": staticmethod(str)})
-        recorder = Recorder(tmp_path, tokenizer, Display("test", steps=len(rewards)), sample_every=1)
+        recorder = Recorder(tmp_path, tokenizer, Display("test", steps=len(rewards)), config)
         stream = PromptStream([Prompt(messages=({"role": "user", "content": "?"},), answer="1")], seed=0)
         fleet = Fleet([Local(actor)])
         buffer = Buffer(fleet, stream, None, prompts_per_step=1, num_steps=len(rewards))
         channel = Channel([Local(actor)], canary_bound_nats=0.1)
-        workers = Workers(learner=learner, fleet=fleet, channel=channel, version=0)
+        workers = Workers(plan=None, learner=learner, fleet=fleet, channel=channel, version=0)
         try:
             train(config, workers, buffer, recorder, eval_prompts=(), first_step=0)
         finally:
@@ -83,7 +84,7 @@ def test_every_step_is_recorded_and_fresh(run, tmp_path, capsys):
     run([1.0, 2.0, 3.0])
     metrics = read_lines(tmp_path / "metrics.jsonl")
     assert [m["adapter/version"] for m in metrics] == [1, 2, 3]
-    assert [m["staleness/max"] for m in metrics] == [0, 0, 0]
+    assert [m["staleness/max"] for m in metrics] == [m["staleness/mean"] for m in metrics] == [0, 0, 0]
     assert "step 3/3 reward 1.50 ± 1.50" in capsys.readouterr().out
 
 
@@ -111,6 +112,26 @@ def test_waiting_for_rollouts_and_for_prefetched_ones_are_two_times(run, tmp_pat
     assert 0.1 <= metrics["time/wait_seconds"] < 0.3 <= metrics["time/ahead_seconds"]
     phases = sum(metrics[f"time/{phase}_seconds"] for phase in ("wait", "learn", "ahead", "publish"))
     assert phases == pytest.approx(metrics["time/step_seconds"])
+
+
+def test_the_timeline_has_every_part_and_every_phase(run, tmp_path, monkeypatch):
+    rollout = ScriptedActor.rollout
+    monkeypatch.setattr(ScriptedActor, "rollout", lambda *args: [time.sleep(0.05), rollout(*args)][1])
+    run([1.0, 2.0, 3.0])
+    steps, metrics = (read_lines(tmp_path / f"{name}.jsonl") for name in ("timeline", "metrics"))
+    for number, (step, measured) in enumerate(zip(steps, metrics, strict=True)):
+        seconds = {
+            span["work"]: pytest.approx(span["end_seconds"] - span["start_seconds"], abs=2e-4) for span in step["spans"]
+        }
+        assert set(seconds) == {"sample", "score", "learn", "publish", "load"}
+        assert measured["time/step_seconds"] == pytest.approx(step["end_seconds"] - step["start_seconds"], abs=2e-4)
+        assert measured["time/learn_seconds"] == seconds["learn"]
+        assert measured["time/publish_seconds"] == seconds["publish"]  # this actor loads in no time
+        (sampled,) = [span for span in step["spans"] if span["work"] == "sample"]
+        assert (sampled["num_prompts"], sampled["version"]) == (1, number)
+        idle = measured["idle/mean_fraction"] * measured["time/step_seconds"]  # one device, whose sides take turns
+        assert 0 <= idle < measured["time/step_seconds"] - 0.04 - measured["time/learn_seconds"]
+    assert all(earlier["end_seconds"] <= later["start_seconds"] for earlier, later in pairwise(steps))
 
 
 def test_three_skipped_steps_in_a_row_end_the_run(run, tmp_path):

@@ -9,7 +9,7 @@ import tiny
 from actor.rollout import Sampling, prompt_seed
 from common.types import Prompt
 from launch.runtime.buffer import Buffer, PromptStream
-from launch.runtime.fleet import Fleet
+from launch.runtime.fleet import Fleet, finished
 
 SAMPLING = Sampling(group_size=2, temperature=1.0, max_tokens=4, stop=(), seed=0)
 PROMPTS = [Prompt(messages=({"role": "user", "content": str(i)},), answer=str(i)) for i in range(5)]
@@ -49,6 +49,8 @@ def test_bounds_and_order(num_actors, max_staleness):
         groups = buffer.take(4)
         stalest = max([stalest, *(step - group.rollouts[0].version for group in groups)])
         seen += [group.prompt.index for group in groups]
+        for request in buffer.requests:
+            finished(request)  # the stalest case: all are sampled at once, with the version of their release
         for actor in actors:
             actor.version = step + 1  # published to every actor ...
         buffer.release(4)  # ... before new rollouts may start

@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 import tiny
 from rich.console import Console
 
@@ -17,8 +18,10 @@ METRICS = {
     "entropy/normalized_mean": 0.0291,
     "weight/mean": 0.516,
     "completion/length_mean": 243.0,
+    "staleness/mean": 4 / 3,
     "throughput/tokens_per_second": 61.0,
     "time/step_seconds": 9.5,
+    "idle/mean_fraction": 0.376,
 }
 
 
@@ -43,6 +46,8 @@ def test_plain_lines():
     )
     assert "(correct 0.75 my [bold]own -2.50) left" in lines[0]
     assert lines[0].endswith("left 0:28")  # three steps of 9.5 s
+    assert " stale 1.3 " in lines[0]
+    assert " s/step 9.5 idle 0.38 (" in lines[0]
     assert "kl -" in lines[1]
     assert any(line.startswith("best, reward 4 (correct 4), stop:") for line in lines)
     assert lines[-1].startswith("evaluation at step 2: Pass@1 0.500 ± 0.100, pass@4 0.750, reward 3.000, 9 problems")
@@ -52,8 +57,31 @@ def test_live_panel():
     panel = shown(True, width=140, height=40)
     assert "a run  step 2/4" in panel
     assert "reward of step 2: correct 0.75 my [bold]own -2.50" in panel
-    for label in ("reward", "correct", "kl", "entropy", "weight", "length", "tok/s", "s/step", "1.25", "0.0123"):
+    for label in (
+        "reward",
+        "correct",
+        "kl",
+        "entropy",
+        "weight",
+        "length",
+        "tok/s",
+        "s/step",
+        "1.25",
+        "0.0123",
+        "stale",
+        "1.3",
+        "idle",
+        "0.38",
+    ):
         assert label in panel
+
+
+@pytest.mark.parametrize(("versions", "cell"), [(0.0, "0"), (0.5, "0.5"), (1.0, "1"), (1.3333, "1.3"), (2.0, "2")])
+def test_a_synchronous_run_shows_a_plain_zero(versions, cell):
+    out = io.StringIO()
+    display = Display("a run", steps=4, console=Console(file=out, soft_wrap=True))
+    display.step(1, METRICS | {"staleness/mean": versions})
+    assert f" stale {cell} " in out.getvalue()
 
 
 def test_a_reward_without_parts_shows_none():

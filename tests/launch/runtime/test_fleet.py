@@ -1,6 +1,8 @@
 """Parts of a request and the actors that sample them: who takes what, in which order, and what a pause waits for."""
 
 import time
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import ray
@@ -80,6 +82,7 @@ def test_a_failed_part_fails_its_request_and_frees_its_actor() -> None:
     assert [group.prompt.index for group in fleet.sample(PROMPTS[1:3], SAMPLING)] == [1, 2]
     with fleet.paused():
         pass
+    assert {span.num_prompts for span in fleet.worked()} == {2}, "of the part that succeeded"
 
 
 def test_a_closed_fleet_drops_what_has_not_started() -> None:
@@ -91,3 +94,50 @@ def test_a_closed_fleet_drops_what_has_not_started() -> None:
     fleet.close()
     time.sleep(0.3)
     assert len(actor.parts) == 1
+
+
+def test_the_work_of_each_actor_is_measured() -> None:
+    fleet = Fleet([Timed(0.1), Timed(0.1)])
+    began = time.perf_counter()
+    fleet.sample(PROMPTS, SAMPLING, part_prompts=5)
+    took = time.perf_counter() - began
+    spans = [span for span in fleet.worked() if span.work == "sample"]
+    assert fleet.worked() == []
+    assert sorted(span.num_prompts or 0 for span in spans) == [2, 5, 5]
+    assert {span.index for span in spans} == {0, 1}
+    assert all(0.1 <= span.end - span.start < took for span in spans)
+    assert all(began <= span.start < span.end <= began + took for span in spans)
+    for index in (0, 1):
+        own = sorted((span.start, span.end) for span in spans if span.index == index)
+        assert all(end <= start for (_, end), (start, _) in pairwise(own)), "one part at a time"
+
+
+def test_a_parts_wait_for_its_rewards_is_a_span_of_its_own() -> None:
+    class Scoring(Timed):
+        def remote(self, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+            groups = super().remote(prompts, sampling)
+            tagged = [replace(r, version=3) for r in groups[0].rollouts]
+            return [replace(group, rollouts=tuple(tagged), reward_seconds=0.08) for group in groups]
+
+    fleet = Fleet([Scoring(0.2)])
+    fleet.sample(PROMPTS[:2], SAMPLING, work="evaluate")
+    sampling, scoring = fleet.worked()
+    assert (sampling.work, scoring.work) == ("evaluate", "score")
+    assert sampling.end == scoring.start
+    assert scoring.end - scoring.start == pytest.approx(0.08)
+    assert 0.12 <= sampling.end - sampling.start < 0.17
+    assert sampling.version == scoring.version == 3
+
+
+def test_once_paused_no_running_part_is_missing() -> None:
+    actors = [Timed(0.1), Timed(0.02)]
+    fleet = Fleet(actors)
+    request = fleet.start(PROMPTS, SAMPLING, part_prompts=1)
+    while not all(actor.parts for actor in actors):
+        time.sleep(0.001)
+    with fleet.paused():
+        begun = sum(len(actor.parts) for actor in actors)
+        assert 0 < begun < 12
+        assert len([span for span in fleet.worked() if span.work == "sample"]) == begun
+    finished(request)
+    assert len([span for span in fleet.worked() if span.work == "sample"]) == 12 - begun

@@ -36,3 +36,12 @@ def test_a_failed_reward_has_no_part():
     metrics = group_metrics([tiny.group(1, [2, 3], [None, None])], 1)
     assert metrics["reward/num_failed"] == 2.0
     assert not [name for name in metrics if name.startswith("reward/parts/")]
+
+
+def test_staleness_counts_the_versions_that_came_since():
+    """The adapter before the step, version 6, has staleness 0; rollouts of 6, 5, 5 and 3."""
+    group = tiny.group(1, [2, 3, 4, 5], [0.0] * 4)
+    versions = zip(group.rollouts, (6, 5, 5, 3), strict=True)
+    stale = replace(group, rollouts=tuple(replace(rollout, version=version) for rollout, version in versions))
+    metrics = group_metrics([stale], 7)
+    assert (metrics["staleness/mean"], metrics["staleness/max"]) == (1.25, 3.0)
