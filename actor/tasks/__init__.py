@@ -4,9 +4,9 @@ load(task: TaskConfig, split: "train" | "eval") -> list[Prompt]
 reward(completion: str, prompt: Prompt) -> Score
 """
 
-import importlib
 from types import ModuleType
 
+from common.files import user_module
 from common.types import UserError
 
 TASKS = ("gsm8k", "gym")
@@ -19,7 +19,7 @@ def task_module(name: str) -> ModuleType:
     """
     path = f"{__name__}.{name}" if name in TASKS else name
     try:
-        module = importlib.import_module(path)
+        module = user_module(path)
     except (ImportError, ValueError, TypeError) as error:  # ValueError, TypeError: an empty or a relative name
         known = ", ".join(TASKS)
         raise UserError(
