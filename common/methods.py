@@ -4,11 +4,11 @@ Users can add their own: --method.name takes the dotted path of a module with a 
 by dotted path.
 """
 
-import importlib
 from typing import Any
 
 from pydantic import model_validator
 
+from common.files import user_module
 from common.method import Fields, Method
 from common.types import suggest
 
@@ -171,7 +171,7 @@ def find(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     try:
-        method = importlib.import_module(name).METHOD
+        method = user_module(name).METHOD
     except (ImportError, ValueError, TypeError, AttributeError, SyntaxError) as error:
         raise ValueError(
             f"method.name={name} is unknown{suggest(name, METHODS)} (and it is not a module with a METHOD: {error})"
