@@ -4,12 +4,12 @@ A field names a pure function of the learner (`advantage` -> learner/advantage.p
 The command line can override every field as --method.FIELD, so methods compose.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from common.files import user_module
 from common.section import PLANNED, Section
 
 
@@ -17,7 +17,7 @@ def function(path: str) -> Callable[..., Any]:
     """The function at a dotted path. Raises ValueError, in one line, if there is none."""
     module, _, name = path.rpartition(".")
     try:
-        found: Any = getattr(importlib.import_module(module), name)
+        found: Any = getattr(user_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: no such function ({error}); is its folder in PYTHONPATH?") from None
     if not callable(found):
