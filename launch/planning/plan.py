@@ -13,7 +13,7 @@ from actor.rollout import prompt_tokens
 from actor.tasks import task_module
 from common.command_line import build, read
 from common.config import Config, dump, options, value_of, with_values
-from common.files import check_own
+from common.files import check_own, check_started_elsewhere
 from common.section import COSMETIC, PLANNED
 from common.types import Prompt, UserError
 from launch.planning import checks, devices, memory_fit, model_folder
@@ -89,6 +89,7 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     config = with_importance(config)
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
+    check_started_elsewhere()
     resume_from = saved or run_folder(config)
     config = _with_planned_options(config)
     task = task_module(config.task.name)
