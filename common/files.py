@@ -1,11 +1,14 @@
-"""Files of a run folder, each whole or not there; and the check of a folder that a stranger may have made."""
+"""Files of a run folder, each whole or not there; and the checks of a folder that a stranger may have made."""
 
 import contextlib
+import importlib
 import os
 import shutil
 from collections.abc import Callable
-from itertools import chain
+from importlib.machinery import PathFinder
+from itertools import accumulate, chain
 from pathlib import Path
+from types import ModuleType
 
 from common.types import UserError
 
@@ -104,4 +107,32 @@ def check_own(folder: Path) -> None:
             raise UserError(
                 f"{path} is a symbolic link or a special file, which may lead outside of its folder; put a plain file "
                 "or folder in its place"
+            )
+
+
+def user_module(name: str) -> ModuleType:
+    """Import the module that a configuration names. Raises ImportError for one within a run folder.
+
+    A stranger's config.toml could otherwise name the code beside it: `runs.x.evil` can be imported from a checkout.
+    """
+    folders: list[str] | None = None
+    for path in accumulate(name.split("."), "{}.{}".format):  # without importing, which would run the packages above
+        spec = PathFinder.find_spec(path, folders)
+        if spec is None:
+            break
+        folders = list(spec.submodule_search_locations or ())
+        if runs := [folder for folder in folders if (Path(folder) / "config.toml").exists()]:
+            raise ImportError(f"{runs[0]} is a run folder, from which no code is imported")
+    return importlib.import_module(name)
+
+
+def check_started_elsewhere() -> None:
+    """Raise UserError if this process works in a run folder: Ray's processes import from there first."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "config.toml").exists() and any(
+            (folder / name).exists() for name in ("checkpoints", "metrics.jsonl")
+        ):
+            raise UserError(
+                f"{folder} is a run folder, whose files would be imported as code; start it from another one"
             )
