@@ -99,7 +99,7 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
         raise UserError(f"task.name={config.task.name} loads no prompts to train or to evaluate on; its load() must")
     folder = model_folder.resolve(config.model.path)
     model = check_model(config, folder)  # before the prompts, which take longer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     longest = _check_lengths(config, tokenizer, [*train_prompts, *eval_prompts])
     canary = prompt_tokens(tokenizer, train_prompts[0])[: min(CANARY_TOKENS, config.model.max_length - 1)]
     made = Plan(
@@ -207,7 +207,7 @@ def run_folder(config: Config) -> Path | None:
 def check_model(config: Config, folder: Path) -> PreTrainedModel:
     """Check the target modules and the length against the model; returns it without weights."""
     try:
-        model_config = AutoConfig.from_pretrained(folder)
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask the terminal
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
     except (OSError, ValueError) as error:
