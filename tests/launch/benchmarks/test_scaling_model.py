@@ -130,7 +130,7 @@ def test_prompts_are_dealt_out_as_the_fleet_does() -> None:
 
 
 def test_the_straggler_is_the_expected_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of completions of 10 or 30 tokens, the longest of two has 25 on average, of four 28.75; so has jitter of .5, 1.5."""
+    """Of completions of 10 or 30 tokens, the longest of two has 25 on average, of four 28.75; so with jitter."""
     monkeypatch.setattr(scaling_model, "SIMULATED_STEPS", 40_000)
     for number, expected in ((1, 20.0), (2, 25.0), (4, 28.75)):
         longest, *_ = scaling_model.deal([(5, 10), (5, 30)], number, number, np.random.default_rng(0))
