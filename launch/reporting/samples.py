@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.types import UserError
 from launch.reporting.data.runs import Run
 
 MAX_BYTES = 3_000_000  # of records in one report, over all runs: a browser opens that without delay
-LINE = re.compile(rb'\{"step": (\d+), "prompt_index": (\d+), .*\}\n')  # as the recorder writes it; none that is cut off
+LINE = re.compile(
+    rb'\{"step": (\d{1,9}), "prompt_index": (\d{1,9}), .*\}\n'
+)  # as the recorder writes it; none that is cut off
 SHOWN = ("step", "prompt", "answer", "text", "tokens", "correct", "finish_reason", "reward_error")
 
 
@@ -62,7 +65,7 @@ def choose(path: Path, max_bytes: int) -> Samples:
     steps = _bisected(sorted(by_step))
     for key in (by_step[step][i] for i in rounds for step in steps if i < len(by_step[step])):
         size = sum(length for _, length in positions[key])
-        if size > max_bytes and chosen:
+        if size > (max_bytes if chosen else MAX_BYTES):
             continue  # a smaller one may still fit
         max_bytes -= size
         chosen.append(key)
@@ -71,17 +74,29 @@ def choose(path: Path, max_bytes: int) -> Samples:
 
 
 def _read(path: Path, positions: Sequence[tuple[int, int]]) -> tuple[dict[str, Any], ...]:
-    """The rollouts of one group."""
+    """The rollouts of one group. Raises UserError for a line that no run writes."""
     records = []
     with path.open("rb") as file:
         for offset, length in positions:
             file.seek(offset)
-            records.append(_shown(json.loads(file.read(length))))
+            try:
+                records.append(_shown(json.loads(file.read(length))))
+            except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                raise UserError(
+                    f"{path} is damaged (at byte {offset}: {error}); restore it, or leave the run out"
+                ) from None
     return tuple(records)
 
 
 def _shown(record: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows of a rollout; a number that is missing or not finite becomes null."""
+    """What the page shows of a rollout; a number that is missing or not finite becomes null.
+
+    Raises TypeError and the like for other contents.
+    """
+    for key in SHOWN:
+        values = record[key] if key == "tokens" else [record.get(key)]
+        if not isinstance(values, list) or not all(isinstance(value, str | int | None) for value in values):
+            raise TypeError(f"{key} is of another kind")
     return {
         **{key: record.get(key) for key in SHOWN},
         "reward": _rounded(record.get("reward")),
