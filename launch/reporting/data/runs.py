@@ -1,8 +1,8 @@
 """Run folders as the report reads them: a torn last line or a missing file is no error; every run has a unique name."""
 
-import json
+import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +12,13 @@ import numpy as np
 
 from common.config import Config, options
 from common.methods import METHODS
+from common.metrics import is_count, read_lines
 from common.section import COSMETIC, MACHINE, REPETITION
 from common.types import UserError
 
 # Settings in which the repetitions of one experiment may differ.
 OF_ONE_RUN = {name for role in (COSMETIC, REPETITION, MACHINE) for name in options(role)}
+FILES = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "timeline.jsonl")  # that a report reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,9 @@ class Run:
         return self.num_steps >= int(self.settings["run.steps"])
 
     def series(self, metric: str) -> np.ndarray:
-        """float [steps], one metric; NaN where a step has no number."""
-        return np.array([record.get(metric) for record in self.metrics], dtype=float)  # None becomes NaN
+        """float [steps], one metric; NaN where a step has no finite number."""
+        values = np.array([record.get(metric) for record in self.metrics], dtype=float)  # None becomes NaN
+        return np.where(np.isfinite(values), values, np.nan)
 
     def pass_at_1(self) -> dict[int, float]:
         """Step -> greedy Pass@1; step 0 is the base model."""
@@ -65,20 +68,33 @@ class Run:
         return max((record["num_problems"] for record in self.evaluations), default=0)
 
 
-def _by_step(path: Path) -> tuple[dict[str, Any], ...]:
+def _by_step(path: Path, check: Callable[[Mapping[str, Any]], bool] = bool) -> tuple[dict[str, Any], ...]:
     """A file's records in order of their steps; of a step that was recorded twice, the later record.
 
     Without the last line if that is cut off: by a crash, or because the run is writing it. Raises UserError for a line
     that launch/run.py does not write.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    try:
-        latest = {record["step"]: record for record in map(json.loads, lines)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); restore it, or leave the run out"
-        ) from None
+    latest = {record["step"]: record for record in read_lines(path)}
+    for step, record in latest.items():
+        if not check(record):
+            raise UserError(
+                f"{path} is damaged (step {step} has no numbers of a run); restore it, or leave the run out"
+            )
     return tuple(latest[step] for step in sorted(latest))
+
+
+def _of_metrics(record: Mapping[str, Any]) -> bool:
+    return all(value is None or _is_number(value) for value in record.values())
+
+
+def _of_evaluations(record: Mapping[str, Any]) -> bool:
+    fraction = record.get("pass_at_1")
+    return _is_number(fraction) and 0 <= fraction <= 1 and is_count(record.get("num_problems"))
+
+
+def _is_number(value: object) -> bool:
+    """Whether float holds it; NaN and infinities are numbers here."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**300)
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,23 +111,29 @@ def read(folder: Path) -> Run:
             f"{folder} is not a run folder (no config.toml in it, nor in a folder in it); name a folder that "
             "launch/run.py wrote, or a grid's"
         )
+    for name in FILES:
+        if (folder / name).is_symlink():  # it may show any file of the reader's machine to whoever gets the report
+            raise UserError(
+                f"{folder / name} is a symbolic link; put the file itself in its place, or leave the run out"
+            )
     try:
         written = flat(tomllib.loads(file.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file} is not valid TOML: {error}; name a folder that launch/run.py wrote") from None
     defaults = flat(Config().model_dump(mode="json", exclude_none=True))
     method = METHODS.get(str(written.get("method.name")))
     fields = method.values() if method else {}  # an older config.toml holds only the fields that were set
     settings = defaults | {f"method.{key}": value for key, value in fields.items()} | written
     for key in ("run.seed", "run.steps", "method.alpha"):
-        if not isinstance(settings.get(key, 0), int | float):
-            raise UserError(f"{file}: {key}={settings[key]!r} is not a number; name a folder that launch/run.py wrote")
+        value = settings.get(key, 0)
+        if not (_is_number(value) and math.isfinite(value) if key == "method.alpha" else is_count(value)):
+            raise UserError(f"{file}: {key}={value!r} is not a number; name a folder that launch/run.py wrote")
     return Run(
         folder=folder,
         name=folder.resolve().name,
         settings=settings,
-        metrics=_by_step(folder / "metrics.jsonl"),
-        evaluations=_by_step(folder / "evaluations.jsonl"),
+        metrics=_by_step(folder / "metrics.jsonl", _of_metrics),
+        evaluations=_by_step(folder / "evaluations.jsonl", _of_evaluations),
     )
 
 
