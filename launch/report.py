@@ -65,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         chosen = options(argv)
         out = chosen.out or chosen.runs[0] / "report.html"
+        if chosen.out is None and out.is_symlink():  # it may lead out of the folder
+            raise UserError(f"{out} is a symbolic link; remove it, or name a file with --out")
         report = write(chosen.runs, out)
         print(f"wrote {out}")
         if chosen.export:
