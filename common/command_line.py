@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import pydantic_settings
 from pydantic import ValidationError
 
-from common.config import REMOVED, Config, options
+from common.config import REMOVED, Config, options, with_values
 from common.methods import MethodConfig
 from common.types import UserError, suggest
 
@@ -24,12 +24,18 @@ Tables = dict[str, dict[str, Any]]  # section -> key -> value, as in a TOML file
 def load(argv: Sequence[str], default: Path) -> Config:
     """The configuration of a command line: options win over `--config FILE`, which wins over the defaults.
 
-    Without --config the file `default` is read. Raises UserError for any invalid input.
+    Without --config the file `default` is read. A run is resumed in the folder whose config.toml is named, wherever
+    that file says its run.dir is: the folder may have been moved, or come from a stranger. Raises UserError for any
+    invalid input.
     """
     parser = _Parser(add_help=False)
     parser.add_argument("--config", type=Path, default=default)
     chosen, arguments = parser.parse_known_args(list(argv))
-    return build(read(chosen.config), parse(arguments))
+    given = parse(arguments)
+    config = build(read(chosen.config), given)
+    if config.run.resume and chosen.config.name == "config.toml" and "dir" not in given.get("run", {}):
+        return with_values(config, {"run.dir": chosen.config.parent})
+    return config
 
 
 def read(path: Path, above: Sequence[Path] = ()) -> Tables:
