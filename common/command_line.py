@@ -15,6 +15,7 @@ import pydantic_settings
 from pydantic import ValidationError
 
 from common.config import REMOVED, Config, options, with_values
+from common.files import is_run_folder
 from common.methods import MethodConfig
 from common.types import UserError, suggest
 
@@ -24,7 +25,7 @@ Tables = dict[str, dict[str, Any]]  # section -> key -> value, as in a TOML file
 def load(argv: Sequence[str], default: Path) -> Config:
     """The configuration of a command line: options win over `--config FILE`, which wins over the defaults.
 
-    Without --config the file `default` is read. A run is resumed in the folder whose config.toml is named, wherever
+    Without --config the file `default` is read. A run is resumed in the folder whose config.toml is named, whatever
     that file says its run.dir is: the folder may have been moved, or come from a stranger. Raises UserError for any
     invalid input.
     """
@@ -33,7 +34,8 @@ def load(argv: Sequence[str], default: Path) -> Config:
     chosen, arguments = parser.parse_known_args(list(argv))
     given = parse(arguments)
     config = build(read(chosen.config), given)
-    if config.run.resume and chosen.config.name == "config.toml" and "dir" not in given.get("run", {}):
+    named = chosen.config.name == "config.toml" and is_run_folder(chosen.config.parent)
+    if config.run.resume and named and "dir" not in given.get("run", {}):
         return with_values(config, {"run.dir": chosen.config.parent})
     return config
 
