@@ -26,7 +26,7 @@ def load(argv: Sequence[str], default: Path) -> Config:
     """The configuration of a command line: options win over `--config FILE`, which wins over the defaults.
 
     Without --config the file `default` is read. A run is resumed in the folder whose config.toml is named, whatever
-    that file says its run.dir is: the folder may have been moved, or come from a stranger. Raises UserError for any
+    run.dir that file has: the folder may have been moved, or come from a stranger. Raises UserError for any
     invalid input.
     """
     parser = _Parser(add_help=False)
