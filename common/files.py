@@ -126,13 +126,17 @@ def user_module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run has left its configuration and more in `folder`."""
+    return (folder / "config.toml").exists() and any(
+        (folder / name).exists() for name in ("checkpoints", "metrics.jsonl")
+    )
+
+
 def check_started_elsewhere() -> None:
     """Raise UserError if this process works in a run folder: Ray's processes import from there first."""
     here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "config.toml").exists() and any(
-            (folder / name).exists() for name in ("checkpoints", "metrics.jsonl")
-        ):
-            raise UserError(
-                f"{folder} is a run folder, whose files would be imported as code; start it from another one"
-            )
+    if within := [folder for folder in (here, *here.parents) if is_run_folder(folder)]:
+        raise UserError(
+            f"{within[0]} is a run folder, whose files would be imported as code; start it in another folder"
+        )
