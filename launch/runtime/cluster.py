@@ -23,6 +23,7 @@ from ray._private.authentication import authentication_token_setup as authentica
 from ray._private.utils import read_ray_address
 
 from common.process import adopt_orphans, child, kill_descendants, stop
+from common.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = ROOT / "launch" / "configs" / "default.toml"
@@ -38,7 +39,8 @@ def connect() -> Iterator[None]:
 
     Uses the first of these that exists: the cluster of the Ray job that this process runs in; the one that RAY_ADDRESS
     names; the one that `ray start` started on this machine; a new one, which ends with the block or with this process.
-    RAY_ADDRESS=local asks for a new one. What actors print appears in this process's output.
+    RAY_ADDRESS=local asks for a new one. What actors print appears in this process's output. Raises UserError if Ray
+    does not let this process in.
     """
     if not sys.stdout.isatty():
         os.environ["RAY_COLOR_PREFIX"] = "0"
@@ -49,7 +51,10 @@ def connect() -> Iterator[None]:
         # Overrides PYTHONPATH alone, which in a job starts with the job's own.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         environment = {"env_vars": {"PYTHONPATH": _python_path()}}
-        ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR)
+        except ConnectionError:
+            raise refused() from None
         signal.signal(signal.SIGINT, handlers[0])
         signal.signal(signal.SIGTERM, handlers[1])  # Ray's own handler prints a C++ stack
         if interrupts:
@@ -73,6 +78,16 @@ def ray_address(*, job_server: bool) -> Iterator[str]:
         authentication.ensure_token_if_auth_enabled()
         with _supervised(job_server=job_server) as address:
             yield address
+
+
+def refused() -> UserError:
+    """The error of a Ray that does not answer, or not to this token."""
+    named = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
+    ray_named = f"the Ray at {named}" if named else "the Ray of `ray start`"
+    return UserError(
+        f"{ray_named} does not accept the connection; check that it runs there, and that RAY_AUTH_MODE and "
+        "RAY_AUTH_TOKEN are the same as where it was started"
+    )
 
 
 def _started_by_hand() -> bool:

@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Sequence
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobInfo, JobStatus, JobSubmissionClient
 
 from common.command_line import load
 from common.types import UserError
-from launch.runtime.cluster import DEFAULT_CONFIG, JOB_STOP_SECONDS, ROOT, exit_on_signal, ray_address
+from launch.runtime.cluster import DEFAULT_CONFIG, JOB_STOP_SECONDS, ROOT, exit_on_signal, ray_address, refused
 
 AGENT_START_SECONDS = 60
 
@@ -32,7 +33,10 @@ def submit(options: Sequence[str]) -> int:
         signal.signal(name, exit_on_signal)
     command = shlex.join([sys.executable, "launch/run.py", *options])
     with ray_address(job_server=True) as address:
-        client = JobSubmissionClient(address)
+        try:
+            client = JobSubmissionClient(address)
+        except (ConnectionError, AuthenticationError):
+            raise refused() from None
         job = _start(client, f"cd {shlex.quote(str(ROOT))} && exec {command}")
         try:
             asyncio.run(_follow(client, job))

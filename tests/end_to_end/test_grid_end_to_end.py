@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from launch.planning import model_folder
+from small_model import save_model
 
 pytestmark = pytest.mark.long
 
@@ -40,17 +36,6 @@ variants = [
     {{ name = "holder", method = {{ name = "holder" }}, learner = {{ inner_updates = 2 }} }},
 ]
 """
-
-
-def save_model(folder: Path) -> None:
-    """Save a SmolLM2 with two layers of random weights, and the real tokenizer."""
-    source = model_folder.smollm2()
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(source, num_hidden_layers=2)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    for path in source.glob("*"):
-        if "token" in path.name or path.suffix == ".jinja":
-            shutil.copy(path, folder)
 
 
 def start(folder: Path) -> subprocess.Popen[str]:

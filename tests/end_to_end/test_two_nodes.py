@@ -1,0 +1,128 @@
+"""A run on two Ray nodes, from `ray job submit`: its numbers are those of one node.
+
+The nodes have addresses of their own and share neither code nor run folder, only the environment and the model.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import namespaces
+import pytest
+from local_run import comparable
+from namespaces import ADDRESSES, JOB_SERVER, Nodes
+from small_model import save_model
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = [
+    *("--model.dtype", "float32", "--task.name", "letters", "--task.num_train", "8", "--task.num_eval", "2"),
+    *(
+        "--run.steps",
+        "3",
+        "--run.prompts_per_step",
+        "2",
+        "--run.evaluate_every",
+        "0",
+        "--learner.learning_rate",
+        "1e-3",
+    ),
+    *("--actor.group_size", "2", "--actor.max_tokens", "8", "--actor.part_prompts", "1"),
+]
+TWO = ["--learner.num_ranks", "2", "--actor.num_actors", "2"]
+# A task of the user's own, whose reward varies even with a model of random weights.
+LETTERS = """
+from common.types import Prompt, Score
+
+def load(task, split):
+    numbers = range(task.num_train) if split == "train" else range(1000, 1000 + task.num_eval)
+    return [Prompt(messages=({"role": "user", "content": f"Say {n}."},), answer=str(n)) for n in numbers]
+
+def reward(completion, prompt):
+    total = sum(map(ord, completion)) % 7 / 7
+    return Score(total=total, correct=total > 0.5, parts={"total": total})
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, and first/, which only the first node has: the checkout with the user's task, and another model."""
+    folder = tmp_path_factory.mktemp("nodes")
+    save_model(folder / "model")
+    shutil.copytree(folder / "model", folder / "first" / "model")
+    checkout = folder / "first" / "checkout"
+    for package in ("actor", "common", "launch", "learner"):
+        shutil.copytree(ROOT / package, checkout / package)
+    (checkout / "letters.py").write_text(LETTERS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nodes(folder: Path) -> Iterator[Nodes]:
+    if reason := namespaces.missing():
+        pytest.skip(reason)
+    with namespaces.two_nodes(hidden=[folder / "first"]) as nodes:
+        yield nodes
+
+
+def submit(nodes: Nodes, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The checkout travels with the job."""
+    command = ["ray", "job", "submit", "--address", JOB_SERVER, "--working-dir", str(folder / "first" / "checkout")]
+    return nodes.run(*command, "--", "python", "launch/run.py", *OPTIONS, *options)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [comparable(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_on_two_nodes_has_the_numbers_of_one(nodes: Nodes, folder: Path, tmp_path: Path) -> None:
+    run = folder / "first" / "run"
+    done = submit(nodes, folder, "--model.path", str(folder / "model"), "--run.dir", str(run), *TWO)
+    assert done.returncode == 0, done.stdout
+    assert "' succeeded" in done.stdout
+    actors, alive = (
+        json.loads(nodes.run("ray", "list", what, "--address", JOB_SERVER, "--format", "json").stdout)
+        for what in ("actors", "nodes")
+    )
+    address = {node["node_id"]: node["node_ip"] for node in alive}
+    workers = Counter((each["class_name"], address[each["node_id"]]) for each in actors)
+    assert {who: count for who, count in workers.items() if who[0] in ("Learner", "Actor")} == {
+        (name, where): 1 for name in ("Learner", "Actor") for where in ADDRESSES
+    }
+    assert (run / "checkpoints" / "step-000003" / "adapter_model.safetensors").exists(), "on the driver's node"
+
+    command = [sys.executable, "launch/run.py", *OPTIONS, "--model.path", str(folder / "model")]
+    alone = {**os.environ, "RAY_ADDRESS": "local"}
+    subprocess.run(
+        [*command, "--run.dir", str(tmp_path / "run")], cwd=folder / "first" / "checkout", env=alone, check=True
+    )
+    expected, got = metrics(tmp_path / "run"), metrics(run)
+    assert expected[-1]["kl/mean"] > 1e-3, "the policy has moved"
+    for one, two in zip(expected, got, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-4)
+
+
+def test_a_model_that_one_node_lacks_is_named_with_the_node(nodes: Nodes, folder: Path) -> None:
+    model, run = folder / "first" / "model", folder / "first" / "no-run"
+    done = submit(nodes, folder, "--model.path", str(model), "--run.dir", str(run), *TWO)
+    assert "failed with exit code 2" in done.stdout
+    assert f"\nnode {ADDRESSES[1]}: model.path={model} has no config.json; " in done.stdout
+    assert not run.exists()
+
+
+def test_another_token_is_refused(nodes: Nodes) -> None:
+    wrong = nodes.environment["RAY_AUTH_TOKEN"][::-1]
+    command = ["ray", "job", "submit", "--address", JOB_SERVER, "--", "true"]
+    done = nodes.run(*command, RAY_AUTH_TOKEN=wrong)
+    assert done.returncode == 1
+    assert "AuthenticationError" in done.stdout
+    environment = {"RAY_AUTH_TOKEN": wrong, "RAY_ADDRESS": JOB_SERVER, "PYTHONPATH": str(ROOT)}
+    done = nodes.run(sys.executable, "-m", "launch.runtime.submit", "--run.dir", "/tmp/no-run", **environment)
+    assert (done.returncode, done.stdout.count("\n")) == (2, 1), done.stdout
+    assert done.stdout.startswith(f"the Ray at {JOB_SERVER} does not accept the connection; check that")
