@@ -1,13 +1,14 @@
 """The nodes of the Ray cluster: their GPUs, which the run is planned for, and what each of them must have."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actor.tasks import TASKS
 from common.config import Config
 from common.types import UserError
 from launch.planning import devices, plan
@@ -32,7 +33,7 @@ def fitted(made: Plan) -> Plan:
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
     if len(alive) > 1:
-        found = ask(made, [node["NodeID"] for node in alive])
+        found = ask(made, alive)
         gpus = [gpu for each in found for gpu in each.gpus]
         for node, each in zip(alive, found, strict=True):
             if each.problem and (each.gpus or not gpus):  # workers are placed on GPUs if there are any
@@ -43,22 +44,30 @@ def fitted(made: Plan) -> Plan:
     return made
 
 
-def ask(made: Plan, node_ids: Sequence[str]) -> list[Found]:
-    """What each of the nodes says of itself."""
+def ask(made: Plan, alive: Sequence[Mapping[str, Any]]) -> list[Found]:
+    """What each of the nodes says of itself. Raises UserError for one that cannot import what it is asked with."""
     refs = []
-    for node_id in node_ids:
-        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    for node in alive:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ray.remote(inspect).options(num_cpus=0, scheduling_strategy=there)
         refs.append(task.remote(made.config, made.model_folder, modules(made)))
-    found: list[Found] = ray.get(refs)
+    found: list[Found] = []
+    for node, ref in zip(alive, refs, strict=True):
+        try:
+            found.append(ray.get(ref))
+        except ray.exceptions.RayTaskError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(
+                f"node {node['NodeManagerAddress']}: this checkout cannot be imported ({reason}); {REMEDY}"
+            ) from None
     return found
 
 
 def modules(plan: Plan) -> list[str]:
     """Modules outside the repository that the run imports: a task, and functions of a method."""
-    method = plan.config.method
+    task, method = plan.config.task.name, plan.config.method
     functions = [path.rpartition(".")[0] for path in (method.advantage, method.token_weight)]
-    return [name for name in (plan.config.task.name if "." in plan.config.task.name else "", *functions) if name]
+    return [name for name in ("" if task in TASKS else task, *functions) if name]
 
 
 def inspect(config: Config, model_folder: Path, names: Sequence[str]) -> Found:

@@ -1,5 +1,7 @@
 """What a node lacks is named before any worker starts; two raylets on one machine stand in for two nodes."""
 
+import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,3 +86,23 @@ def test_workers_are_placed_on_both_nodes_and_divide_each_nodes_processors() -> 
 def test_modules_of_our_own_are_not_asked_for() -> None:
     assert nodes.modules(plan(Path("x"))) == []
     assert nodes.modules(plan(Path("x"), task__name="my.task", method__advantage="a.b.c")) == ["my.task", "a.b"]
+    assert nodes.modules(plan(Path("x"), task__name="mine")) == ["mine"]
+
+
+class Elsewhere:
+    """Stands in for an argument of a class that only the driver can import."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, ("not_there",)
+
+
+@pytest.mark.usefixtures("_two_nodes")
+def test_a_node_that_cannot_import_the_checkout_is_named() -> None:
+    made = plan(Path("x"))
+    made.config = SimpleNamespace(**vars(made.config), more=Elsewhere())
+    with pytest.raises(UserError) as error:
+        nodes.fitted(made)
+    assert re.fullmatch(
+        r"node [\d.]+: this checkout cannot be imported \(ModuleNotFoundError: No module named 'not_there'\); put it.*",
+        str(error.value),
+    )
