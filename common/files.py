@@ -4,9 +4,9 @@ import contextlib
 import importlib
 import os
 import shutil
+import sys
 from collections.abc import Callable
-from importlib.machinery import PathFinder
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -115,13 +115,10 @@ def user_module(name: str) -> ModuleType:
 
     A stranger's config.toml could otherwise name the code beside it: `runs.x.evil` can be imported from a checkout.
     """
-    folders: list[str] | None = None
-    for path in accumulate(name.split("."), "{}.{}".format):  # without importing, which would run the packages above
-        spec = PathFinder.find_spec(path, folders)
-        if spec is None:
-            break
-        folders = list(spec.submodule_search_locations or ())
-        if runs := [folder for folder in folders if (Path(folder) / "config.toml").exists()]:
+    folders = [Path(entry) for entry in sys.path]
+    for part in name.split("."):  # without importing, which would run the packages above
+        folders = [folder / part for folder in folders if (folder / part).is_dir()]
+        if runs := [folder for folder in folders if (folder / "config.toml").exists()]:
             raise ImportError(f"{runs[0]} is a run folder, from which no code is imported")
     return importlib.import_module(name)
 
