@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from launch.reporting.data.groups import Group
-from launch.reporting.data.measures import at_end, at_start, base, evaluated, pass_at
+from launch.reporting.data.measures import at_end, at_start, base, evaluated, mean_idle, pass_at
 from launch.reporting.data.runs import Run
 from launch.reporting.data.statistics import Estimate, bootstrap, finite
 from launch.reporting.table import ABSENT, Cell
@@ -85,13 +85,16 @@ def _accuracy(group: Group) -> Fact:
 
 
 def _time(group: Group) -> Fact:
-    """Of the steps of one run: mean over runs of the sum, median of a step."""
+    """Of the steps of one run: mean over runs of the sum, median of a step, and how idle the devices were meanwhile."""
     times = [seconds for run in group.runs if len(seconds := finite(run.series("time/step_seconds")))]
     if not times:
         return Fact(label="time per run", value=ABSENT)
     median = float(np.median(np.concatenate(times)))
     total = float(np.mean([each.sum() for each in times]))
-    return Fact(label="time per run", value=_duration(total), note=f"{median:.1f} s/step")
+    idle = finite(group.per_seed(mean_idle))
+    devices = f"devices idle {100 * idle.mean():.0f} %" if len(idle) else ""
+    note = "\n".join(filter(None, (f"{median:.1f} s/step", devices)))
+    return Fact(label="time per run", value=_duration(total), note=note)
 
 
 def _duration(seconds: float) -> str:

@@ -22,9 +22,10 @@ from launch.reporting.paper.verdicts import Verdict, decided
 from launch.reporting.samples import Samples, all_samples
 from launch.reporting.style import COLOURS, RC, inline, method_of, png, svg
 from launch.reporting.table import ABSENT, Table
+from launch.reporting.timeline import WORK, lanes, of_step, timelines
 
 ASSETS = Path(__file__).parent / "assets"
-PHASES = ("rollout", "reward", "wait", "learn", "ahead", "publish", "step")  # time/*_seconds
+PHASES = ("wait", "ahead")  # time/*_seconds in which the learner is idle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class Report:
             for table in self.tables:
                 with (folder / f"{table.key}.csv").open("w", encoding="utf-8") as file:
                     csv.writer(file, lineterminator="\n").writerows(table.lines())
-            for drawn in [*_draw(self.groups), *_draw_paper(self.groups)]:
+            for drawn in [*_draw(self.groups), *_draw_timelines(self.groups), *_draw_paper(self.groups)]:
                 (folder / f"{drawn.key}.svg").write_text(svg(drawn.figure, drawn.key), encoding="utf-8")
                 (folder / f"{drawn.key}.png").write_bytes(png(drawn.figure))
         except OSError as error:
@@ -76,7 +77,9 @@ def make(runs: Sequence[Run]) -> Report:
         settings=settings,
         setup=overview.setup(runs),
         tables=own,
+        timelines=_inlined(_draw_timelines(groups)),
         title=overview.title(groups),
+        work=WORK,
     )
     return Report(html=html, tables=(*compared, _claims_table(verdicts), settings), groups=tuple(groups))
 
@@ -84,6 +87,11 @@ def make(runs: Sequence[Run]) -> Report:
 def _draw(groups: Sequence[Group]) -> list[Drawn]:
     with mpl.rc_context(RC):
         return learning_curves(groups)
+
+
+def _draw_timelines(groups: Sequence[Group]) -> list[Drawn]:
+    with mpl.rc_context(RC):
+        return timelines(groups)
 
 
 def _draw_paper(groups: Sequence[Group]) -> list[Drawn]:
@@ -123,6 +131,8 @@ def page_data(runs: Sequence[Run], samples: Sequence[Samples]) -> dict[str, Any]
                 "name": run.name,
                 "steps": run.steps.tolist(),
                 "times": {phase: _plain(run.series(f"time/{phase}_seconds")) for phase in PHASES},
+                "lanes": lanes(run),
+                "timeline": _timeline(run, of_run),
                 "recorded": of_run.num_recorded,
                 "groups": of_run.groups,
                 "horizon": run.settings.get("method.token_weight") == "horizon",
@@ -131,6 +141,12 @@ def page_data(runs: Sequence[Run], samples: Sequence[Samples]) -> dict[str, Any]
             for run, of_run in zip(runs, samples, strict=True)
         ],
     }
+
+
+def _timeline(run: Run, sampled: Samples) -> dict[int, Any]:
+    """Step -> its spans of work, for the steps that the page can show: those with samples, or all of a run without."""
+    steps = {group[0]["step"] for group in sampled.groups} or set(run.steps.tolist())
+    return {record["step"]: of_step(record) for record in run.timeline if record["step"] in steps}
 
 
 def _plain(values: Any) -> list[float | None]:

@@ -8,13 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from common.types import UserError
-from launch.reporting.data.runs import expanded
+from launch.reporting.data.runs import FILES, expanded
 
 NAMES = ("127.0.0.1", "localhost")
 FAILED = (
     '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="2"><title>Horizon report</title><p>{}'
 )
-FILES = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
 
 
 def fingerprint(folders: Sequence[Path]) -> str:

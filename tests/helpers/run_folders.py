@@ -22,8 +22,12 @@ def write(
     metrics: dict[str, Sequence[float | None]] | None = None,
     rollouts_per_step: int = 0,
     settings: dict[str, dict] | None = None,
+    separate: bool = False,
 ) -> Path:
-    """A run with one mean reward per step; it is finished unless it was to make more `steps`."""
+    """A run with one mean reward per step; it is finished unless it was to make more `steps`.
+
+    `separate`: learner and actor overlap on two devices; else they take turns on one.
+    """
     folder.mkdir(parents=True)
     fields = {"name": method} | ({} if alpha is None else {"alpha": alpha})
     planned = len(rewards) if steps is None else steps
@@ -39,6 +43,8 @@ def write(
     lines(folder / "evaluations.jsonl", evaluations)
     rollouts = [rollout(i + 1, j // 4, j) for i in range(len(rewards)) for j in range(rollouts_per_step)]
     lines(folder / "rollouts.jsonl", rollouts)
+    worked = overlapping_work if separate else alternating_work
+    lines(folder / "timeline.jsonl", [worked(i + 1) for i in range(len(rewards))])
     return folder
 
 
@@ -59,8 +65,49 @@ def steady(steps: int) -> dict[str, list[float]]:
         "time/ahead_seconds": 0.0,
         "time/publish_seconds": 1.0,
         "time/step_seconds": 7.5,
+        "idle/learner_fraction": 0.0667,
+        "idle/actor_fraction": 0.0667,
+        "idle/mean_fraction": 0.0667,
     }
     return {name: [value] * steps for name, value in values.items()}
+
+
+def alternating_work(step: int) -> dict:
+    """A step of 7.5 s, half a second after the one before: sample 2 s, score .5, learn 4, publish .5, load .5."""
+    start = 8.0 * (step - 1)
+    spans = [
+        _span(0, "actor 0", "sample", start, start + 2, num_prompts=4, version=step - 1),
+        _span(0, "actor 0", "score", start + 2, start + 2.5, num_prompts=4, version=step - 1),
+        _span(0, "learner 0", "learn", start + 2.5, start + 6.5),
+        _span(0, "learner 0", "publish", start + 6.5, start + 7, version=step),
+        _span(0, "actor 0", "load", start + 7, start + 7.5, version=step),
+    ]
+    return _worked(step, start, start + 7.5, [0.0667], spans)
+
+
+def overlapping_work(step: int) -> dict:
+    """A step of 6.5 s, half a second after the one before: learn 4 s, drain 1.5, publish .5, load .5; sample 5.25 s.
+
+    The actor begins a quarter of a second before the step, and evaluates for a quarter of a second after it.
+    """
+    start = 7.0 * (step - 1)
+    spans = [
+        _span(1, "actor 0", "sample", start - 0.25, start + 2.5, num_prompts=2, version=step - 1),
+        _span(0, "learner 0", "learn", start, start + 4),
+        _span(1, "actor 0", "sample", start + 2.5, start + 5.5, num_prompts=2, version=step - 1),
+        _span(0, "learner 0", "publish", start + 5.5, start + 6, version=step),
+        _span(1, "actor 0", "load", start + 6, start + 6.5, version=step),
+        _span(1, "actor 0", "evaluate", start + 6.5, start + 6.75, num_prompts=8, version=step),
+    ]
+    return _worked(step, start, start + 6.5, [0.3077, 0.0769], spans)
+
+
+def _worked(step: int, start: float, end: float, idle: list[float], spans: list[dict]) -> dict:
+    return {"step": step, "start_seconds": start, "end_seconds": end, "idle_fractions": idle, "spans": spans}
+
+
+def _span(device: int, worker: str, work: str, start: float, end: float, **more: int) -> dict:
+    return {"device": device, "worker": worker, "work": work, "start_seconds": start, "end_seconds": end, **more}
 
 
 def rollout(step: int, prompt: int, index: int) -> dict:

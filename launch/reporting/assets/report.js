@@ -142,35 +142,28 @@ function drawSamples(run) {
 }
 
 // --- timeline -------------------------------------------------------------------------------------------------------
-const PHASES = [["rollout", "--method-sa-ah-grpo"], ["reward", "--method-asym-grpo"], ["learn", "--method-ah-grpo"], ["publish", "--method-erpo"]];
-
-// Start of each phase in seconds from the step's beginning; its rollouts were ready at least `early` seconds before.
-function starts(time, early) {
-  const ready = time.wait ?? (time.rollout ?? 0) + (time.reward ?? 0);
-  return {
-    rollout: ready - early - (time.reward ?? 0) - (time.rollout ?? 0), reward: ready - early - (time.reward ?? 0),
-    learn: ready, publish: ready + (time.learn ?? 0) + (time.ahead ?? 0),
-  };
-}
+const COLOURS = JSON.parse(byId("kinds").dataset.colours);
 
 function drawTimeline(run) {
-  const index = run.steps.indexOf(state.step);
-  const time = Object.fromEntries(Object.entries(run.times).map(([phase, values]) => [phase, values[index] ?? null]));
-  byId("timeline-of").textContent = `${run.name}, step ${state.step ?? ABSENT}: ${shown(time.step)} s, of which ${shown(time.wait)} s waiting for rollouts${time.ahead >= 0.005 ? ` and ${shown(time.ahead)} s draining those in flight` : ""}.`;
-  const prefetched = Number(run.settings["run.max_staleness"]) > 0 && index > 0;
-  const at = starts(time, prefetched ? run.times.publish[index - 1] ?? 0 : 0);
-  const known = PHASES.filter(([phase]) => time[phase] != null);
-  if (!known.length) { byId("gantt").replaceChildren("No times of this step."); return; }
-  const first = Math.min(0, ...known.map(([phase]) => at[phase]));
-  const last = Math.max(...known.map(([phase]) => at[phase] + time[phase]), first + 1e-6);
-  const percent = (seconds) => (100 * (seconds - first)) / (last - first);
-  const zero = () => make("span", { class: "zero", style: `left: ${percent(0)}%` });
-  const rows = PHASES.flatMap(([phase, colour]) => {
-    const bar = make("i", { style: `left: ${percent(at[phase])}%; width: ${(100 * (time[phase] ?? 0)) / (last - first)}%; background: var(${colour})` });
-    return [make("span", {}, phase), make("div", { class: "track", "aria-hidden": "true" }, zero(), ...(time[phase] == null ? [] : [bar])), make("span", { class: "num" }, `${shown(time[phase])} s`)];
+  const step = run.timeline[state.step], index = run.steps.indexOf(state.step);
+  const [wait, ahead] = [run.times.wait[index], run.times.ahead[index]];
+  byId("timeline-of").textContent = step
+    ? `${run.name}, step ${state.step}: ${shown(step.seconds)} s, of which ${shown(wait)} s waiting for rollouts${ahead >= 0.005 ? ` and ${shown(ahead)} s draining those in flight` : ""}.`
+    : `${run.name} has no timeline of step ${state.step ?? ABSENT}.`;
+  if (!step) { byId("gantt").replaceChildren(); return; }
+  const percent = (seconds) => `${(100 * seconds) / step.seconds}%`;
+  const rows = Object.entries(run.lanes).flatMap(([worker, device]) => {
+    const bars = step.spans.filter(([name]) => name === worker).map(([, work, start, end]) => make("i", {
+      style: `left: ${percent(start)}; width: ${percent(end - start)}; background: var(--method-${COLOURS[work]})`,
+      title: `${work} ${shown(start)} to ${shown(end)} s`,
+    }));
+    return [
+      make("span", {}, `device ${device}: ${worker}`), make("div", { class: "track", "aria-hidden": "true" }, ...bars),
+      make("span", { class: "num" }, `idle ${Math.round(100 * step.idle[device])} %`),
+    ];
   });
-  const ticks = [first, 0, last / 2, last].filter((x, i, all) => all.slice(0, i).every((y) => Math.abs(percent(x) - percent(y)) > 8));
-  const axis = make("div", { class: "axis" }, ...ticks.map((x) => make("span", { style: `left: ${percent(x)}%` }, `${x.toFixed(1)} s`)));
+  const axis = make("div", { class: "axis" }, ...[0, 0.25, 0.5, 0.75, 1].map((share) =>
+    make("span", { style: `left: ${100 * share}%` }, `${(share * step.seconds).toFixed(1)} s`)));
   byId("gantt").replaceChildren(make("div", { class: "gantt" }, ...rows, make("span"), axis, make("span")));
 }
 

@@ -48,6 +48,11 @@ def mean_kl(run: Run) -> float:
     return _mean(run.series("kl/mean"))
 
 
+def mean_idle(run: Run) -> float:
+    """Mean over all steps of the idle share of the devices."""
+    return _mean(run.series("idle/mean_fraction"))
+
+
 def at_start(run: Run, metric: str) -> float:
     """Mean of a metric over the first steps."""
     return _mean(run.series(metric)[: _edge(run)])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class Run:
     settings: Mapping[str, Any]  # "section.key" -> value, with the method's and the configuration's defaults filled in
     metrics: tuple[Mapping[str, Any], ...]  # one record per step, in order of the steps
     evaluations: tuple[Mapping[str, Any], ...]  # in order of the steps; step 0 is the base model
+    timeline: tuple[Mapping[str, Any], ...] = ()  # the work that ended up to each step (launch/runtime/timeline.py)
 
     @property
     def seed(self) -> int:
@@ -92,7 +93,32 @@ def _of_evaluations(record: Mapping[str, Any]) -> bool:
     return _is_number(fraction) and 0 <= fraction <= 1 and is_count(record.get("num_problems"))
 
 
-def _is_number(value: object) -> bool:
+def _of_timeline(record: Mapping[str, Any]) -> bool:
+    idle, spans = record.get("idle_fractions"), record.get("spans")
+    if not (isinstance(idle, list) and all(map(_is_number, idle)) and isinstance(spans, list) and _takes_time(record)):
+        return False
+    return record["start_seconds"] < record["end_seconds"] and all(_is_span(span, len(idle)) for span in spans)
+
+
+def _is_span(span: object, num_devices: int) -> bool:
+    """Whether it is a worker's work on one of the devices."""
+    return (
+        isinstance(span, Mapping)
+        and _takes_time(span)
+        and isinstance(span.get("worker"), str)
+        and isinstance(span.get("work"), str)
+        and (is_count(span.get("version")) or span["work"] != "sample")
+        and is_count(span.get("device"))
+        and span["device"] < num_devices
+    )
+
+
+def _takes_time(record: Mapping[str, Any]) -> bool:
+    moments = record.get("start_seconds"), record.get("end_seconds")
+    return all(_is_number(moment) and math.isfinite(moment) for moment in moments)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
     """Whether float holds it; NaN and infinities are numbers here."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**300)
 
@@ -134,6 +160,7 @@ def read(folder: Path) -> Run:
         settings=settings,
         metrics=_by_step(folder / "metrics.jsonl", _of_metrics),
         evaluations=_by_step(folder / "evaluations.jsonl", _of_evaluations),
+        timeline=_by_step(folder / "timeline.jsonl", _of_timeline),
     )
 
 

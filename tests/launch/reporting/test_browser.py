@@ -47,6 +47,7 @@ def page(tmp_path_factory) -> Path:
             rollouts_per_step=8,
             metrics=PREFETCHING if ahead else {},
             settings={"run": {"max_staleness": ahead}},
+            separate=bool(ahead),
         )
         for name, ahead in (("sa-ah-grpo", 0), ("ah-grpo", 1))
     ]
@@ -217,9 +218,17 @@ def bars(browser) -> list[float]:
     return [float(value.removesuffix("%")) for value in browser.execute_script(script)]
 
 
+def numbers(browser) -> list[str]:
+    """What stands beside the bars, from lane to lane."""
+    return [each.text for each in browser.find_elements(By.CSS_SELECTOR, ".gantt > span") if each.text]
+
+
 def test_timeline(opened):
+    """On one device the sides take turns; lane by lane: learn, publish; sample, score, load."""
     assert "sa-ah-grpo, step 1: 7.50 s, of which 2.50 s waiting" in text(opened, "timeline-of")
-    assert bars(opened) == pytest.approx([100 * x / 7.5 for x in (0, 2, 2, 0.5, 2.5, 4, 6.5, 1)], abs=0.01)
+    expected = [100 * x / 7.5 for x in (2.5, 4, 6.5, 0.5, 0, 2, 2, 0.5, 7, 0.5)]
+    assert bars(opened) == pytest.approx(expected, abs=0.01)
+    assert numbers(opened) == ["device 0: learner 0", "idle 7 %", "device 0: actor 0", "idle 7 %"]
 
 
 def test_timeline_of_a_prefetching_step(opened):
@@ -227,8 +236,16 @@ def test_timeline_of_a_prefetching_step(opened):
     press(opened, Keys.ARROW_RIGHT)
     words = "ah-grpo, step 2: 6.50 s, of which 0.00 s waiting for rollouts and 1.50 s draining those in flight."
     assert text(opened, "timeline-of") == words
-    # Sampled and scored (2 and .5 s) before step 1 published (1 s); then learning (4), waiting (1.5), publishing (1).
-    assert bars(opened) == pytest.approx([0, 20, 20, 5, 35, 40, 90, 10], abs=0.01)
+    # The actor's first part began before the step, and its evaluation comes after it: both are cut off.
+    expected = [100 * x / 6.5 for x in (0, 4, 5.5, 0.5, 0, 2.5, 2.5, 3, 6, 0.5)]
+    assert bars(opened) == pytest.approx(expected, abs=0.01)
+    assert numbers(opened) == ["device 0: learner 0", "idle 31 %", "device 1: actor 0", "idle 8 %"]
+
+
+def test_a_bar_has_the_colour_of_its_kind_in_the_legend(opened):
+    script = "return [...document.querySelectorAll(arguments[0])].map((e) => getComputedStyle(e).backgroundColor)"
+    learn, publish, sample, score, load, _ = opened.execute_script(script, "#kinds .dot")
+    assert opened.execute_script(script, ".gantt .track i") == [learn, publish, sample, score, load]
 
 
 def test_settings_that_differ_are_marked(opened):

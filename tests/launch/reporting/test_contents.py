@@ -9,7 +9,7 @@ import run_folders
 from launch import report
 from launch.reporting.page import ASSETS
 
-CURVES = "learning-curves"
+CURVES, TIMELINE = "learning-curves", "timeline-steps"
 TABLES = ["table-2", "tables-3-4", "table-5", "tables-6-7"]
 FIGURES = ["figure-1", "figures-2-3", "figure-4", "training-variance", *(f"figure-a{i}" for i in (1, 2, 3, 4, 5))]
 PASSES = {0: 0.2, 2: 0.4, 4: 0.5}
@@ -28,7 +28,17 @@ def test_it_opens_on_the_run_then_curves_samples_tables_settings(tmp_path):
     html = shown(run_folders.report_of(folder))
     first = ["sa-ah-grpo, α 0.5 on smollm2-135m-instruct", "chain_sum", "1.00 → 3.00", "0.250 → 0.500"]
     first += ["± 0.106 → ± 0.123", "64 problems", "<dd>15</dd>", "2 min 0 s", "7.5 s/step"]
-    parts = [*first, '"learning-curves"', "Samples</h2>", "Timeline of one step</h2>", "Tables</h2>", "Settings</h2>"]
+    first += ["devices idle 7 %"]
+    parts = [
+        *first,
+        '"learning-curves"',
+        "Samples</h2>",
+        "Timeline</h2>",
+        TIMELINE,
+        "One step</h3>",
+        "Tables</h2>",
+        "Settings</h2>",
+    ]
     at = [html.index(part) for part in (*parts, "Notes</h2>")]
     assert at == sorted(at)
     for part in ("claim", 'class="verdict"', 'class="paper"', 'id="paper"', "inconclusive", "figure-1", "Qwen"):
@@ -98,7 +108,7 @@ def test_export(tmp_path):
     assert (folder / "report.html").is_file()
     assert {path.name for path in out.iterdir()} == {
         *(f"{key}.csv" for key in (*TABLES, "claims", "settings")),
-        *(f"{key}.{kind}" for key in (CURVES, *FIGURES) for kind in ("svg", "png")),
+        *(f"{key}.{kind}" for key in (CURVES, TIMELINE, *FIGURES) for kind in ("svg", "png")),
     }
     base, run, *published = csv.DictReader((out / "table-2.csv").open(encoding="utf-8"))
     assert (base["source"], base["method"]) == ("runs", "base (zero-shot)")
