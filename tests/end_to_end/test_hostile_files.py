@@ -116,7 +116,7 @@ LINKS = [
 
 
 @pytest.mark.parametrize("name", LINKS)
-@pytest.mark.parametrize("to", ["file", "folder", "nothing"])
+@pytest.mark.parametrize("to", ["file", *(pytest.param(to, marks=pytest.mark.long) for to in ("folder", "nothing"))])
 def test_a_link_in_a_run_folder_is_refused(stranger, outside, start, name, to):
     path = stranger / name
     if path.is_dir():
