@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 
 from common.command_line import load
-from common.config import Config, with_values
+from common.config import Config, value_of, with_values
 from common.types import UserError
 from launch.benchmarks import scaling_contender, scaling_results
 from launch.benchmarks.scaling_contender import Remote
@@ -35,6 +35,7 @@ from launch.benchmarks.update import CONFIG
 from launch.planning import plan
 from launch.planning.plan import Plan
 
+SAME = ("learner.recompute", "learner.micro_batch_tokens")  # as planned for the first contender: the largest part
 PUBLISHES = 5  # rounds of them for each round of steps
 
 
@@ -142,6 +143,8 @@ def main(argv: Sequence[str]) -> int:
             config = load([*options, "--run.dir", f"{folder}/run"], CONFIG)
             check(arguments, config)
             numbers = list(zip(arguments.devices, arguments.actors or arguments.devices, strict=True))
+            largest = planned(config, *numbers[0], first=True).plan.config
+            config = with_values(config, {name: value_of(largest, name) for name in SAME})
             sizes = [planned(config, *each, first=each is numbers[0]) for each in numbers]
             publishing = planned(config, 1, arguments.publish_actors)
             measured = measure(sizes, publishing, arguments.steps)

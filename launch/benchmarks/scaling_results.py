@@ -267,21 +267,26 @@ def keep(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def chart(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Throughput and efficiency by devices: measured points, modelled ones with their intervals, and ideal scaling."""
+    """Throughput and efficiency by devices: measured points, and modelled ones with their intervals."""
     with mpl.rc_context(style.RC):
         drawn, panels = figure.panels(2, width=4.4, height=3.2)
-        for work, colour in COLOURS.items():
-            chosen = [row for row in rows if row["work"] == work or (row is rows[0] and work == "growing")]
-            for axes, name in zip(panels, ("tokens_per_second", "efficiency"), strict=True):
-                points = [(r["devices"], r["measured"][name]) for r in chosen if r["measured"]]
+        names = {"tokens_per_second": "tokens/s", "efficiency": "efficiency"}
+        for axes, (name, label) in zip(panels, names.items(), strict=True):
+            for work, colour in COLOURS.items():
+                chosen = [row for row in rows if row["work"] == work or row is rows[0]]
+                points = [(row["devices"], row["measured"][name]) for row in chosen if row["measured"]]
                 axes.plot(*zip(*points, strict=True), "o", color=colour, label=f"{work} work, measured")
-                modelled = [r for r in chosen if r["prompts"] == FIXED_PROMPTS or work == "growing"]
+                modelled = [row for row in chosen if row["prompts"] == FIXED_PROMPTS or work == "growing"]
                 values = np.array([(r["modelled"][name], *r["modelled"][f"{name}_interval"]) for r in modelled])
-                at = [r["devices"] for r in modelled]
-                axes.plot(at, values[:, 0], "-", color=colour, label=f"{work} work, modelled, 95 % interval")
-                axes.fill_between(at, values[:, 1], values[:, 2], color=colour, alpha=0.2)
-        for axes, name in zip(panels, ("tokens/s", "efficiency"), strict=True):
-            axes.set(xscale="log", xlabel="devices", ylabel=name)
+                at = [row["devices"] for row in modelled]
+                axes.plot(at, values[:, 0], "-", color=colour, label=f"{work} work, modelled")
+                axes.fill_between(at, values[:, 1], values[:, 2], color=colour, alpha=0.2, linewidth=0)
+            axes.set(xscale="log", xlabel="devices (band: 95 % interval)", ylabel=label)
+            axes.set_xticks(sorted({row["devices"] for row in rows}))
+            axes.minorticks_off()
+            axes.xaxis.set_major_formatter("{x:g}")
         panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[1].set_ylim(bottom=0)
         figure.legend(drawn, panels)
     return drawn

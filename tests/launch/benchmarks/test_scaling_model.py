@@ -212,7 +212,7 @@ def test_a_summary_counts_bytes_and_judges_the_goals() -> None:
     row = found["rows"][3]
     assert row["measured"]["bytes"] == {"reduce": 4000, "exchange": 4 * 3 * 800, "groups": 40_000}
     assert row["modelled"]["bytes"] == {"reduce": 4000, "exchange": 9600, "sent_by_a_rank": 13_600}
-    assert found["rows"][0]["modelled"]["bytes"]["sent_by_a_rank"] == 0
+    assert found["rows"][0]["modelled"]["bytes"] == {"reduce": 0, "exchange": 0, "sent_by_a_rank": 0}
     lines = scaling_results.findings(found)
     fraction = 100 * (0.001 * 2 * 3 + 2e-6 * (4000 + 4800)) / Machine(REAL).step(2, 2, 4).seconds
     assert lines[0].startswith(f"reduce and exchange, 2 ranks, 4 prompts: {fraction:.2f} % of a step (goal 2 %: met)")
@@ -244,6 +244,9 @@ def test_the_command_keeps_measured_and_modelled_columns_apart(monkeypatch, caps
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result == json.loads((tmp_path / "scaling.json").read_text())
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    left, right = scaling_results.chart(result["rows"]).axes
+    assert [label.get_text() for label in left.get_xticklabels()] == ["1", "2", "8", "64", "512"]
+    assert [[*line.get_xdata()] for line in right.lines] == [[1, 2], [1, 2, 8, 64, 512], [1, 2], [8, 64, 512]]
     first, *_ = scaling_results.tables(result)
     console = Console(width=170, record=True, file=io.StringIO())
     console.print(first)
