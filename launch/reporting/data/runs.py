@@ -20,6 +20,8 @@ from common.types import UserError
 OF_ONE_RUN = {name for role in (COSMETIC, REPETITION, MACHINE) for name in options(role)}
 FILES = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "timeline.jsonl")  # that a report reads
 
+LARGEST = 1e100  # of float32 it is 3e38; the square of a larger one may not be finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -55,9 +57,9 @@ class Run:
         return self.num_steps >= int(self.settings["run.steps"])
 
     def series(self, metric: str) -> np.ndarray:
-        """float [steps], one metric; NaN where a step has no finite number."""
+        """float [steps], one metric; NaN where a step has none, or one beyond all that a run computes with."""
         values = np.array([record.get(metric) for record in self.metrics], dtype=float)  # None becomes NaN
-        return np.where(np.isfinite(values), values, np.nan)
+        return np.where(np.abs(values) < LARGEST, values, np.nan)
 
     def pass_at_1(self) -> dict[int, float]:
         """Step -> greedy Pass@1; step 0 is the base model."""
