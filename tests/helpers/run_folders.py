@@ -35,7 +35,7 @@ def write(
     for section, table in (settings or {}).items():
         config[section] = config.get(section, {}) | table
     (folder / "config.toml").write_text(tomli_w.dumps(config))
-    columns = {"reward/mean": rewards, **steady(len(rewards)), **(metrics or {})}
+    columns = {"reward/mean": rewards, **steady(len(rewards), OVERLAPPING if separate else {}), **(metrics or {})}
     lines(
         folder / "metrics.jsonl", [{"step": i + 1} | {k: v[i] for k, v in columns.items()} for i in range(len(rewards))]
     )
@@ -48,7 +48,17 @@ def write(
     return folder
 
 
-def steady(steps: int) -> dict[str, list[float]]:
+OVERLAPPING = {
+    "time/wait_seconds": 0.0,
+    "time/ahead_seconds": 1.5,
+    "time/step_seconds": 6.5,
+    "idle/learner_fraction": 0.3077,
+    "idle/actor_fraction": 0.0769,
+    "idle/mean_fraction": 0.1923,
+}
+
+
+def steady(steps: int, others: dict[str, float]) -> dict[str, list[float]]:
     """Metrics that do not change from step to step."""
     values = {
         "reward/std": 0.5,
@@ -69,7 +79,7 @@ def steady(steps: int) -> dict[str, list[float]]:
         "idle/actor_fraction": 0.0667,
         "idle/mean_fraction": 0.0667,
     }
-    return {name: [value] * steps for name, value in values.items()}
+    return {name: [value] * steps for name, value in (values | others).items()}
 
 
 def alternating_work(step: int) -> dict:
