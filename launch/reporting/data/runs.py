@@ -97,9 +97,10 @@ def _of_evaluations(record: Mapping[str, Any]) -> bool:
 
 def _of_timeline(record: Mapping[str, Any]) -> bool:
     idle, spans = record.get("idle_fractions"), record.get("spans")
-    if not (isinstance(idle, list) and all(map(_is_number, idle)) and isinstance(spans, list) and _takes_time(record)):
+    if not (isinstance(idle, list) and isinstance(spans, list) and spans and _takes_time(record)):
         return False
-    return record["start_seconds"] < record["end_seconds"] and all(_is_span(span, len(idle)) for span in spans)
+    shares = all(_is_number(share) and 0 <= share <= 1 for share in idle)
+    return shares and record["start_seconds"] < record["end_seconds"] and all(_is_span(s, len(idle)) for s in spans)
 
 
 def _is_span(span: object, num_devices: int) -> bool:

@@ -142,9 +142,12 @@ def test_learner_ranks_come_first_on_each_device(tmp_path):
     "changes",
     [
         {"spans": None},
+        {"spans": []},
         {"spans": [{"worker": "learner 0"}]},
         {"idle_fractions": None},
         {"idle_fractions": ["none"]},
+        {"idle_fractions": [1.5]},
+        {"idle_fractions": [float("nan")]},  # which JSON does not have, and the page's data neither
         {"idle_fractions": []},  # and spans of device 0
         {"end_seconds": None},
         {"end_seconds": 0.0},  # no longer than nothing
