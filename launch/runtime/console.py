@@ -86,7 +86,7 @@ class Display:
     def _panel(self, step: int) -> Panel:
         parts = _parts(self.recent[-1][1])  # wrapped under the table: a task may have any number of parts
         caption = Text(f"reward of step {step}: {parts}") if parts else None
-        table = Table(box=None, padding=(0, 1), caption=caption)
+        table = Table(box=None, padding=(0, 0, 0, 1), caption=caption)  # all columns fit in 90 characters
         table.add_column("step", justify="right")
         for _, label, _ in COLUMNS:
             table.add_column(label, justify="right")

@@ -53,8 +53,10 @@ def test_plain_lines():
     assert lines[-1].startswith("evaluation at step 2: Pass@1 0.500 ± 0.100, pass@4 0.750, reward 3.000, 9 problems")
 
 
-def test_live_panel():
-    panel = shown(True, width=140, height=40)
+@pytest.mark.parametrize("width", [140, 90])
+def test_live_panel(width):
+    panel = shown(True, width=width, height=40)
+    assert "…" not in panel, "a column is cut off"
     assert "a run  step 2/4" in panel
     assert "reward of step 2: correct 0.75 my [bold]own -2.50" in panel
     for label in (
