@@ -112,6 +112,11 @@ BAD_LINES = {
         '{"step": 1, "pass_at_1": 0.5, "num_problems": -4}',
         '{"step": 1, "pass_at_1": 0.5, "num_problems": 1e9}',
     ],
+    "timeline": [
+        '{"step": 1}',
+        '{"step": 1, "start_seconds": -1e308, "end_seconds": 1e308, "idle_fractions": [0], "spans": [{"worker": "w", '
+        '"work": "learn", "device": 0, "start_seconds": 0, "end_seconds": 1}]}',
+    ],
     "rollouts": [
         *('{"step": 1, "prompt_index": 0, "x"}', '{"step": 1, "prompt_index": 0, "x": %s}' % ("[" * 100_000)),
         *('{"step": 1, "prompt_index": 0, "tokens": "abc"}', '{"step": 1, "prompt_index": 0, "tokens": [[]]}'),
