@@ -126,6 +126,8 @@ def check(arguments: argparse.Namespace, config: Config) -> None:
         )
     if arguments.publish_actors < 3:
         raise UserError(f"--publish-actors {arguments.publish_actors} does not determine the model; give 3 or more")
+    if config.actor.part_prompts:
+        raise UserError(f"actor.part_prompts={config.actor.part_prompts}: an actor has one part here; leave it out")
     if config.run.max_staleness:
         raise UserError(f"run.max_staleness={config.run.max_staleness} hides sampling behind learning; set it to 0")
 

@@ -42,13 +42,15 @@ class Fit:
 def non_negative(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Least squares with coefficients of at least 0, exact: the best of all subsets of the few columns."""
     best, least = np.zeros(rows.shape[1]), float(values @ values)
-    for size in range(1, rows.shape[1] + 1):
+    for size in range(rows.shape[1], 0, -1):
         for columns in combinations(range(rows.shape[1]), size):
             chosen, *_ = np.linalg.lstsq(rows[:, columns], values, rcond=None)
             error = float(((rows[:, columns] @ chosen - values) ** 2).sum())
             if chosen.min() >= 0 and error < least:
                 best, least = np.zeros(rows.shape[1]), error
                 best[list(columns)] = chosen
+        if size == rows.shape[1] and best.any():  # no subset is better than all columns
+            break
     return best
 
 

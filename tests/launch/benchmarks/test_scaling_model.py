@@ -270,6 +270,7 @@ def test_the_command_keeps_measured_and_modelled_columns_apart(monkeypatch, caps
         (["--publish-actors", "2"], "--publish-actors 2 does not determine the model"),
         (["--steps", "0"], "--steps 0 measures nothing"),
         (["--run.max_staleness", "1"], "run.max_staleness=1 hides sampling"),
+        (["--actor.part_prompts", "1"], "actor.part_prompts=1: an actor has one part here"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
