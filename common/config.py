@@ -119,8 +119,9 @@ class ActorConfig(Section):
 
 class LearnerConfig(Section):
     num_ranks: int = Field(1, ge=1)
-    """Processes that learn, each with the whole model and a part of every step; the gradient is the same for any
-    number of them."""
+    """Processes that learn, each a part of every step; the gradient is the same for any number of them."""
+    shard: bool = False
+    """Spread the frozen base over the ranks of a node, for one that a GPU cannot hold; else each rank holds it all."""
     learning_rate: float = Field(5e-6, gt=0)
     """Peak; cosine decay to 0 after a linear warm-up of max(5, steps // 10) steps."""
     weight_decay: float = Field(0.01, ge=0)
@@ -182,6 +183,13 @@ class Config(BaseModel):
             raise ValueError(
                 f"actor.tensor_parallel={self.actor.tensor_parallel} needs devices of its own; set "
                 "cluster.layout=separate"
+            )
+        if self.learner.shard and self.learner.num_ranks == 1:
+            raise ValueError("learner.shard=true needs several ranks; set learner.num_ranks, or leave it out")
+        if self.learner.shard and self.learner.head_backend in ("trl", "liger"):
+            raise ValueError(
+                f"learner.head_backend={self.learner.head_backend} needs the whole base in the backward pass, which "
+                "learner.shard=true gives up; use auto"
             )
         for path in (method.advantage, method.token_weight):
             if "." in path:

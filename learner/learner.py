@@ -4,6 +4,7 @@ import os
 import resource
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,14 +48,25 @@ class Learner:
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             recompute=config.learner.recompute,
             head_backend=config.learner.head_backend,
+            sharded=config.learner.shard,
         )
         self.objective = Objective(config, self.policy.vocab_size)
         self.ranks = ranks or Ranks()
         self.optimizer = Optimizer(self.policy.parameters(), config.learner, steps=config.run.steps, ranks=self.ranks)
         self.canary_token_ids = canary_token_ids
-        with self.policy.reference():
-            self.canary_base_logprobs = self.policy.logprobs(canary_token_ids)
         self.step = 0
+
+    def meet(self, own_address: str, address: str, port: int) -> None:
+        """Join the other ranks at the store of rank 0, and spread the base over those of this node if it is to be."""
+        self.ranks.join(own_address, address, port)
+        if self.config.learner.shard:
+            self.policy.shard(self.ranks)
+
+    @cached_property
+    def canary_base_logprobs(self) -> np.ndarray:
+        """The canary's log-probabilities without the adapter."""
+        with self.policy.reference():
+            return self.policy.logprobs(self.canary_token_ids)
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
         """One optimizer step: `learner.inner_updates` updates on the same groups.
@@ -115,9 +127,9 @@ class Learner:
             seconds=time.perf_counter() - started,
         )
 
-    def checksum(self) -> str:
-        """Of the current weights as they are published."""
-        return self.policy.adapter(self.step, None).checksum
+    def checksum(self, canary: bool = False) -> str:
+        """Of the current weights as they are published. With a sharded base every rank makes the canary's passes."""
+        return self.adapter(canary and self.ranks.sharded).checksum
 
     def probe(self) -> Adapter:
         """A strong random adapter, version PROBE_VERSION, that shows whether an actor computes what the learner does.

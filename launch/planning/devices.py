@@ -16,6 +16,7 @@ class Gpu:
     name: str
     capability: tuple[int, int]  # (8, 0) for sm_80
     total_bytes: int
+    beside: int = 1  # GPUs of its machine
 
 
 def here() -> tuple[Gpu, ...]:
@@ -23,7 +24,9 @@ def here() -> tuple[Gpu, ...]:
     if not torch.cuda.is_available():
         return ()
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return tuple(Gpu(name=p.name, capability=(p.major, p.minor), total_bytes=p.total_memory) for p in found)
+    return tuple(
+        Gpu(name=p.name, capability=(p.major, p.minor), total_bytes=p.total_memory, beside=len(found)) for p in found
+    )
 
 
 def weakest(gpus: Sequence[Gpu]) -> Gpu | None:

@@ -94,6 +94,7 @@ class Work:
 
     size: Size
     longest_prompt_tokens: int
+    ranks_beside: int = 1  # learner ranks of a node, over which learner.shard spreads the frozen weights
     activations: Callable[[tuple[int, ...], str], Activations]  # of a packed sequence's lengths and learner.recompute
 
 
@@ -152,9 +153,13 @@ def plan(config: Config, work: Work, gpu_bytes: int) -> Memory:
 
 
 def _learner(config: Config, work: Work) -> list[Part]:
-    side, step = "learner", step_activations(config, work)
+    side, step, size = "learner", step_activations(config, work), work.size
+    shards = work.ranks_beside if config.learner.shard else 1
+    layer = size.hidden * (4 * size.hidden + 3 * size.intermediate)
+    gathered = size.vocab * size.hidden + 2 * layer if shards > 1 else 0  # the head, a layer at work and the next one
     return [
-        Part(side, "frozen weights", work.size.num_parameters * _itemsize(config)),
+        Part(side, "frozen weights", size.num_parameters * _itemsize(config) // shards),
+        Part(side, "gathered weights", gathered * _itemsize(config)),
         Part(side, "adapter, gradient, AdamW", work.size.num_adapter_parameters * ADAPTER_BYTES),
         Part(side, "activations of the step", step.kept, f"recompute {config.learner.recompute}"),
         Part(side, "one micro-batch at work", step.peak - step.kept, f"{config.learner.micro_batch_tokens} tokens"),

@@ -53,7 +53,8 @@ def resolve(
 
     config = with_values(config, {"model.dtype": dtype(config, gpus)[0]})
     size = Size.of(model, config.model)
-    work = Work(size=size, longest_prompt_tokens=longest_prompt_tokens, activations=activations)
+    beside = min([config.learner.num_ranks, *(gpu.beside for gpu in gpus)])
+    work = Work(size=size, longest_prompt_tokens=longest_prompt_tokens, ranks_beside=beside, activations=activations)
     if gpu_bytes is None:
         return on_cpu(config, work, psutil.virtual_memory().available // config.learner.num_ranks), None
     config = on_gpu(config, work, gpu_bytes)

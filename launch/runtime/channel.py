@@ -84,7 +84,7 @@ class Channel:
         CANARY_FRACTION of the time allows, or as `canary` demands. Raises AdapterMismatch, which names both numbers.
         """
         due = self._num_without + 1 >= self._canary_every if canary is None else canary
-        adapter_ref, others = learner.adapter(due), learner.checksums()
+        adapter_ref, others = learner.adapter(due), learner.checksums(due)
         receipts: list[Receipt] = ray.get([actor.load.remote(adapter_ref) for actor in self.actors])
         adapter: Adapter = ray.get(adapter_ref)
         for receipt in receipts:

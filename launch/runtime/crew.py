@@ -35,12 +35,13 @@ class Crew:
         return self.ranks[0].adapter.remote(canary)
 
     def probe(self) -> Any:
-        """Reference to the random adapter of a verified start."""
-        return self.ranks[0].probe.remote()
+        """Reference to the random adapter of a verified start, which all ranks make."""
+        refs = [rank.probe.remote() for rank in self.ranks]
+        return refs[0]
 
-    def checksums(self) -> list[Any]:
-        """References to the checksums of the other ranks' adapters."""
-        return [rank.checksum.remote() for rank in self.ranks[1:]]
+    def checksums(self, canary: bool) -> list[Any]:
+        """References to the checksums of the other ranks' adapters; `canary` as for rank 0's."""
+        return [rank.checksum.remote(canary) for rank in self.ranks[1:]]
 
     def save(self, folder: Path) -> None:
         """A checkpoint into the driver's existing `folder`: the ranks' states are equal, and rank 0 sends its own."""

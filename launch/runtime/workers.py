@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,7 @@ class _Worker:
 
     parts: Sequence[tuple[int, int]]  # index and number, one division within the other
     ranks: Ranks
+    meet: Callable[[str, str, int], None]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         processors = sorted(os.sched_getaffinity(0))
@@ -94,7 +95,7 @@ class _Worker:
 
     def join(self, address: str, port: int) -> None:
         """Meet the other ranks there."""
-        self.ranks.join(ray.util.get_node_ip_address(), address, port)
+        self.meet(ray.util.get_node_ip_address(), address, port)
 
 
 def _remote(side: type, plan: Plan, place: Place, *, half: int) -> Any:

@@ -41,6 +41,32 @@ def lora_linear(x: Tensor, projections: Sequence[Projection], *, scale: float, d
     return tuple(y_LO.view(*x.shape[:-1], -1) for y_LO in outputs)
 
 
+class SharedInput:
+    """Peft's adapted layers of one input (learner/policy/policy.py): computes all of them when the first is called, and
+    keeps each output until that layer is called."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+        self.x: Tensor | None = None
+        self.outputs: dict[Any, Tensor] = {}
+
+    def output(self, layer: Any, x: Tensor) -> Tensor:
+        if x is not self.x or layer not in self.outputs:
+            [name] = layer.active_adapters
+            dropout = layer.lora_dropout[name]
+            outputs = lora_linear(
+                x,
+                [each.projection() for each in self.layers],
+                scale=layer.scaling[name],
+                dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,  # peft uses an Identity for 0
+            )
+            self.x, self.outputs = x, dict(zip(self.layers, outputs, strict=True))
+        y = self.outputs.pop(layer)
+        if not self.outputs:
+            self.x = None
+        return y
+
+
 def dropped(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
     """A bool tensor, true where an element is dropped with probability `dropout`, and the exact fraction that is kept.
 

@@ -25,7 +25,9 @@ from learner.checkpoint import load_tensors
 from learner.head import HeadStats, head_stats
 from learner.policy.base import load_base, unsupported
 from learner.policy.forward import Demands, ForwardOutput, empty, join
-from learner.policy.lora import Projection, lora_linear
+from learner.policy.lora import Projection, SharedInput
+from learner.policy.sharding import gathered, shard
+from learner.ranks import Ranks
 
 
 def mixed(*numbers: int) -> int:
@@ -39,7 +41,7 @@ SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # project
 class _LoraLinear(lora.Linear):
     """peft's layer, computed together with the sibling layers that take the same input."""
 
-    shared: "_SharedInput"
+    shared: SharedInput
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) if self.disable_adapters else self.shared.output(self, x)
@@ -51,38 +53,13 @@ class _LoraLinear(lora.Linear):
         )
 
 
-class _SharedInput:
-    """Computes all of its layers when the first is called, and keeps each output until that layer is called."""
-
-    def __init__(self, layers: Sequence[_LoraLinear]) -> None:
-        self.layers = layers
-        self.x: Tensor | None = None
-        self.outputs: dict[_LoraLinear, Tensor] = {}
-
-    def output(self, layer: _LoraLinear, x: Tensor) -> Tensor:
-        if x is not self.x or layer not in self.outputs:
-            [name] = layer.active_adapters
-            dropout = layer.lora_dropout[name]
-            outputs = lora_linear(
-                x,
-                [each.projection() for each in self.layers],
-                scale=layer.scaling[name],
-                dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,  # peft uses an Identity for 0
-            )
-            self.x, self.outputs = x, dict(zip(self.layers, outputs, strict=True))
-        y = self.outputs.pop(layer)
-        if not self.outputs:
-            self.x = None
-        return y
-
-
 def _share_inputs(model: torch.nn.Module) -> None:
     """Group the adapted projections of each block by their input; one without siblings is a group of its own."""
     for block in model.modules():
         adapted = {name: child for name, child in block.named_children() if isinstance(child, _LoraLinear)}
         groups = [[adapted.pop(name) for name in names if name in adapted] for names in SAME_INPUT]
         for group in [*groups, *([layer] for layer in adapted.values())]:
-            shared = _SharedInput(group)
+            shared = SharedInput(group)
             for layer in group:
                 layer.shared = shared
 
@@ -98,14 +75,16 @@ class Policy:
         device: torch.device,
         recompute: str,
         head_backend: str,
+        sharded: bool = False,
     ) -> None:
         """Load the model from a folder, or build it from a configuration on the meta device, without data.
 
-        `recompute` is learner.recompute.
+        `recompute` is learner.recompute. A model that is to be sharded is loaded into the host's memory, and computes
+        after `shard`.
         """
         assert config.dtype != "auto", "the plan resolves auto"
         assert recompute in ("none", "layer", "micro-batch"), "the memory plan resolves auto"
-        base = load_base(model, config.dtype, device)
+        base = load_base(model, config.dtype, torch.device("cpu") if sharded else device)
         if reason := unsupported(base.config, config.max_length):
             raise UserError(f"model.path={config.path} {reason}; use another model")
         self.device = device
@@ -129,14 +108,16 @@ class Policy:
         projection = base.get_output_embeddings()
         if type(projection) is not torch.nn.Linear:
             raise UserError(f"model.lora_targets={config.lora_targets} adapts the output head, which stays frozen")
-        self.head_weight_VH = projection.weight
+        self.base = base
+        self.head: torch.nn.Module = projection  # the module whose weight is the head's
+        self.vocab_size, self.hidden_size = projection.weight.shape
         self.head_bias_V = projection.bias
         self.softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
         self.head_backend = head_backend
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self.head_weight_VH)
+    def shard(self, ranks: Ranks) -> None:
+        """Spread the base over the ranks of this node; from then on every pass is one of all of them."""
+        self.head = shard(self.base, ranks, self.device)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable weights, which are those of the adapter."""
@@ -173,8 +154,8 @@ class Policy:
     def _join(self, outputs: Sequence[ForwardOutput], demands: Demands) -> ForwardOutput:
         if outputs:
             return join(outputs)
-        dtype = torch.promote_types(self.head_weight_VH.dtype, torch.float32)
-        return empty(demands, self.head_weight_VH.shape[1], torch.empty(0, dtype=dtype, device=self.device))
+        dtype = torch.promote_types(self.base.dtype, torch.float32)
+        return empty(demands, self.hidden_size, torch.empty(0, dtype=dtype, device=self.device))
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -222,15 +203,16 @@ class Policy:
                 module.train(self.dropout and "lora_dropout" in name)
 
     def _head(self, hidden_NH: Tensor, target_N: Tensor, **options: Any) -> HeadStats:
-        return head_stats(
-            hidden_NH.to(self.head_weight_VH.dtype),  # the last norm of some models returns float32
-            self.head_weight_VH,
-            target_N,
-            bias_V=self.head_bias_V,
-            softcap=self.softcap,
-            backend=self.head_backend,
-            **options,
-        )
+        with gathered(self.head) as weight_VH:
+            return head_stats(
+                hidden_NH.to(weight_VH.dtype),  # the last norm of some models returns float32
+                weight_VH,
+                target_N,
+                bias_V=self.head_bias_V,
+                softcap=self.softcap,
+                backend=self.head_backend,
+                **options,
+            )
 
     def _hidden(self, token_ids_L: Tensor, **packing: Any) -> Tensor:
         """[L, H]: the trunk's output."""
