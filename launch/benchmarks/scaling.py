@@ -93,20 +93,14 @@ def planned(config: Config, ranks: int, actors: int, *, first: bool = False) -> 
     fixed = config.run.prompts_per_step
     devices = Point(ranks=ranks, actors=actors, prompts=fixed).devices(config.cluster.layout)
     works = (fixed, fixed * max(devices, 2 if first else 1))
-    made = plan.make(
-        with_values(
-            config,
-            {
-                "learner.num_ranks": ranks,
-                "actor.num_actors": actors,
-                "learner.gradient_accumulation": max(
-                    ranks, config.learner.gradient_accumulation
-                ),  # work for every rank
-                "run.prompts_per_step": max(works),
-                "run.steps": 10_000,  # the learning rate stays small
-            },
-        )
-    )
+    own = {
+        "learner.num_ranks": ranks,
+        "actor.num_actors": actors,
+        "learner.gradient_accumulation": max(ranks, config.learner.gradient_accumulation),  # work for every rank
+        "run.prompts_per_step": max(works),
+        "run.steps": 10_000,  # the learning rate stays small
+    }
+    made = plan.make(with_values(config, own))
     made.refuse_absent_gpu()
     return Size(plan=made, ranks=ranks, actors=actors, devices=devices, works=works)
 
