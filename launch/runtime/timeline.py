@@ -10,6 +10,7 @@ from common.config import Config
 from common.files import Warn
 from common.metrics import JsonLines, mean, read_lines
 from launch.runtime.channel import Published
+from launch.runtime.placement import devices_by_bundle
 
 LEARNER, ACTOR = "learner", "actor"
 SCORE = "score"  # an actor's wait for its reward workers once all is sampled: they run on processors, its device waits
@@ -55,7 +56,7 @@ class Timeline:
     Its times are seconds since the loop began. Those of a resumed run begin where the last object ends: the time
     between two processes is left out. `idle_fractions` has one number per device: without work of a worker that is
     placed on it, of the time from `start_seconds` to `end_seconds`. Colocated, learner i and actor i share device i;
-    separate, the learner ranks have the first devices.
+    separate, the learner ranks have the first devices. Those of a tensor-parallel actor are one here.
 
     The driver measures, so a span contains the way of its arguments and its result. An update is a span of every rank,
     in which they wait for one another; a load is drawn as late as possible, and as long as that of the slowest actor.
@@ -65,6 +66,7 @@ class Timeline:
         num_ranks, num_actors = config.learner.num_ranks, config.actor.num_actors
         first_actor = num_ranks if config.cluster.layout == "separate" else 0
         self.devices = {LEARNER: range(num_ranks), ACTOR: range(first_actor, first_actor + num_actors)}
+        self.bundles = devices_by_bundle(config)
         recorded = read_lines(path)
         self._zero = time.perf_counter() - (_end(recorded[-1]) if recorded else 0.0)
         self.lines = JsonLines(path, warn)
@@ -72,7 +74,8 @@ class Timeline:
     def step(self, step: int, times: StepTimes, published: Published, sampled: Sequence[Span]) -> dict[str, float]:
         """Write what was done for a step; `sampled` is what the actors have sampled since the last one.
 
-        Returns the step's metrics: the idle share of the devices with a learner rank, of those with an actor, of all.
+        Returns the step's metrics: the mean idle share of the devices with a learner rank, of those with an actor, and
+        of all, each GPU of a tensor-parallel actor counted.
         Evaluations, records and checkpoints lie between two steps.
         """
         spans = sorted([*sampled, *self._learned(times, published)], key=lambda span: span.start)
@@ -86,7 +89,8 @@ class Timeline:
         }
         self.lines.write(record)
         sides = {side: mean(idle[device] for device in devices) for side, devices in self.devices.items()}
-        return {f"idle/{side}_fraction": value for side, value in sides.items()} | {"idle/mean_fraction": mean(idle)}
+        whole = sum(number * share for number, share in zip(self.bundles, idle, strict=True)) / sum(self.bundles)
+        return {f"idle/{side}_fraction": share for side, share in sides.items()} | {"idle/mean_fraction": whole}
 
     def close(self) -> None:
         self.lines.close()
@@ -108,7 +112,7 @@ class Timeline:
 
     def _idle(self, spans: Sequence[Span], times: StepTimes) -> list[float]:
         """The idle share of each device during the step."""
-        busy: list[list[tuple[float, float]]] = [[] for _ in set(self.devices[LEARNER]) | set(self.devices[ACTOR])]
+        busy: list[list[tuple[float, float]]] = [[] for _ in self.bundles]
         for span in spans:
             if span.work != SCORE:
                 busy[self.devices[span.side][span.index]].append((span.start, span.end))

@@ -37,6 +37,7 @@ METRICS = [
     "advantage/negative_fraction",
     "completion/length_mean",
     "actor_learner_kl",
+    "staleness/mean",
     "staleness/max",
     "adapter/version",
     "time/rollout_seconds",
@@ -45,6 +46,9 @@ METRICS = [
     "time/publish_seconds",
     "time/step_seconds",
     "throughput/tokens_per_second",
+    "idle/learner_fraction",
+    "idle/actor_fraction",
+    "idle/mean_fraction",
     "memory/peak_bytes",
 ]
 
@@ -63,7 +67,7 @@ def records(folder: Path, name: str) -> list[dict]:
 
 def comparable(record: dict) -> dict:
     """Without what differs between equal runs: times, memory, and how many canaries there was time for."""
-    clocks = ("time/", "throughput/", "memory/", "adapter/canary")
+    clocks = ("time/", "throughput/", "memory/", "idle/", "adapter/canary")
     return {k: v for k, v in record.items() if not k.startswith(clocks) and k != "seconds"}
 
 
@@ -154,6 +158,10 @@ def test_a_killed_run_leaves_no_process_and_resumes_exactly(finished, tmp_path):
     for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
         expected, got = ([comparable(r) for r in records(run, name)] for run in (whole, folder))
         assert got == expected, f"{name} differs after resuming"
+    timeline = records(folder, "timeline.jsonl")
+    assert [record["step"] for record in timeline] == list(range(1, STEPS + 1))
+    moments = [moment for record in timeline for moment in (record["start_seconds"], record["end_seconds"])]
+    assert moments == sorted(moments)
 
 
 @pytest.mark.long

@@ -125,7 +125,7 @@ def test_a_parts_wait_for_its_rewards_is_a_span_of_its_own() -> None:
     assert (sampling.work, scoring.work) == ("evaluate", "score")
     assert sampling.end == scoring.start
     assert scoring.end - scoring.start == pytest.approx(0.08)
-    assert 0.12 <= sampling.end - sampling.start < 0.17
+    assert sampling.end - sampling.start >= 0.12
     assert sampling.version == scoring.version == 3
 
 

@@ -19,11 +19,11 @@ PUBLISHED = Published(version=7, load_seconds=0.5, canary_version=7, canary_diff
 TIMES = StepTimes(started=100.0, taken=104.0, learned=107.0, drained=108.0, ended=110.0)
 
 
-def config(layout: str, *, ranks: int = 1, actors: int = 1) -> Config:
+def config(layout: str, *, ranks: int = 1, actors: int = 1, tensor_parallel: int = 1) -> Config:
     made = tiny.config(num_ranks=ranks)
     changes = {
         "cluster": made.cluster.model_copy(update={"layout": layout}),
-        "actor": made.actor.model_copy(update={"num_actors": actors}),
+        "actor": made.actor.model_copy(update={"num_actors": actors, "tensor_parallel": tensor_parallel}),
     }
     return made.model_copy(update=changes)
 
@@ -119,6 +119,14 @@ def test_several_ranks_and_actors(tmp_path: Path, layout: str, idle: list[float]
     lanes = {each["worker"]: each["device"] for each in record["spans"]}
     first = 2 if layout == "separate" else 0
     assert lanes == {"learner 0": 0, "learner 1": 1, **{f"actor {i}": first + i for i in range(3)}}
+
+
+def test_every_gpu_of_a_tensor_parallel_actor_counts(tmp_path: Path) -> None:
+    """One GPU is idle for .55 of the step, three for .65."""
+    timeline = Timeline(tmp_path / "timeline.jsonl", config("separate", tensor_parallel=3))
+    metrics = timeline.step(1, TIMES, PUBLISHED, [span("sample", 98, 103)])
+    assert metrics["idle/actor_fraction"] == pytest.approx(0.65)
+    assert metrics["idle/mean_fraction"] == pytest.approx(0.625)
 
 
 def test_a_resumed_runs_times_begin_where_the_last_record_ends(tmp_path: Path) -> None:
