@@ -120,7 +120,7 @@ def assert_equal(folder: Path, unbroken: Path, *names: str) -> None:
     for name in names:
         expected, got = ([local_run.comparable(r) for r in read_lines(each / name)] for each in (unbroken, folder))
         assert got == expected, f"{name} differs after resuming"
-        assert {record["step"] for record in got} == {1, 2, 3, 4}
+        assert {record["step"] for record in got} == ({0, 2, 4} if name == "evaluations.jsonl" else {1, 2, 3, 4})
     last = Path("checkpoints") / "step-000004"
     for path in (unbroken / last).glob("*.safetensors"):
         assert path.read_bytes() == (folder / last / path.name).read_bytes()
@@ -146,7 +146,7 @@ def test_full_in_a_metrics_line(disk, start, full_at, unbroken, monkeypatch, cou
     status, out, err = start(folder, "--run.resume")
     assert (status, err) == (0, "")
     assert f"resuming at step {reached}" + ("" if reached else ": there is no checkpoint") in out.splitlines()
-    assert_equal(folder, unbroken, "metrics.jsonl", "rollouts.jsonl")
+    assert_equal(folder, unbroken, "metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
     whole_lines(folder)
 
 
@@ -203,7 +203,7 @@ def test_full_in_a_checkpoint(disk, start, unbroken, monkeypatch, step, free):
     status, out, err = start(folder, "--run.resume")
     assert (status, err) == (0, "")
     assert f"resuming at step {step - 2}" in out
-    assert_equal(folder, unbroken, "metrics.jsonl", "rollouts.jsonl")
+    assert_equal(folder, unbroken, "metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
     assert shown(folder) == {1, 2, 3, 4}
 
 
@@ -235,7 +235,7 @@ def test_full_while_a_resumed_run_is_rewound(disk, start, unbroken, monkeypatch)
     assert not list(folder.glob("*.partial"))
     empty(disk)
     assert start(folder, "--run.resume")[0] == 0
-    assert_equal(folder, unbroken, "metrics.jsonl", "rollouts.jsonl")
+    assert_equal(folder, unbroken, "metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
 
 
 def failing_at(last: int, record):
@@ -263,6 +263,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, sta
     found = "is missing" if damage == "gone" else "has another checksum than when it was written"
     assert f"warning: step-000004 is damaged: learner_state.safetensors {found}" in out.splitlines()
     assert "resuming at step 2" in out.splitlines()
-    assert_equal(folder, unbroken, "metrics.jsonl", "rollouts.jsonl")
+    assert_equal(folder, unbroken, "metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
     assert checkpoint.passed_over(folder / "checkpoints") == []
     assert shown(folder) == {1, 2, 3, 4}

@@ -22,7 +22,7 @@ from launch.runtime.crew import Crew
 from launch.runtime.fleet import Fleet
 from learner.learner import Learner
 
-CLOCKS = ("time/", "throughput/", "memory/", "idle/", "adapter/canary")  # differ between equal runs
+CLOCKS = ("time/", "throughput/", "memory/", "idle/", "adapter/canary", "seconds")  # differ between equal runs
 
 PARTS = 60  # of a reward, so that each line of a file is longer than a page of 4 KB
 
@@ -94,11 +94,11 @@ def save_model(folder: Path) -> Path:
 
 
 def options(model: Path, folder: Path, *more: str) -> list[str]:
-    """Four steps with a checkpoint after every second one."""
+    """Four steps with a checkpoint and an evaluation after every second one."""
     return [
         *("--model.path", str(model), "--model.dtype", "float32", "--model.lora_rank", "2", "--task.num_train", "8"),
         *("--task.num_eval", "2", "--actor.max_tokens", "32", "--actor.group_size", "2", "--run.steps", "4"),
-        *("--run.prompts_per_step", "2", "--run.checkpoint_every", "2", "--run.evaluate_every", "0"),
+        *("--run.prompts_per_step", "2", "--run.checkpoint_every", "2", "--run.evaluate_every", "2"),
         *("--run.dir", str(folder), *more),
     ]
 
