@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.process import child
+
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 JOB_SERVER = f"http://{ADDRESSES[0]}:8265"
 GCS = f"{ADDRESSES[0]}:6399"
@@ -116,7 +118,7 @@ def _start(nodes: Nodes, index: int, folder: Path, options: list[str], hidden: S
     log = folder / f"node-{index}.log"
     for _ in range(ATTEMPTS):
         with log.open("w") as output:
-            process = subprocess.Popen(command, env=nodes.environment, cwd="/", stdout=output, stderr=output)
+            process = child(command, env=nodes.environment, cwd="/", stdout=output, stderr=output)
         while process.poll() is None:
             if "Ray runtime started" in log.read_text():
                 return
