@@ -27,11 +27,6 @@ def long(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.long)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return local_run.save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def disk(tmp_path: Path):
     """An empty disk of SIZE bytes."""
@@ -99,13 +94,9 @@ def full_at(monkeypatch: pytest.MonkeyPatch, disk: Path):
     return full_at
 
 
-@pytest.fixture(scope="module")
-def unbroken(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "unbroken"
-    with pytest.MonkeyPatch.context() as patch:
-        local_run.install(patch)
-        assert run.main(local_run.options(model, folder)) == 0
-    return folder
+@pytest.fixture
+def unbroken(finished: Path) -> Path:
+    return finished
 
 
 def whole_lines(folder: Path) -> None:
