@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from common.contradictions import contradictions
 from common.method import function
 from common.methods import MethodConfig
 from common.section import COSMETIC, MACHINE, PLANNED, REPETITION, Role, Section
@@ -173,75 +174,11 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
-        method = self.method
-        if self.actor.max_tokens >= self.model.max_length:
-            raise ValueError(
-                f"actor.max_tokens={self.actor.max_tokens} leaves no room for a prompt in "
-                f"model.max_length={self.model.max_length}; lower the one or raise the other"
-            )
-        if self.actor.tensor_parallel > 1 and self.cluster.layout == "colocated":
-            raise ValueError(
-                f"actor.tensor_parallel={self.actor.tensor_parallel} needs devices of its own; set "
-                "cluster.layout=separate"
-            )
-        if self.learner.shard and self.learner.num_ranks == 1:
-            raise ValueError("learner.shard=true needs several ranks; set learner.num_ranks, or leave it out")
-        if self.learner.shard and self.learner.head_backend in ("trl", "liger"):
-            raise ValueError(
-                f"learner.head_backend={self.learner.head_backend} needs the whole base in the backward pass, which "
-                "learner.shard=true gives up; use auto"
-            )
-        for path in (method.advantage, method.token_weight):
+        for path in (self.method.advantage, self.method.token_weight):
             if "." in path:
                 function(path)
-        if method.weight_gradient and method.token_weight != "horizon":
-            raise ValueError(
-                f"method.weight_gradient=true has no effect with token_weight={method.token_weight}; "
-                "set token_weight=horizon"
-            )
-        if method.weight_gradient and (method.entropy, method.entropy_temperature) != ("exact", "sampling"):
-            raise ValueError(
-                f"method.weight_gradient=true needs the gradient of method.entropy={method.entropy} at "
-                f"entropy_temperature={method.entropy_temperature}, which the head does not make"
-            )
-        if method.opening == "reft" and self.actor.group_size % method.opening_distinct:
-            raise ValueError(
-                f"actor.group_size={self.actor.group_size} is not a multiple of "
-                f"method.opening_distinct={method.opening_distinct}; each opener begins an equal share of a group"
-            )
-        if method.opening == "reft" and method.opening_candidates < method.opening_distinct:
-            raise ValueError(
-                f"method.opening_candidates={method.opening_candidates} is less than "
-                f"method.opening_distinct={method.opening_distinct}; raise the one or lower the other"
-            )
-        if method.opening == "reft" and self.actor.max_tokens == 1:
-            raise ValueError("actor.max_tokens=1 leaves nothing to sample after the opener of opening=reft; raise it")
-        if method.overlong_buffer > self.actor.max_tokens:
-            raise ValueError(
-                f"method.overlong_buffer={method.overlong_buffer} exceeds actor.max_tokens={self.actor.max_tokens}; "
-                "lower it"
-            )
-        if method.entropy != "exact" and self.learner.head_backend in ("trl", "liger"):
-            raise ValueError(
-                f"method.entropy={method.entropy} is not supported by "
-                f"learner.head_backend={self.learner.head_backend}; "
-                "use auto"
-            )
-        if method.weight_gradient and self.learner.inner_updates > 1:
-            raise ValueError(
-                f"method.weight_gradient=true needs learner.inner_updates=1, not {self.learner.inner_updates}; "
-                "change one of the two"
-            )
-        if self.evaluation.num_problems and self.evaluation.num_problems > self.task.num_eval:
-            raise ValueError(
-                f"evaluation.num_problems={self.evaluation.num_problems} exceeds "
-                f"task.num_eval={self.task.num_eval}; lower the one or raise the other"
-            )
-        if method.refill_rounds and self.run.max_staleness:
-            raise ValueError(
-                f"method.refill_rounds={method.refill_rounds} cannot be combined with the prefetched rollouts of "
-                f"run.max_staleness={self.run.max_staleness}; set one of the two to 0"
-            )
+        for problem in contradictions(self):
+            raise ValueError(problem)
         return self
 
 
