@@ -11,15 +11,12 @@ from common.types import Group, Prompt, UserError
 from launch.evaluate import evaluate
 from launch.runtime.buffer import Buffer
 from launch.runtime.recorder import Recorder
+from launch.runtime.recovery import RunFailed
 from launch.runtime.timeline import StepTimes
 from launch.runtime.workers import Workers
 from learner import checkpoint
 
 MAX_STEPS_WITHOUT_TRAINING = 3
-
-
-class RunFailed(RuntimeError):
-    """The run cannot continue; it ends with status 1."""
 
 
 def train(
@@ -51,14 +48,16 @@ def train(
         with workers.fleet.paused():  # an actor loads an adapter between two parts of its work, never within one
             drained = time.perf_counter()
             published = workers.channel.publish(workers.learner)
+            loaded = time.perf_counter()
+            workers.learner.commit()  # nothing is sampled with a version that a loss could take back
             ended = time.perf_counter()
         evaluation = None
         if run.evaluate_every and due(step, run.evaluate_every, run.steps):  # before the next rollouts start
             evaluation = evaluate(workers.fleet, eval_prompts, config, step=step)
         buffer.release(len(groups))
-        times = StepTimes(started=started, taken=taken, learned=learned, drained=drained, ended=ended)
-        sampled = workers.fleet.worked()
-        recorder.step(step, groups, result, published, times, sampled, num_discarded=len(buffer.discarded))
+        times = StepTimes(started=started, taken=taken, learned=learned, drained=drained, loaded=loaded, ended=ended)
+        sampled, lost = workers.fleet.worked(), workers.losses.metrics()
+        recorder.step(step, groups, result, published, times, sampled, lost, num_discarded=len(buffer.discarded))
         if evaluation is not None:
             recorder.evaluation(evaluation)
         reason = result.skipped or every_reward_failed(groups)

@@ -24,7 +24,7 @@ from common.command_line import load
 from common.config import dump
 from common.files import NotWritten, write_whole
 from common.types import UserError
-from launch.loop import RunFailed, position, train
+from launch.loop import position, train
 from launch.planning import plan
 from launch.planning.plan import Plan
 from launch.runtime import cluster, workers
@@ -32,6 +32,7 @@ from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.channel import AdapterMismatch
 from launch.runtime.console import Display
 from launch.runtime.recorder import Recorder, rewind
+from launch.runtime.recovery import RunFailed
 from learner import checkpoint
 from learner.selection import drop_reason
 
@@ -51,7 +52,7 @@ def run(checked: Plan) -> None:
             whole = "" if checked.resume_from else ": there is no checkpoint"
             display.note(f"resuming at step {first_step}{whole}")
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
-        with cluster.connect(), workers.start(checked) as started:
+        with cluster.connect(), workers.start(checked, note=display.note) as started:
             config = started.plan.config
             if written.exists():
                 rewind(folder, first_step if checked.resume_from else -1)  # the evaluation at step 0 comes again

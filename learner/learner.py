@@ -73,6 +73,13 @@ class Learner:
 
         Where every group is excluded, nothing changes, and the result does not count as a skipped step.
         """
+        try:
+            return self._update(groups)
+        except Exception:
+            self.ranks.leave()  # the others would wait for this rank
+            raise
+
+    def _update(self, groups: Sequence[Group]) -> UpdateResult:
         step, self.step = self.step, self.step + 1
         selection = select(groups, self.objective.method, max_tokens=self.config.actor.max_tokens)
         metrics = {"learner/rate": self.optimizer.rate(step)} | selection.metrics()

@@ -25,6 +25,10 @@ from learner.policy.forward import ForwardOutput
 TIMEOUT_SECONDS = 1800.0  # of one sum: for the slowest rank to reach it
 
 
+class PeerLost(RuntimeError):
+    """A sum over the ranks failed: another rank is gone, or cannot be reached."""
+
+
 class Ranks:
     """One of `world` ranks. Alone it leaves everything as it is."""
 
@@ -68,6 +72,10 @@ class Ranks:
             trained = {parameter for parameter in module.parameters() if parameter.requires_grad}
             fully_shard(module, mesh=self._node, reshard_after_forward=True, ignored_params=trained)
         self.sharded = True
+
+    def leave(self) -> None:
+        """Drop the group, which frees the ranks that wait for this one in a sum."""
+        self._group = None
 
     def part(self, batch: StepBatch) -> StepBatch:
         """The step with this rank's micro-batches alone: each, from the longest on, goes to the rank with the fewest
@@ -135,9 +143,9 @@ class Ranks:
         on_cpu = values.cpu()
         try:
             self._group.allreduce([on_cpu]).wait()  # type: ignore[attr-defined]
-        except RuntimeError:
-            self._group = None
-            raise
+        except RuntimeError as error:
+            self.leave()
+            raise PeerLost(f"rank {self.rank}: {error}") from None
         values.copy_(on_cpu)
 
 

@@ -5,7 +5,6 @@ Ray's object store holds one copy per node, which the actors on the node map int
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import ray
 from actor.actor import Receipt
 from common.adapter import Adapter
 from launch.runtime.crew import Crew
+from launch.runtime.fleet import Fleet
 
 CANARY_FRACTION = 0.01  # of the time between two publishes
 # The verified start publishes a random adapter, the probe. An actor may differ from the learner by this fraction of
@@ -39,10 +39,13 @@ class Published:
 
 
 class Channel:
-    """Publishes to `actors` (handles of actor.actor.Actor), and verifies what they hold."""
+    """Publishes to the actors of `fleet`, and verifies what they hold; so it does for those that are replaced."""
 
-    def __init__(self, actors: Sequence[Any], *, canary_bound_nats: float) -> None:
-        self.actors = list(actors)
+    def __init__(self, fleet: Fleet, *, canary_bound_nats: float) -> None:
+        self.fleet = fleet
+        fleet.admit = self.admit
+        self._probe: Adapter | None = None
+        self._adapter: Adapter | None = None  # the last one that every actor held
         self.canary_bound_nats = canary_bound_nats
         self._canary_every = 1  # compare the canary at every n-th publish
         self._num_without = 0  # publishes since the last canary
@@ -56,10 +59,9 @@ class Channel:
         older version. Raises AdapterMismatch, which names the numbers that disagree.
         """
         self.publish(learner, canary=True)
-        probe_ref = learner.probe()
-        probe: Adapter = ray.get(probe_ref)
+        self._probe = probe = learner.probe()
         self._prefix_differences(probe)  # fills the prefix caches under the old version
-        for receipt in ray.get([actor.load.remote(probe_ref) for actor in self.actors]):
+        for receipt in self.fleet.each("load", ray.put(probe)):
             check_probe(probe, receipt)
         assert probe.canary is not None
         bound = PROBE_FRACTION[probe.dtype] * _distance(probe.canary.logprobs, probe.canary.base_logprobs)
@@ -75,7 +77,13 @@ class Channel:
 
     def _prefix_differences(self, probe: Adapter) -> list[float]:
         assert probe.canary is not None
-        return ray.get([actor.prefix_difference.remote(probe.canary.token_ids) for actor in self.actors])
+        return self.fleet.each("prefix_difference", probe.canary.token_ids)
+
+    def admit(self, actor: Any) -> None:
+        """Let a new actor hold what the others hold, after the random adapter of the verified start."""
+        assert self._probe is not None and self._adapter is not None, "a start without losses comes first"
+        check_probe(self._probe, ray.get(actor.load.remote(self._probe)))
+        _check_identity(self._adapter, ray.get(actor.load.remote(self._adapter)))
 
     def publish(self, learner: Crew, *, canary: bool | None = None) -> Published:
         """Publish the adapter of `learner`; returns when it is verified that every actor holds it.
@@ -84,18 +92,17 @@ class Channel:
         CANARY_FRACTION of the time allows, or as `canary` demands. Raises AdapterMismatch, which names both numbers.
         """
         due = self._num_without + 1 >= self._canary_every if canary is None else canary
-        adapter_ref, others = learner.adapter(due), learner.checksums(due)
-        receipts: list[Receipt] = ray.get([actor.load.remote(adapter_ref) for actor in self.actors])
-        adapter: Adapter = ray.get(adapter_ref)
+        adapter, others = learner.adapter(due)
+        receipts: list[Receipt] = self.fleet.each("load", ray.put(adapter))
         for receipt in receipts:
             _check_identity(adapter, receipt)
-        for rank, checksum in enumerate(ray.get(others), start=1):
+        for rank, checksum in enumerate(others, start=1):
             if checksum != adapter.checksum:
                 raise AdapterMismatch(
                     f"adapter version {adapter.version} has checksum {adapter.checksum} on rank 0 of the learner, but "
                     f"{checksum} on rank {rank}: the ranks have taken different steps"
                 )
-        now = time.perf_counter()
+        self._adapter, now = adapter, time.perf_counter()
         self._num_without += 1
         if adapter.canary is not None:
             self._canary = (

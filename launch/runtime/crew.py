@@ -1,57 +1,115 @@
 """The learner ranks as one learner: each is sent the same groups, and computes its part of the step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from common.types import Group, UpdateResult
+from launch.runtime.recovery import LOST, Losses, Patience
+
+REMEDY = "lower learner.micro_batch_tokens, or set learner.recompute=micro-batch"
+PEER_SECONDS = 10.0  # in which Ray has noticed that a process is gone whose peer's sum has failed
 
 
 class Crew:
-    """Handles of learner.learner.Learner as Ray actors; the first is rank 0, which speaks for all."""
+    """learner.learner.Learner as Ray actors, one for each of `makers`; the first is rank 0, which speaks for all.
 
-    def __init__(self, ranks: Sequence[Any]) -> None:
-        self.ranks = list(ranks)
+    If a rank is lost, all are replaced, restored to the last committed step, and take the later steps again with the
+    same groups. All that a rank computes follows from its state and the groups, so these steps come out equal.
+    """
 
-    def meet(self) -> None:
-        """Let the ranks find one another; one alone has nobody to meet."""
-        if len(self.ranks) > 1:
-            where = ray.get(self.ranks[0].open.remote())
-            ray.get([rank.join.remote(*where) for rank in self.ranks])
+    def __init__(self, makers: Sequence[Callable[[], Any]], losses: Losses) -> None:
+        self.makers = list(makers)
+        self.losses = losses
+        self.ranks: list[Any] = []
+        self._patience: dict[str, Patience] = {}  # by method
+        self._state: dict[str, bytes] | None = None  # a checkpoint's files, of the last committed step
+        self._later: list[Sequence[Group]] = []  # the groups of the steps after it
+        self._begin()
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
         """One optimizer step of all ranks."""
-        return self.call("update", groups)
+        result: UpdateResult = self._kept(lambda: self.call("update", groups))
+        self._later.append(groups)
+        return result
+
+    def commit(self) -> None:
+        """Keep the state here, in the driver: no later loss goes back behind this step."""
+        self._state = self._kept(lambda: self._get("files", self.ranks[0].files.remote()))
+        self._later.clear()
+        self.losses.committed()
+
+    def adapter(self, canary: bool) -> tuple[Any, list[str]]:
+        """Rank 0's adapter (common.adapter.Adapter), and the checksums of the other ranks' adapters."""
+
+        def ask() -> tuple[Any, list[str]]:
+            first = self.ranks[0].adapter.remote(canary)
+            others = [rank.checksum.remote(canary) for rank in self.ranks[1:]]
+            adapter, *checksums = self._get("adapter", [first, *others])
+            return adapter, checksums
+
+        answer: tuple[Any, list[str]] = self._kept(ask)
+        return answer
+
+    def probe(self) -> Any:
+        """The random adapter of a verified start, which all ranks make."""
+        return self._kept(lambda: self.call("probe"))
 
     def call(self, method: str, *arguments: Any) -> Any:
         """`method` of every rank with the same arguments, which are sent to each node once; rank 0's result."""
         shared = [ray.put(argument) for argument in arguments]
-        return ray.get([getattr(rank, method).remote(*shared) for rank in self.ranks])[0]
-
-    def adapter(self, canary: bool) -> Any:
-        """Reference to rank 0's adapter."""
-        return self.ranks[0].adapter.remote(canary)
-
-    def probe(self) -> Any:
-        """Reference to the random adapter of a verified start, which all ranks make."""
-        refs = [rank.probe.remote() for rank in self.ranks]
-        return refs[0]
-
-    def checksums(self, canary: bool) -> list[Any]:
-        """References to the checksums of the other ranks' adapters; `canary` as for rank 0's."""
-        return [rank.checksum.remote(canary) for rank in self.ranks[1:]]
+        return self._get(method, [getattr(rank, method).remote(*shared) for rank in self.ranks])[0]
 
     def save(self, folder: Path) -> None:
-        """A checkpoint into the driver's existing `folder`: the ranks' states are equal, and rank 0 sends its own."""
-        for name, content in ray.get(self.ranks[0].files.remote()).items():
+        """A checkpoint of the last committed step into the driver's existing `folder`."""
+        assert self._state is not None, "commit first"
+        for name, content in self._state.items():
             (folder / name).write_bytes(content)
 
     def load(self, folder: Path) -> None:
         """The checkpoint in the driver's `folder`, on every rank."""
-        self.call("load_files", {path.name: path.read_bytes() for path in folder.iterdir()})
+        self._state = {path.name: path.read_bytes() for path in folder.iterdir()}
+        self.call("load_files", self._state)
 
     def close(self) -> None:
         for rank in self.ranks:
             ray.kill(rank)
+
+    def _begin(self) -> None:
+        """Start the ranks, and let them find one another; one alone has nobody to meet."""
+        self.ranks = [make() for make in self.makers]
+        if len(self.ranks) > 1:
+            where = ray.get(self.ranks[0].open.remote())
+            self.call("join", *where)
+
+    def _kept(self, call: Callable[[], Any]) -> Any:
+        """The result of `call`, which is repeated after a loss."""
+        while True:
+            try:
+                return call()
+            except LOST as error:
+                self.losses.replace("learner", "the learner", error, self._replace)
+
+    def _replace(self) -> None:
+        self.close()
+        self._begin()
+        if self._state is not None:
+            self.call("load_files", self._state)
+        for groups in self._later:
+            self.call("update", groups)
+
+    def _get(self, method: str, refs: Any) -> Any:
+        """The answers of all ranks. The error of one may only follow from the loss of another, which is then raised."""
+        try:
+            return self._patience.setdefault(method, Patience(REMEDY)).get(refs)
+        except ray.exceptions.RayTaskError:
+            for ref in refs if isinstance(refs, list) else []:
+                try:
+                    ray.get(ref, timeout=PEER_SECONDS)
+                except ray.exceptions.RayActorError:
+                    raise
+                except ray.exceptions.RayError:
+                    continue
+            raise

@@ -1,10 +1,12 @@
 """The actors as one sampler: a request is cut into parts, and each part goes to the next idle actor."""
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from threading import Condition
 from typing import Any
@@ -13,20 +15,45 @@ import ray
 
 from actor.rollout import Sampling
 from common.types import Group, Prompt
-from launch.runtime.timeline import ACTOR, SCORE, Span
+from launch.runtime.recovery import LOST, Losses, Patience
+
+REMEDY = "lower actor.num_sequences or actor.gpu_memory_fraction"
+CLOSE_SECONDS = 20.0
+
+ACTOR = "actor"
+SCORE = "score"  # an actor's wait for its reward workers once all is sampled: they run on processors, its device waits
 
 Request = list[Future[list[Group]]]  # one future per part, in prompt order
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One piece of work of one worker; times in seconds of the driver's time.perf_counter."""
+
+    side: str  # "learner" or ACTOR
+    index: int  # rank of the learner, or number of the actor
+    work: str  # learn, publish; sample, SCORE, load, evaluate
+    start: float
+    end: float
+    num_prompts: int | None = None  # of a part that an actor samples or scores
+    version: int | None = None  # of the adapter
+
+
 class Fleet:
-    """Handles of actor.actor.Actor as Ray actors.
+    """actor.actor.Actor as Ray actors, one for each of `makers`.
 
     An actor has one part at a time, so that a slow one takes fewer of them, and a new adapter version waits for one
     part and not for a queue. The sampling seeds derive from the prompts: which actor samples a part changes nothing.
+    A lost actor is replaced, and its part given to the replacement, whole: another part would be another batch, which
+    rounds differently.
     """
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self.actors = list(actors)
+    def __init__(self, makers: Sequence[Callable[[], Any]], losses: Losses) -> None:
+        self.makers = list(makers)
+        self.actors = [make() for make in self.makers]
+        self.losses = losses
+        self.admit: Callable[[Any], None] = lambda actor: None  # verifies a replacement before it is given work
+        self._patience: dict[str, Patience] = {}  # by method
         self._idle: SimpleQueue[int] = SimpleQueue()  # numbers of actors
         for index in range(len(self.actors)):
             self._idle.put(index)
@@ -69,7 +96,7 @@ class Fleet:
             worked, self._worked = self._worked, []
         return worked
 
-    @contextmanager
+    @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Let the running parts end, and start no other one during the block."""
         with self._changed:
@@ -82,9 +109,36 @@ class Fleet:
                 self._paused = False
                 self._changed.notify_all()
 
+    def call(self, index: int, method: str, *arguments: Any, units: int = 1) -> Any:
+        """`method` of actor `index`, or of its replacement."""
+        return self._answer(index, method, getattr(self.actors[index], method).remote(*arguments), arguments, units)
+
+    def each(self, method: str, *arguments: Any) -> list[Any]:
+        """`method` of every actor at once."""
+        refs = [getattr(actor, method).remote(*arguments) for actor in self.actors]
+        return [self._answer(index, method, ref, arguments, 1) for index, ref in enumerate(refs)]
+
     def close(self) -> None:
-        """Drop the parts that have not started. The running ones end with their actors."""
+        """Drop the parts that have not started, and end the actors."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(ray.exceptions.RayError):  # what does not close in time is killed
+            ray.get([actor.close.remote() for actor in self.actors], timeout=CLOSE_SECONDS)
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def _answer(self, index: int, method: str, ref: Any, arguments: Sequence[Any], units: int) -> Any:
+        patience = self._patience.setdefault(method, Patience(REMEDY))
+        while True:
+            try:
+                return patience.get(ref, units)
+            except LOST as error:
+                self.losses.replace("actor", f"actor {index}", error, partial(self._replace, index))
+                ref = getattr(self.actors[index], method).remote(*arguments)
+
+    def _replace(self, index: int) -> None:
+        ray.kill(self.actors[index])
+        self.actors[index] = self.makers[index]()
+        self.admit(self.actors[index])
 
     def _roll_out(self, part: Sequence[Prompt], sampling: Sampling, work: str) -> list[Group]:
         with self._changed:
@@ -93,7 +147,7 @@ class Fleet:
         index, worked = self._idle.get(), []
         started = time.perf_counter()
         try:
-            groups: list[Group] = ray.get(self.actors[index].rollout.remote(part, sampling))
+            groups: list[Group] = self.call(index, "rollout", part, sampling, units=len(part))
             worked = _spans(work, index, groups, started, time.perf_counter())
             return groups
         finally:

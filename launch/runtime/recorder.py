@@ -1,7 +1,7 @@
 """Records each step: metrics, rollouts, timeline and evaluations in the run folder, and a line on the display."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ class Recorder:
         published: Published,
         times: StepTimes,
         sampled: Sequence[Span],
+        lost: Mapping[str, float],
         *,
         num_discarded: int = 0,
     ) -> None:
         """Record optimizer step `step` (from 1 on).
 
-        `sampled` is the work of the actors since the last step (Fleet.worked).
+        `sampled` is the work of the actors since the last step (Fleet.worked), `lost` counts what was replaced since
+        then (Losses.metrics).
         `num_discarded` groups were sampled for it and replaced, because the method's group filter dropped them.
         """
         metrics = {
@@ -54,6 +56,7 @@ class Recorder:
             "adapter/canary_signal": published.canary_signal,
             **times.seconds(),
             "time/load_seconds": published.load_seconds,
+            **lost,
             **self.timeline.step(step, times, published, sampled),
             "throughput/tokens_per_second": num_completion_tokens(groups) / (times.ended - times.started),
         }

@@ -10,10 +10,10 @@ from common.config import Config
 from common.files import Warn
 from common.metrics import JsonLines, mean, read_lines
 from launch.runtime.channel import Published
+from launch.runtime.fleet import ACTOR, SCORE, Span
 from launch.runtime.placement import devices_by_bundle
 
-LEARNER, ACTOR = "learner", "actor"
-SCORE = "score"  # an actor's wait for its reward workers once all is sampled: they run on processors, its device waits
+LEARNER = "learner"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,8 @@ class StepTimes:
     taken: float  # the step's groups
     learned: float
     drained: float  # the parts that were being sampled when the update ended (run.max_staleness)
-    ended: float  # published to every actor, and verified
+    loaded: float  # published to every actor, and verified
+    ended: float  # the learner's state is with the driver
 
     def seconds(self) -> dict[str, float]:
         """The durations of the phases, as metrics."""
@@ -32,22 +33,10 @@ class StepTimes:
             "time/wait_seconds": self.taken - self.started,
             "time/learn_seconds": self.learned - self.taken,
             "time/ahead_seconds": self.drained - self.learned,
-            "time/publish_seconds": self.ended - self.drained,
+            "time/publish_seconds": self.loaded - self.drained,
+            "time/commit_seconds": self.ended - self.loaded,
             "time/step_seconds": self.ended - self.started,
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """One piece of work of one worker; times in seconds of the driver's time.perf_counter."""
-
-    side: str  # LEARNER or ACTOR
-    index: int  # rank of the learner, or number of the actor
-    work: str  # learn, publish; sample, SCORE, load, evaluate
-    start: float
-    end: float
-    num_prompts: int | None = None  # of a part that an actor samples or scores
-    version: int | None = None  # of the adapter
 
 
 class Timeline:
@@ -97,7 +86,7 @@ class Timeline:
 
     def _learned(self, times: StepTimes, published: Published) -> list[Span]:
         """The work that the loop has timed: the update of every rank, rank 0's publish, the load of every actor."""
-        loading, version = times.ended - published.load_seconds, published.version
+        loading, version = times.loaded - published.load_seconds, published.version
         return [
             *(
                 Span(side=LEARNER, index=rank, work="learn", start=times.taken, end=times.learned)
@@ -105,7 +94,7 @@ class Timeline:
             ),
             Span(side=LEARNER, index=0, work="publish", start=times.drained, end=loading, version=version),
             *(
-                Span(side=ACTOR, index=index, work="load", start=loading, end=times.ended, version=version)
+                Span(side=ACTOR, index=index, work="load", start=loading, end=times.loaded, version=version)
                 for index in range(len(self.devices[ACTOR]))
             ),
         ]

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ from launch.runtime.channel import Channel
 from launch.runtime.crew import Crew
 from launch.runtime.fleet import Fleet
 from launch.runtime.placement import Place, placed
+from launch.runtime.recovery import Losses
 from learner.learner import Learner
 from learner.ranks import Ranks
 
@@ -27,45 +29,43 @@ class Workers:
     learner: Crew
     fleet: Fleet
     channel: Channel
+    losses: Losses
     version: int  # of the adapter that the actors hold at the start
 
 
 @contextlib.contextmanager
-def start(plan: Plan, *, learner_class: type[Learner] = Learner) -> Iterator[Workers]:
+def start(
+    plan: Plan, *, learner_class: type[Learner] = Learner, note: Callable[[str], None] | None = None
+) -> Iterator[Workers]:
     """Run the learner and the actors for the duration of the block, after a verified start.
 
-    Raises UserError for what cannot be placed, and for what a node lacks.
+    `note` is told each loss in a line. Raises UserError for what cannot be placed, and for what a node lacks.
     """
     plan = nodes.fitted(plan)
     config, folder = plan.config, plan.model_folder
-    with placed(config, gpus=bool(plan.gpus)) as places:
-        actors = [_remote(Actor, plan, place, half=0).remote(folder, config) for place in places.actors]
-        number = len(places.learners)
+    losses = Losses(note)
+    with placed(config, gpus=bool(plan.gpus)) as places, contextlib.ExitStack() as stack:
+        actors, ranks = (
+            [_remote(side, plan, place, half=half) for place in each]
+            for half, (side, each) in enumerate(((Actor, places.actors), (learner_class, places.learners)))
+        )
+        fleet = Fleet([partial(actor.remote, folder, config) for actor in actors], losses)
+        stack.callback(fleet.close)
+        number = len(ranks)
         crew = Crew(
             [
-                _remote(learner_class, plan, place, half=1).remote(
-                    folder, config, plan.canary_token_ids, ranks=Ranks(rank, number)
-                )
-                for rank, place in enumerate(places.learners)
-            ]
+                partial(rank.remote, folder, config, plan.canary_token_ids, ranks=Ranks(index, number))
+                for index, rank in enumerate(ranks)
+            ],
+            losses,
         )
-        fleet = None
-        try:
-            crew.meet()
-            if plan.resume_from is not None:
-                crew.load(plan.resume_from.resolve())
-            channel = Channel(actors, canary_bound_nats=config.actor.canary_bound_nats)
-            published = channel.verify(crew)
-            fleet = Fleet(actors)
-            yield Workers(plan=plan, learner=crew, fleet=fleet, channel=channel, version=published.version)
-        finally:
-            if fleet is not None:
-                fleet.close()
-            crew.close()
-            with contextlib.suppress(ray.exceptions.RayError):  # what does not close in time is killed
-                ray.get([actor.close.remote() for actor in actors], timeout=20)
-            for actor in actors:
-                ray.kill(actor)
+        stack.callback(crew.close)
+        if plan.resume_from is not None:
+            crew.load(plan.resume_from.resolve())
+        channel = Channel(fleet, canary_bound_nats=config.actor.canary_bound_nats)
+        published = channel.verify(crew)
+        losses.started = True
+        yield Workers(plan=plan, learner=crew, fleet=fleet, channel=channel, losses=losses, version=published.version)
 
 
 def part(processors: Sequence[int], index: int, number: int) -> list[int]:

@@ -8,7 +8,6 @@ import math
 from dataclasses import replace
 
 import pytest
-import ray
 import torch
 
 from actor.rollout import Sampling
@@ -23,6 +22,7 @@ from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.console import Display
 from launch.runtime.crew import Crew
 from launch.runtime.recorder import Recorder
+from launch.runtime.recovery import Losses
 from learner.learner import Learner
 from learner.selection import drop_reason
 
@@ -81,14 +81,17 @@ class InProcess(Crew):
     """A crew of one learner in this process."""
 
     def __init__(self, learner):
-        super().__init__([])
+        super().__init__([], Losses())
         self.learner = learner
 
     def update(self, groups):
         return self.learner.update(groups)
 
     def adapter(self, canary):
-        return ray.put(self.learner.adapter(canary))
+        return self.learner.adapter(canary), []
+
+    def commit(self):
+        pass
 
     def save(self, folder):
         self.learner.save(folder)

@@ -1,4 +1,11 @@
-"""Stands in for a Ray actor in tests of interleavings."""
+"""Stand in for Ray actors in tests of interleavings."""
+
+import pytest
+import ray
+
+from launch.runtime.crew import Crew
+from launch.runtime.fleet import Fleet
+from launch.runtime.recovery import Losses
 
 
 class Local:
@@ -10,3 +17,20 @@ class Local:
     def __getattr__(self, name):
         method = getattr(self.target, name)
         return type("Method", (), {"remote": staticmethod(method)})
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let references be values."""
+    monkeypatch.setattr(ray, "get", lambda references, timeout=None: references)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+
+
+def fleet(*actors) -> Fleet:
+    """A fleet of these handles."""
+    return Fleet([lambda actor=actor: actor for actor in actors], Losses())
+
+
+def crew(*ranks) -> Crew:
+    """A crew of these handles."""
+    return Crew([lambda rank=rank: rank for rank in ranks], Losses())

@@ -1,13 +1,13 @@
 """launch/run.py within one process: the real plan, loop and learner on a tiny model; Ray and vLLM are stood in for."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import local_actor
 import pytest
-import ray
 import tiny
 import torch
 from local_actor import Local
@@ -18,8 +18,6 @@ from launch import run
 from launch.planning import model_folder
 from launch.planning.plan import Plan
 from launch.runtime.channel import Channel
-from launch.runtime.crew import Crew
-from launch.runtime.fleet import Fleet
 from learner.learner import Learner
 
 CLOCKS = ("time/", "throughput/", "memory/", "idle/", "adapter/canary", "seconds")  # differ between equal runs
@@ -50,25 +48,25 @@ class Actor:
 
 
 @contextlib.contextmanager
-def start(plan: Plan) -> Iterator[SimpleNamespace]:
+def start(plan: Plan, *, note: Callable[[str], None] | None = None) -> Iterator[SimpleNamespace]:
     """In the place of launch.runtime.workers.start."""
-    crew = Crew([Local(Learner(plan.model_folder, plan.config, plan.canary_token_ids))])
+    crew = local_actor.crew(Local(Learner(plan.model_folder, plan.config, plan.canary_token_ids)))
     if plan.resume_from is not None:
         crew.load(plan.resume_from)
-    actors = [Local(Actor())]
-    channel = Channel(actors, canary_bound_nats=0.1)
+    fleet = local_actor.fleet(Local(Actor()))
+    channel = Channel(fleet, canary_bound_nats=0.1)
     version = channel.publish(crew).version
-    fleet = Fleet(actors)
     try:
-        yield SimpleNamespace(plan=plan, learner=crew, fleet=fleet, channel=channel, version=version)
+        yield SimpleNamespace(
+            plan=plan, learner=crew, fleet=fleet, channel=channel, losses=crew.losses, version=version
+        )
     finally:
         fleet.close()
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `launch.run.main` start no process."""
-    monkeypatch.setattr(ray, "get", lambda references: references)
-    monkeypatch.setattr(ray, "put", lambda value: value)
+    local_actor.install(monkeypatch)
     monkeypatch.setattr(run.cluster, "connect", contextlib.nullcontext)
     monkeypatch.setattr(run.workers, "start", start)
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)

@@ -5,9 +5,9 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 
+import local_actor
 import numpy as np
 import pytest
-import ray
 import tiny
 from local_actor import Local
 
@@ -15,13 +15,13 @@ from actor.actor import Receipt
 from common.metrics import read_lines
 from common.types import Prompt
 from launch import loop
-from launch.loop import RunFailed, train
+from launch.loop import train
 from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.channel import AdapterMismatch, Channel
 from launch.runtime.console import Display
-from launch.runtime.crew import Crew
 from launch.runtime.fleet import Fleet
 from launch.runtime.recorder import Recorder
+from launch.runtime.recovery import RunFailed
 from launch.runtime.workers import Workers
 from learner.learner import Learner
 
@@ -54,24 +54,23 @@ class ScriptedActor:
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A function that trains on scripted rewards; the recorded metrics are in tmp_path."""
-    monkeypatch.setattr(ray, "get", lambda references: references)
-    monkeypatch.setattr(ray, "put", lambda value: value)
+    local_actor.install(monkeypatch)
     folder = tiny.save_model(tmp_path / "model")
 
     def run(rewards, lies=False, **changes):
         config = tiny.config(steps=len(rewards))
         changes = {"prompts_per_step": 1, "dir": tmp_path, "evaluate_every": 0, "sample_every": 1} | changes
         config = config.model_copy(update={"run": config.run.model_copy(update=changes)})
-        learner = Crew([Local(Learner(folder, config, np.arange(8, dtype=np.int32)))])
+        learner = local_actor.crew(Local(Learner(folder, config, np.arange(8, dtype=np.int32))))
         actor = ScriptedActor(rewards)
         actor.lies = lies
         tokenizer = type("Tokenizer", (), {"decode": staticmethod(str)})
         recorder = Recorder(tmp_path, tokenizer, Display("test", steps=len(rewards)), config)
         stream = PromptStream([Prompt(messages=({"role": "user", "content": "?"},), answer="1")], seed=0)
-        fleet = Fleet([Local(actor)])
+        fleet = local_actor.fleet(Local(actor))
         buffer = Buffer(fleet, stream, None, prompts_per_step=1, num_steps=len(rewards))
-        channel = Channel([Local(actor)], canary_bound_nats=0.1)
-        workers = Workers(plan=None, learner=learner, fleet=fleet, channel=channel, version=0)
+        channel = Channel(fleet, canary_bound_nats=0.1)
+        workers = Workers(plan=None, learner=learner, fleet=fleet, channel=channel, losses=learner.losses, version=0)
         try:
             train(config, workers, buffer, recorder, eval_prompts=(), first_step=0)
         finally:
@@ -110,7 +109,7 @@ def test_waiting_for_rollouts_and_for_prefetched_ones_are_two_times(run, tmp_pat
     run([1.0])
     (metrics,) = read_lines(tmp_path / "metrics.jsonl")
     assert 0.1 <= metrics["time/wait_seconds"] < 0.3 <= metrics["time/ahead_seconds"]
-    phases = sum(metrics[f"time/{phase}_seconds"] for phase in ("wait", "learn", "ahead", "publish"))
+    phases = sum(metrics[f"time/{phase}_seconds"] for phase in ("wait", "learn", "ahead", "publish", "commit"))
     assert phases == pytest.approx(metrics["time/step_seconds"])
 
 

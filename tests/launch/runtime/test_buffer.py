@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
+import local_actor
 import pytest
-import ray
 import tiny
 
 from actor.rollout import Sampling, prompt_seed
 from common.types import Prompt
 from launch.runtime.buffer import Buffer, PromptStream
-from launch.runtime.fleet import Fleet, finished
+from launch.runtime.fleet import finished
 
 SAMPLING = Sampling(group_size=2, temperature=1.0, max_tokens=4, stop=(), seed=0)
 PROMPTS = [Prompt(messages=({"role": "user", "content": str(i)},), answer=str(i)) for i in range(5)]
@@ -32,7 +32,7 @@ class FakeActor:
 
 @pytest.fixture(autouse=True)
 def _references_are_values(monkeypatch):
-    monkeypatch.setattr(ray, "get", lambda references: references)
+    local_actor.install(monkeypatch)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
@@ -40,7 +40,9 @@ def _references_are_values(monkeypatch):
 def test_bounds_and_order(num_actors, max_staleness):
     actors = [FakeActor() for _ in range(num_actors)]
     stream = PromptStream(PROMPTS, seed=1)
-    buffer = Buffer(Fleet(actors), stream, SAMPLING, prompts_per_step=4, num_steps=6, max_staleness=max_staleness)
+    buffer = Buffer(
+        local_actor.fleet(*actors), stream, SAMPLING, prompts_per_step=4, num_steps=6, max_staleness=max_staleness
+    )
     buffer.start()
     seen, stalest = [], 0
     for step in range(6):
@@ -83,7 +85,7 @@ def test_refill(refill_rounds, kept):
     actors = [FakeActor(), FakeActor()]
     stream = PromptStream(PROMPTS, seed=1)
     buffer = Buffer(
-        Fleet(actors),
+        local_actor.fleet(*actors),
         stream,
         SAMPLING,
         prompts_per_step=4,

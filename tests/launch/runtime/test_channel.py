@@ -4,9 +4,9 @@ import pickle
 from dataclasses import replace
 from itertools import pairwise
 
+import local_actor
 import numpy as np
 import pytest
-import ray
 import torch
 
 from actor.actor import Receipt
@@ -96,17 +96,15 @@ class Scripted:
 
     def __init__(self, seconds, clock):
         self.seconds, self.clock, self.asked = seconds, clock, []
+        self.others = []
         self.load = type("Method", (), {"remote": self._load})
-
-    def checksums(self):
-        return []
 
     def adapter(self, canary):
         self.asked.append(canary)
         if not canary:
-            return replace(ADAPTER, canary=None)
+            return replace(ADAPTER, canary=None), self.others
         self.clock[0] += self.seconds
-        return replace(ADAPTER, canary=replace(ADAPTER.canary, seconds=self.seconds / 2))
+        return replace(ADAPTER, canary=replace(ADAPTER.canary, seconds=self.seconds / 2)), self.others
 
     def _load(self, adapter):
         logprobs = LEARNER if adapter.canary else None
@@ -117,10 +115,10 @@ class Scripted:
 def test_the_canary_takes_a_hundredth_of_the_time(seconds, every, monkeypatch):
     """Steps of 10 s, canaries of .05, .25 and 1 s: every step, every third (2.5), every tenth (of 11 s)."""
     clock = [1000.0]
-    monkeypatch.setattr(ray, "get", lambda references: references)
+    local_actor.install(monkeypatch)
     monkeypatch.setattr(channel.time, "perf_counter", lambda: clock[0])
     both = Scripted(seconds, clock)
-    made = Channel([both], canary_bound_nats=0.1)
+    made = Channel(local_actor.fleet(both), canary_bound_nats=0.1)
     found = []
     for _ in range(31):
         clock[0] += 10.0
@@ -134,8 +132,8 @@ def test_the_canary_takes_a_hundredth_of_the_time(seconds, every, monkeypatch):
 
 
 def test_learner_ranks_with_different_adapters_end_the_run(monkeypatch):
-    monkeypatch.setattr(ray, "get", lambda references: references)
+    local_actor.install(monkeypatch)
     both = Scripted(0.0, [1000.0])
-    both.checksums = lambda: [ADAPTER.checksum, "another"]
+    both.others = [ADAPTER.checksum, "another"]
     with pytest.raises(AdapterMismatch, match=r"has checksum .* on rank 0 of the learner, but another on rank 2"):
-        Channel([both], canary_bound_nats=0.1).publish(both)
+        Channel(local_actor.fleet(both), canary_bound_nats=0.1).publish(both)

@@ -4,13 +4,15 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 
+import local_actor
 import pytest
 import ray
 import tiny
+from local_actor import fleet as fleet_of
 
 from actor.rollout import Sampling
 from common.types import Group, Prompt
-from launch.runtime.fleet import Fleet, finished
+from launch.runtime.fleet import finished
 
 SAMPLING = Sampling(group_size=2, temperature=1.0, max_tokens=4, stop=(), seed=0)
 PROMPTS = [Prompt(messages=(), answer=str(i), index=i) for i in range(12)]
@@ -24,6 +26,7 @@ class Timed:
         self.parts: list[list[int]] = []
         self.working = 0
         self.rollout = self
+        self.close = type("Method", (), {"remote": staticmethod(lambda: None)})
 
     def remote(self, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
         self.working += 1
@@ -36,29 +39,29 @@ class Timed:
 
 @pytest.fixture(autouse=True)
 def _references_are_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    local_actor.install(monkeypatch)
 
 
 @pytest.mark.parametrize(("part_prompts", "sizes"), [(None, [6, 6]), (5, [5, 5, 2]), (1, [1] * 12), (99, [12])])
 def test_groups_come_in_the_order_of_their_prompts(part_prompts: int | None, sizes: list[int]) -> None:
     actors = [Timed(), Timed()]
-    groups = Fleet(actors).sample(PROMPTS, SAMPLING, part_prompts=part_prompts)
+    groups = fleet_of(*actors).sample(PROMPTS, SAMPLING, part_prompts=part_prompts)
     assert [group.prompt.index for group in groups] == list(range(12))
     assert sorted(len(part) for actor in actors for part in actor.parts) == sorted(sizes)
 
 
 def test_a_slow_actor_takes_fewer_parts_and_the_parts_are_the_same_for_any_number_of_actors() -> None:
     slow, fast = Timed(0.2), Timed(0.01)
-    Fleet([slow, fast]).sample(PROMPTS, SAMPLING, part_prompts=1)
+    fleet_of(slow, fast).sample(PROMPTS, SAMPLING, part_prompts=1)
     assert len(slow.parts) <= 2 and len(fast.parts) >= 10
     alone = Timed()
-    Fleet([alone]).sample(PROMPTS, SAMPLING, part_prompts=1)
+    fleet_of(alone).sample(PROMPTS, SAMPLING, part_prompts=1)
     assert sorted(slow.parts + fast.parts) == sorted(alone.parts)
 
 
 def test_a_pause_waits_for_running_parts_and_holds_the_others() -> None:
     actor = Timed(0.1)
-    fleet = Fleet([actor])
+    fleet = fleet_of(actor)
     request = fleet.start(PROMPTS[:3], SAMPLING, part_prompts=1)
     while not actor.parts:
         time.sleep(0.001)
@@ -76,7 +79,7 @@ def test_a_failed_part_fails_its_request_and_frees_its_actor() -> None:
                 raise ray.exceptions.RayActorError
             return super().remote(prompts, sampling)
 
-    fleet = Fleet([Broken()])
+    fleet = fleet_of(Broken())
     with pytest.raises(ray.exceptions.RayActorError):
         fleet.sample(PROMPTS[:1], SAMPLING)
     assert [group.prompt.index for group in fleet.sample(PROMPTS[1:3], SAMPLING)] == [1, 2]
@@ -87,7 +90,7 @@ def test_a_failed_part_fails_its_request_and_frees_its_actor() -> None:
 
 def test_a_closed_fleet_drops_what_has_not_started() -> None:
     actor = Timed(0.1)
-    fleet = Fleet([actor])
+    fleet = fleet_of(actor)
     fleet.start(PROMPTS, SAMPLING, part_prompts=1)
     while not actor.parts:
         time.sleep(0.001)
@@ -97,7 +100,7 @@ def test_a_closed_fleet_drops_what_has_not_started() -> None:
 
 
 def test_the_work_of_each_actor_is_measured() -> None:
-    fleet = Fleet([Timed(0.1), Timed(0.1)])
+    fleet = fleet_of(Timed(0.1), Timed(0.1))
     began = time.perf_counter()
     fleet.sample(PROMPTS, SAMPLING, part_prompts=5)
     took = time.perf_counter() - began
@@ -119,7 +122,7 @@ def test_a_parts_wait_for_its_rewards_is_a_span_of_its_own() -> None:
             tagged = [replace(r, version=3) for r in groups[0].rollouts]
             return [replace(group, rollouts=tuple(tagged), reward_seconds=0.08) for group in groups]
 
-    fleet = Fleet([Scoring(0.2)])
+    fleet = fleet_of(Scoring(0.2))
     fleet.sample(PROMPTS[:2], SAMPLING, work="evaluate")
     sampling, scoring = fleet.worked()
     assert (sampling.work, scoring.work) == ("evaluate", "score")
@@ -131,7 +134,7 @@ def test_a_parts_wait_for_its_rewards_is_a_span_of_its_own() -> None:
 
 def test_once_paused_no_running_part_is_missing() -> None:
     actors = [Timed(0.1), Timed(0.02)]
-    fleet = Fleet(actors)
+    fleet = fleet_of(*actors)
     request = fleet.start(PROMPTS, SAMPLING, part_prompts=1)
     while not all(actor.parts for actor in actors):
         time.sleep(0.001)

@@ -16,7 +16,7 @@ from launch.runtime.recorder import rewind
 from launch.runtime.timeline import ACTOR, SCORE, Span, StepTimes, Timeline, idle_fraction
 
 PUBLISHED = Published(version=7, load_seconds=0.5, canary_version=7, canary_difference=0.0, canary_signal=0.0)
-TIMES = StepTimes(started=100.0, taken=104.0, learned=107.0, drained=108.0, ended=110.0)
+TIMES = StepTimes(started=100.0, taken=104.0, learned=107.0, drained=108.0, loaded=110.0, ended=110.0)
 
 
 def config(layout: str, *, ranks: int = 1, actors: int = 1, tensor_parallel: int = 1) -> Config:
@@ -34,7 +34,9 @@ def span(work: str, start: float, end: float, *, index: int = 0) -> Span:
 
 def at(moment: float) -> StepTimes:
     """A step of ten seconds that begins at this moment."""
-    return StepTimes(started=moment, taken=moment + 4, learned=moment + 7, drained=moment + 8, ended=moment + 10)
+    return StepTimes(
+        started=moment, taken=moment + 4, learned=moment + 7, drained=moment + 8, loaded=moment + 10, ended=moment + 10
+    )
 
 
 @pytest.mark.parametrize(

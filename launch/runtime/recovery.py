@@ -1,0 +1,102 @@
+"""A process of the run that is lost is replaced: a bounded number of times in a row, and each told in one line.
+
+An answer that does not come in time is a loss, too: the limit follows from how long such answers took so far.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import torch
+
+from learner.ranks import PeerLost
+
+MAX_LOSSES = 5  # without a committed step between them
+FIRST_SECONDS = 1800.0  # for the first answer of a kind: it may compile, or read a model
+TIMES, SPARE_SECONDS = 5.0, 30.0  # for a later one: so many times the slowest so far, and so many seconds
+
+# RayActorError: its process or node is gone, or does not answer; GetTimeoutError: it hangs; PeerLost: another rank is
+# gone.
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.GetTimeoutError,
+    ray.exceptions.ObjectLostError,
+    PeerLost,
+)
+
+
+class RunFailed(RuntimeError):
+    """The run cannot continue; it ends with status 1."""
+
+
+class Patience:
+    """How long answers of one kind take, and so how long the next one may; `remedy` is for a full GPU."""
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy = remedy
+        self._slowest: float | None = None  # seconds for a unit of work
+
+    def limit_seconds(self, units: int = 1) -> float:
+        return FIRST_SECONDS if self._slowest is None else TIMES * self._slowest * units + SPARE_SECONDS
+
+    def get(self, refs: Any, units: int = 1) -> Any:
+        """`ray.get` of references to `units` of work. Raises GetTimeoutError after the limit, and RunFailed for a full
+        GPU, which would be full again."""
+        started = time.perf_counter()
+        try:
+            answer = ray.get(refs, timeout=self.limit_seconds(units))
+        except torch.OutOfMemoryError as error:
+            raise RunFailed(f"a GPU is full ({str(error).splitlines()[0]}); {self.remedy}") from None
+        self._slowest = max(self._slowest or 0.0, (time.perf_counter() - started) / units)
+        return answer
+
+
+class Losses:
+    """Counts the losses of a run. Before the first step nothing is replaced: what fails to start would fail again."""
+
+    def __init__(self, note: Callable[[str], None] | None = None) -> None:
+        self.started = False
+        self._note = note or (lambda text: print(text, file=sys.stderr))
+        self._lock = threading.Lock()
+        self._in_a_row = 0
+        self._seconds = 0.0
+        self._by_kind = {"learner": 0, "actor": 0}
+
+    def replace(self, kind: str, name: str, error: Exception, new: Callable[[], None]) -> None:
+        """Call `new`, which replaces the lost worker `name`, until it succeeds. Raises RunFailed after MAX_LOSSES."""
+        while True:
+            cause = type(error).__name__
+            with self._lock:
+                if not self.started:
+                    raise error
+                self._in_a_row += 1
+                if self._in_a_row > MAX_LOSSES:
+                    raise RunFailed(f"{MAX_LOSSES} losses without a step between them; the last: {name} ({cause})")
+                self._by_kind[kind] += 1
+            began = time.perf_counter()
+            try:
+                new()
+            except LOST as again:
+                error = again
+                continue
+            seconds = time.perf_counter() - began
+            self._note(f"{name} was lost ({cause}); replaced in {seconds:.1f} s")
+            with self._lock:
+                self._seconds += seconds
+            return
+
+    def committed(self) -> None:
+        """A step is safe: the next loss is the first in a row."""
+        with self._lock:
+            self._in_a_row = 0
+
+    def metrics(self) -> dict[str, float]:
+        """Number of replaced workers by kind since the last call, and the seconds that this took."""
+        with self._lock:
+            counted = {f"recovery/{kind}": float(number) for kind, number in self._by_kind.items()}
+            counted["recovery/seconds"] = self._seconds
+            self._by_kind, self._seconds = dict.fromkeys(self._by_kind, 0), 0.0
+            return counted
