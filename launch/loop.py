@@ -9,10 +9,10 @@ from common.config import Config
 from common.metrics import is_count
 from common.types import Group, Prompt, UserError
 from launch.evaluate import evaluate
+from launch.recording.recorder import Recorder
+from launch.recording.timeline import StepTimes
 from launch.runtime.buffer import Buffer
-from launch.runtime.recorder import Recorder
 from launch.runtime.recovery import RunFailed
-from launch.runtime.timeline import StepTimes
 from launch.runtime.workers import Workers
 from learner import checkpoint
 

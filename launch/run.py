@@ -27,11 +27,11 @@ from common.types import UserError
 from launch.loop import position, train
 from launch.planning import plan
 from launch.planning.plan import Plan
+from launch.recording.console import Display
+from launch.recording.recorder import Recorder, rewind
 from launch.runtime import cluster, workers
 from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.channel import AdapterMismatch
-from launch.runtime.console import Display
-from launch.runtime.recorder import Recorder, rewind
 from launch.runtime.recovery import RunFailed
 from learner import checkpoint
 from learner.selection import drop_reason

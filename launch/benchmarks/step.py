@@ -38,9 +38,9 @@ from launch.benchmarks import roofline, step_results
 from launch.benchmarks.update import CONFIG, with_method
 from launch.planning import model_folder, plan
 from launch.planning.plan import Plan
+from launch.recording.recorder import num_completion_tokens
 from launch.runtime import cluster, workers
 from launch.runtime.buffer import PromptStream
-from launch.runtime.recorder import num_completion_tokens
 from learner.learner import Learner
 from learner.objective import Objective, demands
 

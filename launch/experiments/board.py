@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from launch.runtime.console import minutes
+from launch.recording.console import minutes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,8 @@ from launch.experiments import cell as cell_process
 from launch.experiments.board import Board, Progress
 from launch.experiments.grid import Cell
 from launch.planning import plan
-from launch.runtime import cluster, recorder
+from launch.recording import recorder
+from launch.runtime import cluster
 from learner import checkpoint
 
 RECENT = 5  # steps in the mean reward that is shown

@@ -17,11 +17,11 @@ from common.methods import METHODS
 from common.metrics import read_lines
 from launch.loop import train
 from launch.planning import plan
+from launch.recording.console import Display
+from launch.recording.recorder import Recorder
 from launch.runtime import cluster, workers
 from launch.runtime.buffer import Buffer, PromptStream
-from launch.runtime.console import Display
 from launch.runtime.crew import Crew
-from launch.runtime.recorder import Recorder
 from launch.runtime.recovery import Losses
 from learner.learner import Learner
 from learner.selection import drop_reason

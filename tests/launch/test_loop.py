@@ -16,11 +16,11 @@ from common.metrics import read_lines
 from common.types import Prompt
 from launch import loop
 from launch.loop import train
+from launch.recording.console import Display
+from launch.recording.recorder import Recorder
 from launch.runtime.buffer import Buffer, PromptStream
 from launch.runtime.channel import AdapterMismatch, Channel
-from launch.runtime.console import Display
 from launch.runtime.fleet import Fleet
-from launch.runtime.recorder import Recorder
 from launch.runtime.recovery import RunFailed
 from launch.runtime.workers import Workers
 from learner.learner import Learner

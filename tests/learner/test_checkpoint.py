@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from common.files import NotWritten
 from common.metrics import JsonLines, read_lines
 from common.types import UserError
-from launch.runtime.recorder import rewind
+from launch.recording.recorder import rewind
 from learner import checkpoint
 
 

@@ -32,7 +32,7 @@ class Run:
     settings: Mapping[str, Any]  # "section.key" -> value, with the method's and the configuration's defaults filled in
     metrics: tuple[Mapping[str, Any], ...]  # one record per step, in order of the steps
     evaluations: tuple[Mapping[str, Any], ...]  # in order of the steps; step 0 is the base model
-    timeline: tuple[Mapping[str, Any], ...] = ()  # the work that ended up to each step (launch/runtime/timeline.py)
+    timeline: tuple[Mapping[str, Any], ...] = ()  # the work that ended up to each step (launch/recording/timeline.py)
 
     @property
     def seed(self) -> int:

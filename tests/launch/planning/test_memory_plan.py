@@ -115,7 +115,6 @@ def test_attention_is_counted_as_the_device_computes_it(monkeypatch, options, gp
         return Activations(kept=1, peak=1)
 
     monkeypatch.setattr(memory_fit, "measure", measured)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     memory_fit.resolve(paper(*options), meta_model("0.5B"), longest_prompt_tokens=LONGEST_PROMPT)
     assert set(seen) == {gpu}
 

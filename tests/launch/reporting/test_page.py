@@ -16,12 +16,12 @@ import tiny
 from common.metrics import JsonLines
 from common.types import UpdateResult
 from launch import report
+from launch.recording.recorder import rollout_records
 from launch.reporting.data.runs import read_all
 from launch.reporting.figure import empty, panels
 from launch.reporting.page import ASSETS
 from launch.reporting.samples import all_samples, choose
 from launch.reporting.style import COLOURS
-from launch.runtime.recorder import rollout_records
 
 PASSES = {0: 0.2, 2: 0.4, 4: 0.5}
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from common.types import Group, Score
-from launch.runtime.recorder import group_metrics
+from launch.recording.recorder import group_metrics
 
 
 def group_of(*parts: dict[str, float]) -> Group:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from common.config import Config
 from common.metrics import read_lines
+from launch.recording.recorder import rewind
+from launch.recording.timeline import ACTOR, SCORE, Span, StepTimes, Timeline, idle_fraction
 from launch.runtime.channel import Published
-from launch.runtime.recorder import rewind
-from launch.runtime.timeline import ACTOR, SCORE, Span, StepTimes, Timeline, idle_fraction
 
 PUBLISHED = Published(version=7, load_seconds=0.5, canary_version=7, canary_difference=0.0, canary_signal=0.0)
 TIMES = StepTimes(started=100.0, taken=104.0, learned=107.0, drained=108.0, loaded=110.0, ended=110.0)

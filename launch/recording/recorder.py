@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from common.config import Config
 from common.metrics import JsonLines, MetricsWriter, keep_lines, mean
 from common.types import Group, Score, UpdateResult
+from launch.recording.console import PART, Display
+from launch.recording.timeline import StepTimes, Timeline
 from launch.runtime.channel import Published
-from launch.runtime.console import PART, Display
-from launch.runtime.timeline import Span, StepTimes, Timeline
+from launch.runtime.fleet import Span
 
 
 class Recorder:

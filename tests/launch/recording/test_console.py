@@ -6,7 +6,7 @@ import pytest
 import tiny
 from rich.console import Console
 
-from launch.runtime.console import Display
+from launch.recording.console import Display
 
 METRICS = {
     "reward/mean": 1.25,
