@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from multiprocessing.connection import Connection
 from typing import Any
@@ -28,6 +29,8 @@ from launch.planning.plan import Plan
 from launch.runtime import cluster, workers
 from launch.runtime.buffer import PromptStream
 from launch.runtime.channel import Channel
+from launch.runtime.fleet import Fleet
+from launch.runtime.recovery import Losses
 from learner.batch import StepBatch
 from learner.learner import Learner
 from learner.policy.forward import ForwardOutput
@@ -173,7 +176,8 @@ class Contender:
         found = []
         for _ in range(1 + rounds):
             for number in range(1, 1 + len(actors)):
-                channel = Channel(spread[:number], canary_bound_nats=self.config.actor.canary_bound_nats)
+                some = Fleet([partial(lambda actor: actor, actor) for actor in spread[:number]], Losses())
+                channel = Channel(some, canary_bound_nats=self.config.actor.canary_bound_nats)
                 started = time.perf_counter()
                 published = channel.publish(learner, canary=False)
                 seconds = time.perf_counter() - started
@@ -189,7 +193,7 @@ class Contender:
 
     def copies(self) -> tuple[int, int]:
         """Nodes that get a copy of each published version, and its bytes."""
-        return sum(node["Alive"] for node in ray.nodes()), ray.get(self.workers.learner.adapter(False)).values.nbytes
+        return sum(node["Alive"] for node in ray.nodes()), self.workers.learner.adapter(False)[0].values.nbytes
 
 
 def _parts(groups: Sequence[Group]) -> tuple[Part, ...]:
