@@ -145,6 +145,7 @@ class Contender:
         started = time.perf_counter()
         groups = self.workers.fleet.sample(drawn, self.sampling)
         result = self.workers.learner.update(groups)
+        self.workers.learner.commit()
         learned = time.perf_counter()
         published = self.workers.channel.publish(self.workers.learner, canary=False)
         ended = time.perf_counter()

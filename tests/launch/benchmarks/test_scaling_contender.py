@@ -119,8 +119,8 @@ def test_publishes_spread_over_the_processors(monkeypatch: pytest.MonkeyPatch) -
     given: list[list[int]] = []
 
     class Channel:
-        def __init__(self, actors: list[int], *, canary_bound_nats: float) -> None:
-            given.append(actors)
+        def __init__(self, fleet: SimpleNamespace, *, canary_bound_nats: float) -> None:
+            given.append(fleet.actors)
 
         def publish(self, learner: object, *, canary: bool) -> SimpleNamespace:
             assert not canary
