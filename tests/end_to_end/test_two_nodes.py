@@ -23,31 +23,11 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = [
     *("--model.dtype", "float32", "--task.name", "letters", "--task.num_train", "8", "--task.num_eval", "2"),
-    *(
-        "--run.steps",
-        "3",
-        "--run.prompts_per_step",
-        "2",
-        "--run.evaluate_every",
-        "0",
-        "--learner.learning_rate",
-        "1e-3",
-    ),
+    *("--run.steps", "3", "--run.prompts_per_step", "2", "--run.evaluate_every", "0"),
+    *("--learner.learning_rate", "1e-3"),
     *("--actor.group_size", "2", "--actor.max_tokens", "8", "--actor.part_prompts", "1"),
 ]
 TWO = ["--learner.num_ranks", "2", "--actor.num_actors", "2"]
-# A task of the user's own, whose reward varies even with a model of random weights.
-LETTERS = """
-from common.types import Prompt, Score
-
-def load(task, split):
-    numbers = range(task.num_train) if split == "train" else range(1000, 1000 + task.num_eval)
-    return [Prompt(messages=({"role": "user", "content": f"Say {n}."},), answer=str(n)) for n in numbers]
-
-def reward(completion, prompt):
-    total = sum(map(ord, completion)) % 7 / 7
-    return Score(total=total, correct=total > 0.5, parts={"total": total})
-"""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkout = folder / "first" / "checkout"
     for package in ("actor", "common", "launch", "learner"):
         shutil.copytree(ROOT / package, checkout / package)
-    (checkout / "letters.py").write_text(LETTERS)
+    shutil.copy(Path(__file__).parents[1] / "helpers" / "letters.py", checkout)
     return folder
 
 
