@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common import files
 from common.metrics import read_lines
 from launch import loop, run
-from launch.runtime import recorder
+from launch.recording import recorder
 from learner import checkpoint
 
 pytestmark = pytest.mark.slow
