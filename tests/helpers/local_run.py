@@ -46,6 +46,9 @@ class Actor:
             load_seconds=0.0,
         )
 
+    def close(self):
+        """Nothing: it is no process."""
+
 
 @contextlib.contextmanager
 def start(plan: Plan, *, note: Callable[[str], None] | None = None) -> Iterator[SimpleNamespace]:
