@@ -168,17 +168,17 @@ class Learner:
         self.optimizer.load_state_dict(learner["optimizer"])
         return self.step
 
-    def files(self) -> dict[str, bytes]:
-        """What `save` writes, by file name: the caller's machine may not share a disk with this one."""
+    def files(self) -> dict[str, np.ndarray]:
+        """What `save` writes, as bytes by file name: the caller's machine may not share a disk with this one."""
         with TemporaryDirectory() as folder:
             self.save(Path(folder))
-            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+            return {path.name: np.fromfile(path, np.uint8) for path in Path(folder).iterdir()}
 
-    def load_files(self, files: Mapping[str, bytes]) -> int:
+    def load_files(self, files: Mapping[str, np.ndarray]) -> int:
         """`load` of files that the caller has read."""
         with TemporaryDirectory() as folder:
             for name, content in files.items():
-                (Path(folder) / name).write_bytes(content)
+                (Path(folder) / name).write_bytes(content.data)
             return self.load(Path(folder))
 
 

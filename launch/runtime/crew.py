@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from common.types import Group, UpdateResult
@@ -25,28 +26,35 @@ class Crew:
         self.losses = losses
         self.ranks: list[Any] = []
         self._patience: dict[str, Patience] = {}  # by method
-        self._state: dict[str, bytes] | None = None  # a checkpoint's files, of the last committed step
+        self._state: dict[str, np.ndarray] | None = None  # a checkpoint's files, of the last committed step
         self._later: list[Sequence[Group]] = []  # the groups of the steps after it
+        self._snapshot: Any = None  # reference to the files of the step that is not committed
         self._begin()
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
         """One optimizer step of all ranks."""
         result: UpdateResult = self._kept(lambda: self.call("update", groups))
         self._later.append(groups)
+        self._snapshot = None
         return result
 
     def commit(self) -> None:
         """Keep the state here, in the driver: no later loss goes back behind this step."""
-        self._state = self._kept(lambda: self._get("files", self.ranks[0].files.remote()))
+        self._state = self._kept(lambda: self._get("files", self._snapshot or self.ranks[0].files.remote()))
         self._later.clear()
+        self._snapshot = None
         self.losses.committed()
 
     def adapter(self, canary: bool) -> tuple[Any, list[str]]:
-        """Rank 0's adapter (common.adapter.Adapter), and the checksums of the other ranks' adapters."""
+        """Rank 0's adapter (common.adapter.Adapter), and the checksums of the other ranks' adapters.
+
+        The files that `commit` waits for are made next, while the actors load the adapter.
+        """
 
         def ask() -> tuple[Any, list[str]]:
             first = self.ranks[0].adapter.remote(canary)
             others = [rank.checksum.remote(canary) for rank in self.ranks[1:]]
+            self._snapshot = self.ranks[0].files.remote()
             adapter, *checksums = self._get("adapter", [first, *others])
             return adapter, checksums
 
@@ -66,11 +74,11 @@ class Crew:
         """A checkpoint of the last committed step into the driver's existing `folder`."""
         assert self._state is not None, "commit first"
         for name, content in self._state.items():
-            (folder / name).write_bytes(content)
+            (folder / name).write_bytes(content.data)
 
     def load(self, folder: Path) -> None:
         """The checkpoint in the driver's `folder`, on every rank."""
-        self._state = {path.name: path.read_bytes() for path in folder.iterdir()}
+        self._state = {path.name: np.fromfile(path, np.uint8) for path in folder.iterdir()}
         self.call("load_files", self._state)
 
     def close(self) -> None:
@@ -94,6 +102,7 @@ class Crew:
 
     def _replace(self) -> None:
         self.close()
+        self._snapshot = None
         self._begin()
         if self._state is not None:
             self.call("load_files", self._state)

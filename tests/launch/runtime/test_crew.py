@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import local_actor
+import numpy as np
 import pytest
 import ray
 from local_actor import Local
@@ -31,13 +32,13 @@ class Rank:
         self.state.append(groups)
         return f"learned {'+'.join(self.state)}"
 
-    def files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, np.ndarray]:
         self._call("files")
-        return {"state": "+".join(self.state).encode()}
+        return {"state": np.frombuffer("+".join(self.state).encode(), np.uint8)}
 
-    def load_files(self, files: dict[str, bytes]) -> None:
+    def load_files(self, files: dict[str, np.ndarray]) -> None:
         self._call("load_files")
-        text = files["state"].decode()
+        text = files["state"].tobytes().decode()
         self.state = text.split("+") if text else []
 
     def adapter(self, canary: bool) -> str:
