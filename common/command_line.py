@@ -19,6 +19,7 @@ from common.files import is_run_folder
 from common.methods import MethodConfig
 from common.types import UserError, suggest
 
+RESUME = "--run.resume"
 Tables = dict[str, dict[str, Any]]  # section -> key -> value, as in a TOML file
 
 
@@ -77,7 +78,7 @@ def _known(arguments: Sequence[str]) -> tuple[list[str], Tables]:
     """The arguments in the form that the parser knows, and a table of the options that are set to null.
 
     `--section.key=VALUE` becomes two arguments; true and false of a switch become `--section.key` and
-    `--no-section.key`.
+    `--no-section.key`; --run.resume without a value, which may be auto, gets true.
     """
     defaults = {f"--{name}": default for name, default in options().items()}
     words: list[str] = []
@@ -91,10 +92,13 @@ def _known(arguments: Sequence[str]) -> tuple[list[str], Tables]:
         if name in defaults and word == "null":
             section, key = result.pop().removeprefix("--").split(".")
             unset.setdefault(section, {})[key] = None
-        elif isinstance(defaults.get(name), bool) and word.lower() in ("true", "false"):
+        elif name != RESUME and isinstance(defaults.get(name), bool) and word.lower() in ("true", "false"):
             result[-1] = name if word.lower() == "true" else name.replace("--", "--no-", 1)
         else:
             result.append(word)
+    for index in reversed(range(len(result))):
+        if result[index] == RESUME and (index + 1 == len(result) or result[index + 1].startswith("--")):
+            result.insert(index + 1, "true")
     return result, unset
 
 

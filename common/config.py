@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from common.contradictions import contradictions
 from common.method import function
 from common.methods import MethodConfig
-from common.section import COSMETIC, MACHINE, PLANNED, REPETITION, Role, Section
+from common.section import COSMETIC, MACHINE, PLACEMENT, PLANNED, REPETITION, Role, Section
 
 REMOVED = {
     "actor.publish": "every adapter is resident in vLLM's layers and written in place at each step; leave it out",
@@ -39,8 +39,8 @@ class RunConfig(Section):
     """Steps between evaluations, besides one before the first and one after the last step; 0: none at all."""
     sample_every: Annotated[int, COSMETIC] = Field(10, ge=0)
     """Steps between printed sample completions; 0: none."""
-    resume: Annotated[bool, COSMETIC] = False
-    """Resume the run in run.dir from its last checkpoint."""
+    resume: Annotated[bool | Literal["auto"], COSMETIC] = False
+    """Resume the run in run.dir from its last checkpoint; auto: if there is one, else start it."""
     gpu_memory_gib: Annotated[float | None, MACHINE] = Field(None, gt=0)
     """GPU memory to plan the run for, GiB; None: all of the GPU's; without a GPU no GPU memory is planned."""
 
@@ -85,12 +85,12 @@ class TaskConfig(Section):
 
 
 class ActorConfig(Section):
-    num_actors: int = Field(1, ge=1)
+    num_actors: Annotated[int, PLACEMENT] = Field(1, ge=1)
     """Number of vLLM engines; each samples a part of the prompts."""
     part_prompts: int | None = Field(None, ge=1)
     """Prompts that an actor samples at a time; None: an equal share for each actor. With small parts a slow actor does
     not hold the step, and the parts, so all samples, are the same for any number of actors."""
-    tensor_parallel: int = Field(1, ge=1)
+    tensor_parallel: Annotated[int, PLACEMENT] = Field(1, ge=1)
     """Devices that one engine is spread over, for a base that one GPU cannot hold; needs cluster.layout=separate."""
     group_size: int = Field(4, ge=2)
     """G: completions per prompt."""
@@ -119,9 +119,9 @@ class ActorConfig(Section):
 
 
 class LearnerConfig(Section):
-    num_ranks: int = Field(1, ge=1)
+    num_ranks: Annotated[int, PLACEMENT] = Field(1, ge=1)
     """Processes that learn, each a part of every step; the gradient is the same for any number of them."""
-    shard: bool = False
+    shard: Annotated[bool, PLACEMENT] = False
     """Spread the frozen base over the ranks of a node, for one that a GPU cannot hold; else each rank holds it all."""
     learning_rate: float = Field(5e-6, gt=0)
     """Peak; cosine decay to 0 after a linear warm-up of max(5, steps // 10) steps."""
@@ -145,10 +145,12 @@ class LearnerConfig(Section):
 
 
 class ClusterConfig(Section):
-    layout: Literal["colocated", "separate"] = "colocated"
+    layout: Annotated[Literal["colocated", "separate"], PLACEMENT] = "colocated"
     """colocated: learner rank i and actor i share a device and take turns; separate: each has a device of its own."""
-    wait_seconds: float = Field(60.0, gt=0)
+    wait_seconds: Annotated[float, PLACEMENT] = Field(60.0, gt=0)
     """How long the run waits for devices that others hold, before it ends."""
+    node_wait_seconds: Annotated[float, PLACEMENT] = Field(600.0, gt=0)
+    """How long a lost worker's replacement may take to start, another node in the place of a lost one included."""
 
 
 class EvaluationConfig(Section):

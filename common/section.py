@@ -12,12 +12,15 @@ class Role(Enum):
     """What a field controls besides the learning. A field without a role is part of an experiment's identity."""
 
     COSMETIC = auto()  # where and how often a run saves and reports; may change when it resumes
+    PLACEMENT = (
+        auto()
+    )  # which devices do the work; may change when a run resumes, since the numbers stay but for rounding
     REPETITION = auto()  # differs between the repetitions of one experiment
     MACHINE = auto()  # how a step is fitted to a machine
     PLANNED = auto()  # unset by default, so that the plan chooses it; a resumed run keeps the choice
 
 
-COSMETIC, REPETITION, MACHINE, PLANNED = Role
+COSMETIC, PLACEMENT, REPETITION, MACHINE, PLANNED = Role
 
 
 class Section(BaseModel):

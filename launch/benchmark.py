@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-MODULES = {"train": "step", "scaling": "scaling", "learn": "update", "head": "head", "profile": "profile"}
+MODULES = {"train": "step", "learn": "update", "head": "head", "scaling": "scaling", "profile": "profile"}
 
 
 def main(argv: Sequence[str]) -> int:

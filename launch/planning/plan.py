@@ -14,7 +14,7 @@ from actor.tasks import task_module
 from common.command_line import build, read
 from common.config import Config, dump, options, value_of, with_values
 from common.files import check_own, check_started_elsewhere
-from common.section import COSMETIC, PLANNED
+from common.section import COSMETIC, PLACEMENT, PLANNED
 from common.types import Prompt, UserError
 from launch.planning import checks, devices, memory_fit, model_folder
 from launch.planning.devices import Gpu
@@ -86,7 +86,7 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     """
     for problem in machine_problems(config):
         raise UserError(problem)
-    config = with_importance(config)
+    config = with_resume(with_importance(config))
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
     check_started_elsewhere()
@@ -145,6 +145,13 @@ def with_importance(config: Config) -> Config:
     return with_values(config, {"method.importance": "token-truncate" if config.run.max_staleness else "none"})
 
 
+def with_resume(config: Config) -> Config:
+    """`config` with run.resume=auto resolved: resume if the folder has a run."""
+    if config.run.resume != "auto":
+        return config
+    return with_values(config, {"run.resume": (config.run.dir / "config.toml").is_file()})
+
+
 def warnings(config: Config) -> list[str]:
     """A line for each option that is allowed but has no effect, or none of the one that its name suggests."""
     method = config.method
@@ -196,8 +203,8 @@ def run_folder(config: Config) -> Path | None:
     if not written.exists():
         raise UserError(f"run.dir={folder} has no run to resume; leave out --run.resume to start one")
     check_own(folder)
-    began, config = _began_with(config), _with_planned_options(with_importance(config))
-    for name in [name for name in options() if name not in options(COSMETIC)]:
+    began, config = _began_with(config), _with_planned_options(config)
+    for name in [name for name in options() if name not in options(COSMETIC) | options(PLACEMENT)]:
         before, now = value_of(began, name), value_of(config, name)
         if before != now:
             raise UserError(f"{name}={now} differs from {before} of the run in {folder}; resume with equal options")

@@ -88,6 +88,8 @@ class Crew:
     def _begin(self) -> None:
         """Start the ranks, and let them find one another; one alone has nobody to meet."""
         self.ranks = [make() for make in self.makers]
+        if self.losses.started:
+            self.losses.await_start(self.ranks)
         if len(self.ranks) > 1:
             where = ray.get(self.ranks[0].open.remote())
             self.call("join", *where)

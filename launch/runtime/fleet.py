@@ -138,6 +138,7 @@ class Fleet:
     def _replace(self, index: int) -> None:
         ray.kill(self.actors[index])
         self.actors[index] = self.makers[index]()
+        self.losses.await_start([self.actors[index]])
         self.admit(self.actors[index])
 
     def _roll_out(self, part: Sequence[Prompt], sampling: Sampling, work: str) -> list[Group]:

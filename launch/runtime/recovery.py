@@ -6,7 +6,7 @@ An answer that does not come in time is a loss, too: the limit follows from how 
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -57,8 +57,9 @@ class Patience:
 class Losses:
     """Counts the losses of a run. Before the first step nothing is replaced: what fails to start would fail again."""
 
-    def __init__(self, note: Callable[[str], None] | None = None) -> None:
+    def __init__(self, note: Callable[[str], None] | None = None, *, wait_seconds: float = 600.0) -> None:
         self.started = False
+        self.wait_seconds = wait_seconds  # for a replacement to start: cluster.node_wait_seconds
         self._note = note or (lambda text: print(text, file=sys.stderr))
         self._lock = threading.Lock()
         self._in_a_row = 0
@@ -87,6 +88,16 @@ class Losses:
             with self._lock:
                 self._seconds += seconds
             return
+
+    def await_start(self, workers: Sequence[Any]) -> None:
+        """Return once these replacements have started. Raises RunFailed if no device is left for one."""
+        try:
+            ray.get([worker.__ray_ready__.remote() for worker in workers], timeout=self.wait_seconds)
+        except ray.exceptions.GetTimeoutError:
+            raise RunFailed(
+                f"a lost worker's replacement has not started within cluster.node_wait_seconds={self.wait_seconds:g}; "
+                "if its device is gone, resume on fewer: --run.resume --learner.num_ranks N --actor.num_actors N"
+            ) from None
 
     def committed(self) -> None:
         """A step is safe: the next loss is the first in a row."""

@@ -43,7 +43,7 @@ def start(
     """
     plan = nodes.fitted(plan)
     config, folder = plan.config, plan.model_folder
-    losses = Losses(note)
+    losses = Losses(note, wait_seconds=config.cluster.node_wait_seconds)
     with placed(config, gpus=bool(plan.gpus)) as places, contextlib.ExitStack() as stack:
         actors, ranks = (
             [_remote(side, plan, place, half=half) for place in each]

@@ -7,7 +7,7 @@ import pytest
 from common.command_line import load
 from common.config import Config, dump, options
 from common.methods import METHODS
-from common.section import COSMETIC, MACHINE, PLANNED, REPETITION
+from common.section import COSMETIC, MACHINE, PLACEMENT, PLANNED, REPETITION
 from common.types import UserError
 from launch.experiments import grid
 from launch.planning.plan import warnings
@@ -213,6 +213,15 @@ def test_roles_of_the_options() -> None:
         "run.evaluate_every": 30,
         "run.sample_every": 10,
         "run.resume": False,
+    }
+    assert options(PLACEMENT) == {
+        "actor.num_actors": 1,
+        "actor.tensor_parallel": 1,
+        "learner.num_ranks": 1,
+        "learner.shard": False,
+        "cluster.layout": "colocated",
+        "cluster.wait_seconds": 60.0,
+        "cluster.node_wait_seconds": 600.0,
     }
     assert list(options(REPETITION)) == ["run.seed"]
     unset_memory = {

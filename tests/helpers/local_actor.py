@@ -15,7 +15,7 @@ class Local:
         self.target = target
 
     def __getattr__(self, name):
-        method = getattr(self.target, name)
+        method = (lambda: None) if name == "__ray_ready__" else getattr(self.target, name)
         return type("Method", (), {"remote": staticmethod(method)})
 
 

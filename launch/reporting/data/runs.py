@@ -13,11 +13,11 @@ import numpy as np
 from common.config import Config, options
 from common.methods import METHODS
 from common.metrics import is_count, read_lines
-from common.section import COSMETIC, MACHINE, REPETITION
+from common.section import COSMETIC, MACHINE, PLACEMENT, REPETITION
 from common.types import UserError
 
 # Settings in which the repetitions of one experiment may differ.
-OF_ONE_RUN = {name for role in (COSMETIC, REPETITION, MACHINE) for name in options(role)}
+OF_ONE_RUN = {name for role in (COSMETIC, PLACEMENT, REPETITION, MACHINE) for name in options(role)}
 FILES = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl", "timeline.jsonl")  # that a report reads
 
 LARGEST = 1e100  # of float32 it is 3e38; the square of a larger one may not be finite

@@ -49,8 +49,8 @@ def test_profile_ranks_operations_by_their_own_time(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "name a benchmark: train, learn, head, profile"),
-        (["sleep"], "name a benchmark: train, learn, head, profile"),
+        ([], "name a benchmark: train, learn, head, scaling, profile"),
+        (["sleep"], "name a benchmark: train, learn, head, scaling, profile"),
         (["head", "--rows", "0"], "--rows 0 measures nothing"),
         (["learn", "--pairs", "0"], "--pairs 0: give 1 or more"),
         (["learn", "--method.alpha", "x"], "method.alpha='x'"),

@@ -20,7 +20,7 @@ QUESTION = {"question": "1 + 1?", "answer": "2 #### 2"}
 @pytest.fixture(autouse=True)
 def _no_model(monkeypatch):
     """Getting as far as starting processes is a failure of the test."""
-    monkeypatch.setattr(workers, "start", lambda plan: pytest.fail("a model would have been loaded"))
+    monkeypatch.setattr(workers, "start", lambda plan, **_: pytest.fail("a model would have been loaded"))
 
 
 @pytest.fixture
@@ -137,6 +137,23 @@ def test_a_moved_run_folder_resumes_by_any_name_of_it(tmp_path, monkeypatch):
         assert plan.run_folder(config).name == "step-000015"
 
 
+def test_resume_auto_starts_what_is_not_there_and_resumes_what_is(tmp_path):
+    folder = tmp_path / "run"
+    config = load(["--run.dir", str(folder), "--run.resume", "auto"], cluster.DEFAULT_CONFIG)
+    assert plan.with_resume(config).run.resume is False
+    folder.mkdir()
+    assert plan.with_resume(config).run.resume is False
+    (folder / "config.toml").write_text("")
+    assert plan.with_resume(config).run.resume is True
+
+
+def test_a_run_resumes_on_another_number_of_devices(tmp_path):
+    (tmp_path / "config.toml").write_text(dump(load(["--run.dir", str(tmp_path)], cluster.DEFAULT_CONFIG)))
+    more = ["--learner.num_ranks", "2", "--actor.num_actors", "3", "--cluster.layout", "separate"]
+    config = plan.with_importance(load(["--run.dir", str(tmp_path), "--run.resume", *more], cluster.DEFAULT_CONFIG))
+    assert plan.run_folder(config) is None
+
+
 def test_dry_run_prints_a_configuration_that_loads(capsys, tmp_path):
     assert run.main(["--run.dir", str(tmp_path / "run"), "--run.steps", "7", "--dry-run"]) == 0
     written = tmp_path / "resolved.toml"
@@ -158,7 +175,7 @@ def test_a_gpus_plan_does_not_run_on_a_cpu(capsys, tmp_path, monkeypatch):
     """It would give a CPU run a GPU's KV cache and micro-batches."""
     monkeypatch.setattr(cluster, "connect", nullcontext)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
-    monkeypatch.setattr(workers, "start", lambda plan: nodes.fitted(plan))
+    monkeypatch.setattr(workers, "start", lambda plan, **_: nodes.fitted(plan))
     line = refuse(capsys, "--run.dir", str(tmp_path / "run"), "--run.gpu_memory_gib", "40")
     assert "run.gpu_memory_gib=40.0 plans for a GPU, and there is none" in line
     assert not (tmp_path / "run").exists()

@@ -57,7 +57,7 @@ class Lazy(Local):
     """A handle whose answers are made when they are asked for: a dead actor's `.remote` raises nothing."""
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self.target, name)
+        method = (lambda: None) if name == "__ray_ready__" else getattr(self.target, name)
         return type("Method", (), {"remote": staticmethod(lambda *arguments: lambda: method(*arguments))})
 
 
