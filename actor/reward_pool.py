@@ -1,7 +1,8 @@
 """Scores completions in worker processes, with a hard time-out for each call.
 
 A reward that raises, hangs, returns a non-finite total or ends its process affects its own rollout only: for that
-rollout the caller gets a text that describes the failure instead of a Score.
+rollout the caller gets a text that describes the failure instead of a Score. A call whose process something else has
+killed or stopped is repeated.
 """
 
 import math
@@ -16,13 +17,20 @@ from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
 from typing import Any
 
+import psutil
+
 from actor.tasks import task_module
 from common.process import child
 from common.types import Prompt, Score
 
 START_SECONDS = 120.0  # for a worker to import its task
+TRIES = 3  # of a call: a reward may itself be the reason that its process is killed, as for too much memory
 
 Scoring = list[Future[Score | str]]  # calls that were started
+
+
+class _Interrupted(RuntimeError):
+    """Something else has killed or stopped the process of a reward."""
 
 
 class RewardPool:
@@ -57,6 +65,7 @@ class RewardPool:
         """End the workers, including hung ones."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
+            worker.tries = 1
             worker.process.kill()  # its thread then reads the end of the connection and returns
         self._threads.shutdown()
         for worker in self._workers:
@@ -76,6 +85,7 @@ class _Worker:
     """A process that scores one call at a time. It is started again after it has ended."""
 
     def __init__(self, task_name: str) -> None:
+        self.tries = TRIES
         self._task_name = task_name
         self._start()
 
@@ -93,11 +103,21 @@ class _Worker:
         try:
             self._receive(START_SECONDS)
         except (EOFError, OSError):
-            self.end()
-            raise RuntimeError("a reward worker did not start; see its output above") from None
+            kind = _Interrupted if self.end() == -signal.SIGKILL else RuntimeError
+            raise kind("a reward worker did not start; see its output above") from None
 
     def score(self, call: tuple[str, Prompt], timeout_seconds: float) -> Score | str:
         """Score one call. Raises RuntimeError if the process cannot be started again, and what pickling raises."""
+        tried = 0
+        while True:
+            try:
+                return self._score(call, timeout_seconds)
+            except _Interrupted as error:
+                tried += 1
+                if tried >= self.tries:
+                    return str(error)
+
+    def _score(self, call: tuple[str, Prompt], timeout_seconds: float) -> Score | str:
         if self.process.poll() is not None:
             self._connection.close()
             self._start()
@@ -106,10 +126,16 @@ class _Worker:
             result: Score | str = self._receive(timeout_seconds)
             return result
         except TimeoutError:
+            failure = f"time-out: no reward within {timeout_seconds:g} s"
+            if interrupted := psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED:
+                failure = f"{failure}: its process was stopped"
             self.end()
-            return f"time-out: no reward within {timeout_seconds:g} s"
         except (EOFError, OSError):
-            return f"the reward ended its process (exit code {self.end()})"
+            code = self.end()
+            failure, interrupted = f"the reward ended its process (exit code {code})", code == -signal.SIGKILL
+        if interrupted:
+            raise _Interrupted(failure)
+        return failure
 
     def end(self) -> int:
         """Kill the process if it has not ended; returns its exit code."""

@@ -6,7 +6,6 @@ Ray's object store holds one copy per node, which the actors on the node map int
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import ray
@@ -14,7 +13,7 @@ import ray
 from actor.actor import Receipt
 from common.adapter import Adapter
 from launch.runtime.crew import Crew
-from launch.runtime.fleet import Fleet
+from launch.runtime.fleet import Call, Fleet
 
 CANARY_FRACTION = 0.01  # of the time between two publishes
 # The verified start publishes a random adapter, the probe. An actor may differ from the learner by this fraction of
@@ -79,11 +78,11 @@ class Channel:
         assert probe.canary is not None
         return self.fleet.each("prefix_difference", probe.canary.token_ids)
 
-    def admit(self, actor: Any) -> None:
-        """Let a new actor hold what the others hold, after the random adapter of the verified start."""
+    def admit(self, call: Call) -> None:
+        """Let the new actor of `call` hold what the others hold, after the random adapter of the verified start."""
         assert self._probe is not None and self._adapter is not None, "a start without losses comes first"
-        check_probe(self._probe, ray.get(actor.load.remote(self._probe)))
-        _check_identity(self._adapter, ray.get(actor.load.remote(self._adapter)))
+        check_probe(self._probe, call("load", self._probe))
+        _check_identity(self._adapter, call("load", self._adapter))
 
     def publish(self, learner: Crew, *, canary: bool | None = None) -> Published:
         """Publish the adapter of `learner`; returns when it is verified that every actor holds it.

@@ -91,7 +91,7 @@ class Crew:
         if self.losses.started:
             self.losses.await_start(self.ranks)
         if len(self.ranks) > 1:
-            where = ray.get(self.ranks[0].open.remote())
+            where = self._get("open", self.ranks[0].open.remote())
             self.call("join", *where)
 
     def _kept(self, call: Callable[[], Any]) -> Any:

@@ -24,6 +24,7 @@ ACTOR = "actor"
 SCORE = "score"  # an actor's wait for its reward workers once all is sampled: they run on processors, its device waits
 
 Request = list[Future[list[Group]]]  # one future per part, in prompt order
+Call = Callable[..., Any]  # a method of one actor by its name, with arguments; raises one of LOST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,7 @@ class Fleet:
         self.makers = list(makers)
         self.actors = [make() for make in self.makers]
         self.losses = losses
-        self.admit: Callable[[Any], None] = lambda actor: None  # verifies a replacement before it is given work
+        self.admit: Callable[[Call], None] = lambda call: None  # verifies a replacement before it is given work
         self._patience: dict[str, Patience] = {}  # by method
         self._idle: SimpleQueue[int] = SimpleQueue()  # numbers of actors
         for index in range(len(self.actors)):
@@ -127,19 +128,21 @@ class Fleet:
             ray.kill(actor)
 
     def _answer(self, index: int, method: str, ref: Any, arguments: Sequence[Any], units: int) -> Any:
-        patience = self._patience.setdefault(method, Patience(REMEDY))
         while True:
             try:
-                return patience.get(ref, units)
+                return self._get(method, ref, units)
             except LOST as error:
                 self.losses.replace("actor", f"actor {index}", error, partial(self._replace, index))
                 ref = getattr(self.actors[index], method).remote(*arguments)
 
     def _replace(self, index: int) -> None:
         ray.kill(self.actors[index])
-        self.actors[index] = self.makers[index]()
-        self.losses.await_start([self.actors[index]])
-        self.admit(self.actors[index])
+        self.actors[index] = actor = self.makers[index]()
+        self.losses.await_start([actor])
+        self.admit(lambda method, *arguments: self._get(method, getattr(actor, method).remote(*arguments), 1))
+
+    def _get(self, method: str, ref: Any, units: int) -> Any:
+        return self._patience.setdefault(method, Patience(REMEDY)).get(ref, units)
 
     def _roll_out(self, part: Sequence[Prompt], sampling: Sampling, work: str) -> list[Group]:
         with self._changed:

@@ -35,6 +35,8 @@ TASK = """
             time.sleep(float(number))
         if word == "exit":
             os._exit(3)
+        if word == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         if word == "segfault":
             ctypes.string_at(0)
         if word == "leave":
@@ -128,6 +130,21 @@ def test_workers_killed_while_idle_are_replaced_without_a_failed_rollout(pool: R
         os.kill(process, signal.SIGKILL)
     time.sleep(0.5)
     assert words(pool, "ok", "ok", "leave", "ok") == ["ok", "ok", "SystemExit: 5", "ok"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_call_whose_process_is_killed_or_stopped_is_repeated(pool: RewardPool, number: signal.Signals) -> None:
+    scores = score_all(pool, [("sleep 0.2", PROMPT)] * 2)
+    processes = {int(s.parts["process"]) for s in scores if isinstance(s, Score)}
+    scoring = pool.start([("sleep 0.7", PROMPT)] * 3)
+    time.sleep(0.3)
+    for process in processes:
+        os.kill(process, number)
+    assert all(isinstance(score, Score) for score in pool.finish(scoring))
+
+
+def test_a_reward_that_always_has_its_process_killed_is_given_up(pool: RewardPool) -> None:
+    assert words(pool, "kill", "ok") == ["the reward ended its process (exit code -9)", "ok"]
 
 
 def test_a_pool_outlives_the_thread_that_made_it(path: Path) -> None:

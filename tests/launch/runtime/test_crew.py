@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import local_actor
 import numpy as np
 import pytest
 import ray
-from local_actor import Local
+from local_actor import Lazy
 
 from launch.runtime.crew import Crew
 from launch.runtime.recovery import MAX_LOSSES, Losses, RunFailed
@@ -53,22 +52,9 @@ class Rank:
             raise ray.exceptions.ActorDiedError
 
 
-class Lazy(Local):
-    """A handle whose answers are made when they are asked for: a dead actor's `.remote` raises nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        method = (lambda: None) if name == "__ray_ready__" else getattr(self.target, name)
-        return type("Method", (), {"remote": staticmethod(lambda *arguments: lambda: method(*arguments))})
-
-
 @pytest.fixture(autouse=True)
 def _references(monkeypatch: pytest.MonkeyPatch) -> None:
-    local_actor.install(monkeypatch)
-
-    def get(references: Any, timeout: float | None = None) -> Any:
-        return [each() for each in references] if isinstance(references, list) else references()
-
-    monkeypatch.setattr(ray, "get", get)
+    local_actor.install_lazy(monkeypatch)
 
 
 def crew(*ranks: Rank, started: bool = True) -> tuple[Crew, Losses, list[str]]:

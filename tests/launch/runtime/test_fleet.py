@@ -1,18 +1,23 @@
-"""Parts of a request and the actors that sample them: who takes what, in which order, and what a pause waits for."""
+"""Parts of a request and the actors that sample them: who takes what, what a pause waits for, what a loss repeats."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import local_actor
 import pytest
 import ray
 import tiny
+from local_actor import Lazy
 from local_actor import fleet as fleet_of
 
 from actor.rollout import Sampling
 from common.types import Group, Prompt
-from launch.runtime.fleet import finished
+from launch.runtime.channel import AdapterMismatch
+from launch.runtime.fleet import Fleet, finished
+from launch.runtime.recovery import Losses
 
 SAMPLING = Sampling(group_size=2, temperature=1.0, max_tokens=4, stop=(), seed=0)
 PROMPTS = [Prompt(messages=(), answer=str(i), index=i) for i in range(12)]
@@ -144,3 +149,110 @@ def test_once_paused_no_running_part_is_missing() -> None:
         assert len([span for span in fleet.worked() if span.work == "sample"]) == begun
     finished(request)
     assert len([span for span in fleet.worked() if span.work == "sample"]) == 12 - begun
+
+
+class Mortal:
+    """An actor that is lost at call `at` (from 0) of one of its methods; `log` is shared by an actor's replacements."""
+
+    def __init__(self, log: list[str], dies: str = "", at: int = 0, holds: str = "") -> None:
+        self.log, self.dies, self.at, self.holds = log, dies, at, holds
+        self.calls: list[str] = []
+        self.version = ""
+
+    def rollout(self, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+        self._call("rollout")
+        self.log.append(f"{[prompt.index for prompt in prompts]} with {self.version}")
+        return [tiny.group(prompt.index, [1, 1], [0.0, 1.0]) for prompt in prompts]
+
+    def load(self, version: str) -> str:
+        self._call("load")
+        self.version = self.holds or version
+        self.log.append(f"load {version}")
+        return self.version
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if self.dies == name and self.calls.count(name) == self.at + 1:
+            raise ray.exceptions.ActorDiedError
+
+
+def admit(call: Callable[..., str]) -> None:
+    """What the channel does with a replacement, in short."""
+    for version in ("probe", "v1"):
+        if call("load", version) != version:
+            raise AdapterMismatch(f"published {version}")
+
+
+@pytest.fixture
+def mortal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Fleet, Losses]]:
+    """A function that makes a fleet in which each actor is replaced by the next of its lives; all hold version v1."""
+    local_actor.install_lazy(monkeypatch)
+
+    def mortal(*lives: list[Mortal], started: bool = True) -> tuple[Fleet, Losses]:
+        losses = Losses(lambda text: None)
+        losses.started = started
+        fleet = Fleet([partial(next, map(Lazy, life)) for life in lives], losses)
+        fleet.admit = admit
+        for life in lives:
+            life[0].version = "v1"
+        return fleet, losses
+
+    return mortal
+
+
+Mortals = Callable[..., tuple[Fleet, Losses]]
+
+
+def test_a_part_that_is_lost_is_sampled_again_whole_by_a_verified_replacement(mortal: Mortals) -> None:
+    log: list[str] = []
+    fleet, losses = mortal([Mortal(log, "rollout", 1), Mortal(log)])
+    groups = fleet.sample(PROMPTS[:6], SAMPLING, part_prompts=2)
+    assert [group.prompt.index for group in groups] == list(range(6))
+    assert log == ["[0, 1] with v1", "load probe", "load v1", "[2, 3] with v1", "[4, 5] with v1"]
+    assert losses.metrics()["recovery/actor"] == 1
+
+
+def test_an_actor_lost_in_a_load_loads_the_new_version_after_the_old_one(mortal: Mortals) -> None:
+    log: list[str] = []
+    other: list[str] = []
+    fleet, _ = mortal([Mortal(other)], [Mortal(log, "load", 0), Mortal(log)])
+    assert fleet.each("load", "v2") == ["v2", "v2"]
+    assert (other, log) == (["load v2"], ["load probe", "load v1", "load v2"])
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_replacement_may_be_lost_while_it_is_admitted(mortal: Mortals, at: int) -> None:
+    log: list[str] = []
+    fleet, losses = mortal([Mortal(log, "rollout"), Mortal([], "load", at), Mortal(log)])
+    fleet.sample(PROMPTS[:2], SAMPLING)
+    assert log == ["load probe", "load v1", "[0, 1] with v1"]
+    assert losses.metrics()["recovery/actor"] == 2
+
+
+@pytest.mark.parametrize("dies", ["rollout", "load"])
+def test_two_actors_lost_at_once_are_both_replaced(mortal: Mortals, dies: str) -> None:
+    logs: list[list[str]] = [[], []]
+    fleet, losses = mortal(*([Mortal(log, dies), Mortal(log)] for log in logs))
+    if dies == "load":
+        assert fleet.each("load", "v2") == ["v2", "v2"]
+        assert logs == [["load probe", "load v1", "load v2"]] * 2
+    else:
+        groups = fleet.sample(PROMPTS[:4], SAMPLING)
+        assert [group.prompt.index for group in groups] == [0, 1, 2, 3]
+        assert sorted(log[-1] for log in logs) == ["[0, 1] with v1", "[2, 3] with v1"]
+    assert losses.metrics()["recovery/actor"] == 2
+
+
+def test_a_replacement_with_another_adapter_ends_the_run(mortal: Mortals) -> None:
+    log: list[str] = []
+    fleet, _ = mortal([Mortal(log, "rollout"), Mortal(log, holds="v0")])
+    with pytest.raises(AdapterMismatch, match="published probe"):
+        fleet.sample(PROMPTS[:2], SAMPLING)
+    assert log == ["load probe"], "it has sampled nothing"
+
+
+def test_no_actor_is_replaced_before_the_start(mortal: Mortals) -> None:
+    log: list[str] = []
+    fleet, _ = mortal([Mortal(log, "load"), Mortal(log)], started=False)
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        fleet.each("load", "v1")

@@ -1,0 +1,172 @@
+"""A run in processes of its own, some of which are killed or stopped at random moments."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from common.process import child
+
+ROOT = Path(__file__).resolve().parents[2]
+SPARE_SECONDS, FIRST_SECONDS = 5.0, 180.0  # in the place of launch.runtime.recovery's: a stopped process costs them
+PROGRAM = f"""
+import sys
+from launch.runtime import recovery
+recovery.SPARE_SECONDS, recovery.FIRST_SECONDS = {SPARE_SECONDS}, {FIRST_SECONDS}
+from launch import run
+sys.exit(run.main(sys.argv[1:]))
+"""
+WORKERS = ("learner", "actor", "reward")  # replaced within the run
+RESTARTED = ("driver", "raylet", "gcs_server")  # the run ends, and is resumed
+
+IN_A_ROW = 3  # kills without a step between them; recovery.MAX_LOSSES of its own kind would end the run
+STEP = re.compile(r"step \d+/")  # the display's line of a finished step
+SILENT_SECONDS = 400.0  # a run that prints nothing for so long hangs
+GONE_SECONDS = 25.0  # after its end, for all processes of the run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    kind: str
+    how: str  # "killed" or "stopped"
+    moment: float  # time.monotonic
+
+
+class BrokenRun:
+    """launch/run.py as a process; `lines` are what it has printed, with the time of each."""
+
+    def __init__(self, options: Sequence[str], ray_folder: Path) -> None:
+        path = [str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
+        environment = {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(ray_folder), "PYTHONPATH": os.pathsep.join(path)}
+        self.process = child(  # it ends with us
+            [sys.executable, "-c", PROGRAM, *options],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[tuple[float, str]] = [(time.monotonic(), "started")]
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic(), line.rstrip()))
+
+    def attack(
+        self, kinds: Sequence[str], number: int, *, gap_seconds: float, stops: float, chance: random.Random
+    ) -> list[Kill]:
+        """Wait for the end of the run; meanwhile kill a process of one of `kinds` up to `number` times.
+
+        The gaps are exponential with this mean, the first one from the first step on. The fraction `stops` of the
+        processes is stopped instead.
+        """
+        kills: list[Kill] = []
+        due = None
+        while self.process.poll() is None:
+            time.sleep(0.02)
+            steps = [moment for moment, line in list(self.lines) if STEP.match(line)]
+            now = time.monotonic()
+            if now - self.lines[-1][0] > SILENT_SECONDS:
+                break
+            if due is None:
+                due = now + chance.expovariate(1 / gap_seconds) if steps else None
+            elif now >= due and len(kills) < number:
+                due = None
+                if len([kill for kill in kills if kill.moment > steps[-1]]) < IN_A_ROW:
+                    kills += self._kill(kinds, stops, chance)
+        return kills
+
+    def _kill(self, kinds: Sequence[str], stops: float, chance: random.Random) -> list[Kill]:
+        alive: dict[str, list[psutil.Process]] = {}
+        for process in descendants():
+            kind = "driver" if process.pid == self.process.pid else kind_of(process)
+            if kind in kinds:
+                alive.setdefault(kind, []).append(process)
+        if not alive:
+            return []
+        kind = chance.choice(sorted(alive))
+        stop = kind in WORKERS and chance.random() < stops
+        with contextlib.suppress(psutil.NoSuchProcess):
+            chance.choice(alive[kind]).send_signal(signal.SIGSTOP if stop else signal.SIGKILL)
+            return [Kill(kind=kind, how="stopped" if stop else "killed", moment=time.monotonic())]
+        return []
+
+    def end(self) -> int | None:
+        """The exit status; None for a run that hung, which is killed."""
+        hung = self.process.poll() is None
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(timeout=GONE_SECONDS)
+        return None if hung else self.process.returncode
+
+
+def kind_of(process: psutil.Process) -> str | None:
+    """What a process of a run is; None for one that is not attacked, or is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        name, command = process.name(), process.cmdline()
+        if process.status() == psutil.STATUS_STOPPED:
+            return None
+        for side in ("Learner", "Actor"):
+            if command and command[0].startswith(f"ray::{side}"):
+                return side.lower()
+        if "actor.reward_pool" in command:
+            return "reward"
+        return name if name in RESTARTED else None
+    return None
+
+
+def descendants() -> list[psutil.Process]:
+    """The living descendants of this process."""
+    return [process for process in psutil.Process().children(recursive=True) if not _ended(process)]
+
+
+def _ended(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if process.status() == psutil.STATUS_ZOMBIE:
+            if process.ppid() == os.getpid():  # an orphan that we have adopted
+                with contextlib.suppress(psutil.TimeoutExpired):
+                    process.wait(0)
+            return True
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def nothing_left(ray_folder: Path) -> Iterator[list[str]]:
+    """Yields a list, which after the block has what the block has left: processes, segments of shared memory, files of
+    Ray. This process must adopt orphans (common.process)."""
+    left: list[str] = []
+    before = set(os.listdir("/dev/shm"))
+    yield left
+    deadline = time.monotonic() + GONE_SECONDS
+    while (alive := descendants()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.append(f"process {process.pid} {' '.join(process.cmdline())[:80]}")
+            process.kill()
+    left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - before if not _in_use(f"/dev/shm/{name}")]
+    left += [str(path) for path in ray_folder.iterdir()]
+
+
+def _in_use(path: str) -> bool:
+    """Whether a living process has mapped the file: then it is another run's."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if path in maps.read_text():
+                return True
+    return False
