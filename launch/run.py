@@ -52,7 +52,7 @@ def run(checked: Plan) -> None:
             whole = "" if checked.resume_from else ": there is no checkpoint"
             display.note(f"resuming at step {first_step}{whole}")
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
-        with cluster.connect(), workers.start(checked, note=display.note) as started:
+        with cluster.connect(display.note), workers.start(checked, note=display.note) as started:
             config = started.plan.config
             if written.exists():
                 rewind(folder, first_step if checked.resume_from else -1)  # the evaluation at step 0 comes again

@@ -6,6 +6,7 @@ targets and the same loss of the whole step, so that nothing else knows how many
 uses torch.distributed.
 """
 
+import socket
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import timedelta
@@ -41,7 +42,13 @@ class Ranks:
 
     def open(self, address: str, port: int = 0) -> int:
         """Rank 0 opens the store where the ranks meet, on its own `address`; returns the port (0: a free one)."""
-        self._store = dist.TCPStore(address, port, None, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        # The store would listen on every address of the machine.
+        listener = socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            *(address, listener.getsockname()[1], None, True),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
         return int(self._store.port)
 
     def join(self, own_address: str, address: str, port: int, timeout_seconds: float = TIMEOUT_SECONDS) -> None:

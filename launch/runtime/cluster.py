@@ -15,10 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import grpc
 import ray
+from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup as authentication
 from ray._private.utils import read_ray_address
 
@@ -31,16 +34,22 @@ DEFAULT_CONFIG = ROOT / "launch" / "configs" / "default.toml"
 OBJECT_STORE_BYTES = 512 << 20  # a few adapter versions and groups; Ray's own default is 30 % of the memory
 JOB_STOP_SECONDS = 15  # Ray kills a driver that has not stopped by then
 SUPERVISOR_STOP_SECONDS = 20
+ANSWER_SECONDS = 10
+
+OPEN = (
+    "warning: the Ray at {} has token authentication off: whoever reaches its ports can run any program there; run "
+    "`ray get-auth-token --generate` once, and start it with RAY_AUTH_MODE=token"
+)
 
 
 @contextlib.contextmanager
-def connect() -> Iterator[None]:
+def connect(note: Callable[[str], None] | None = None) -> Iterator[None]:
     """Connect to Ray for the duration of the block; call it from the main thread.
 
     Uses the first of these that exists: the cluster of the Ray job that this process runs in; the one that RAY_ADDRESS
     names; the one that `ray start` started on this machine; a new one, which ends with the block or with this process.
     RAY_ADDRESS=local asks for a new one. What actors print appears in this process's output. Raises UserError if Ray
-    does not let this process in.
+    does not let this process in; `note` (None: stderr) is told if it lets in anybody.
     """
     if not sys.stdout.isatty():
         os.environ["RAY_COLOR_PREFIX"] = "0"
@@ -60,6 +69,8 @@ def connect() -> Iterator[None]:
         if interrupts:
             raise KeyboardInterrupt
         try:
+            if _lets_in_anybody(gcs := ray.get_runtime_context().gcs_address):
+                (note or partial(print, file=sys.stderr))(OPEN.format(gcs))
             yield
         finally:
             ray.shutdown()
@@ -76,6 +87,7 @@ def ray_address(*, job_server: bool) -> Iterator[str]:
     else:
         authentication.enable_token_auth_by_default()
         authentication.ensure_token_if_auth_enabled()
+        ray_constants.ENABLE_RAY_CLUSTER = False  # else Ray reads 127.0.0.1 as the machine's address to the outside
         with _supervised(job_server=job_server) as address:
             yield address
 
@@ -88,6 +100,16 @@ def refused() -> UserError:
         f"{ray_named} does not accept the connection; check that it runs there, and that RAY_AUTH_MODE and "
         "RAY_AUTH_TOKEN are the same as where it was started"
     )
+
+
+def _lets_in_anybody(address: str) -> bool:
+    """Whether a cluster answers without a token. This process's own settings do not tell: it may send one unasked."""
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # as Ray connects
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=ANSWER_SECONDS)
+        except grpc.RpcError:
+            return False
+        return True
 
 
 def _started_by_hand() -> bool:
@@ -109,6 +131,7 @@ def _supervised(*, job_server: bool) -> Iterator[str]:
         "PYTHONPATH": _python_path(),
         "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
         "RAY_worker_niceness": "0",  # at Ray's default of 15 any other process on the machine starves the training
+        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",  # no other node: all of its servers listen on loopback
         "RAY_ADDRESS": "",  # Ray's own commands would take "local" for an address
     }
     supervisor = child(
