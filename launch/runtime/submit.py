@@ -4,35 +4,67 @@ python -m launch.runtime.submit [OPTIONS of launch/run.py]
 """
 
 import asyncio
+import contextlib
 import logging
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobInfo, JobStatus, JobSubmissionClient
 
 from common.command_line import load
 from common.types import UserError
 from launch.runtime.cluster import DEFAULT_CONFIG, JOB_STOP_SECONDS, ROOT, exit_on_signal, ray_address, refused
+from learner import checkpoint
 
 AGENT_START_SECONDS = 60
+GONE = (OSError, RuntimeError, aiohttp.ClientError)  # of Ray's client: requests' errors are OSErrors
 
 
 def submit(options: Sequence[str]) -> int:
     """Run launch/run.py with `options` as a Ray job, follow its log, and return the driver's exit status.
 
     `ray job submit` does the same, but turns every failure into status 1. If this call is interrupted, the job is
-    stopped.
+    stopped. If the cluster or the driver dies, the run is resumed, as long as it has written another checkpoint since.
     """
     logging.disable(logging.WARNING)  # hides the messages of Ray's job client
+    checkpoints = load(options, DEFAULT_CONFIG).run.dir / "checkpoints"
+    reached = last_step(checkpoints)
+    while True:
+        status = _attempt(options)
+        if status is not None:
+            return status
+        before, reached = reached, last_step(checkpoints)
+        if reached <= before:
+            print("the run has died without a new checkpoint; see the lines above", file=sys.stderr)
+            return 1
+        print(f"the run has died; resuming it after step {reached}", flush=True)
+        options = [*options, "--run.resume", "auto"]
+
+
+def last_step(checkpoints: Path) -> int:
+    """The step of the last whole checkpoint in the folder; -1 without one."""
+    try:
+        latest = checkpoint.latest(checkpoints)
+    except UserError:  # none is whole: the resumed run says so
+        return -1
+    return checkpoint.step_of(latest) if latest else -1
+
+
+def _attempt(options: Sequence[str]) -> int | None:
+    """One job; None if the cluster or the driver died."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, exit_on_signal)
     command = shlex.join([sys.executable, "launch/run.py", *options])
-    with ray_address(job_server=True) as address:
+    with ray_address(job_server=True) as address, _named(address):
         try:
             client = JobSubmissionClient(address)
         except (ConnectionError, AuthenticationError):
@@ -41,11 +73,25 @@ def submit(options: Sequence[str]) -> int:
         try:
             asyncio.run(_follow(client, job))
             return _exit_status(_ended(client, job))
+        except GONE:
+            return None
         finally:
             for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(name, signal.SIG_IGN)  # the rest takes a bounded time: a second Ctrl-C is not needed
-            client.stop_job(job)
-            _ended(client, job)
+            with contextlib.suppress(*GONE):
+                client.stop_job(job)
+                _ended(client, job)
+
+
+@contextlib.contextmanager
+def _named(address: str) -> Iterator[None]:
+    """RAY_ADDRESS names a Ray of our own: Ray's client prefers the variable, which may be "local", to its argument."""
+    before = os.environ.get("RAY_ADDRESS", "")
+    os.environ["RAY_ADDRESS"] = before if address == "auto" else address
+    try:
+        yield
+    finally:
+        os.environ["RAY_ADDRESS"] = before
 
 
 def _start(client: JobSubmissionClient, command: str) -> str:
@@ -75,13 +121,14 @@ def _ended(client: JobSubmissionClient, job: str) -> JobInfo:
     return info
 
 
-def _exit_status(info: JobInfo) -> int:
+def _exit_status(info: JobInfo) -> int | None:
+    """The driver's exit status; None if a signal killed it."""
     if info.status == JobStatus.SUCCEEDED:
         return 0
-    if not info.driver_exit_code or info.driver_exit_code < 0:  # never started, stopped, or killed by a signal
-        print(f"The job is {info.status}: {info.message}", file=sys.stderr)
-        return 1
-    return info.driver_exit_code
+    if info.driver_exit_code and info.driver_exit_code > 0:
+        return info.driver_exit_code
+    print(f"The job is {info.status}: {info.message}", file=sys.stderr)
+    return None if info.driver_exit_code else 1  # 1: it never started, or was stopped
 
 
 def _check(options: Sequence[str]) -> int:
