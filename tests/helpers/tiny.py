@@ -95,3 +95,16 @@ def gradients(made: Learner, groups: list[Group]) -> dict[str, torch.Tensor]:
     result = made.update(groups)
     assert result.skipped is None
     return {n: p.grad.clone() for n, p in made.policy.peft_model.named_parameters() if p.requires_grad}
+
+
+def kept_gradients(made: Learner) -> list[np.ndarray]:
+    """A list to which each later optimizer step appends its gradient, all parameters in one."""
+    kept: list[np.ndarray] = []
+    step = made.optimizer.adamw.step
+
+    def kept_step() -> None:
+        kept.append(torch.cat([p.grad.flatten() for p in made.policy.parameters()]).numpy().copy())
+        step()
+
+    made.optimizer.adamw.step = kept_step
+    return kept

@@ -75,14 +75,7 @@ def updates(ranks: Ranks, folder: Path, method: dict[str, Any], options: dict[st
     if double:
         made.policy.peft_model.double()
     tiny.move_adapter(made)
-    gradients: list[np.ndarray] = []
-    step = made.optimizer.adamw.step
-
-    def kept_step() -> None:
-        gradients.append(torch.cat([p.grad.flatten() for p in made.policy.parameters()]).numpy().copy())
-        step()
-
-    made.optimizer.adamw.step = kept_step  # type: ignore[method-assign]
+    gradients = tiny.kept_gradients(made)
     results = [made.update(tiny.groups()) for _ in range(3)]
     return {
         "gradient": gradients[0],

@@ -55,14 +55,7 @@ def updates(ranks: Ranks, folder: Path, method: str, options: dict[str, Any], *,
     if sharded:
         made.policy.shard(ranks)
     tiny.move_adapter(made)
-    gradients: list[np.ndarray] = []
-    step = made.optimizer.adamw.step
-
-    def kept_step() -> None:
-        gradients.append(torch.cat([p.grad.flatten() for p in made.policy.parameters()]).numpy().copy())
-        step()
-
-    made.optimizer.adamw.step = kept_step  # type: ignore[method-assign]
+    gradients = tiny.kept_gradients(made)
     results = [made.update(tiny.groups()) for _ in range(2)]
     canary = made.adapter(True).canary
     assert canary is not None
