@@ -43,9 +43,10 @@ class Kill:
 
 
 class BrokenRun:
-    """launch/run.py as a process; `lines` are what it has printed, with the time of each."""
+    """launch/run.py as a process; `lines` are what it has printed, with the time of each; `log` gets them, too."""
 
-    def __init__(self, options: Sequence[str], ray_folder: Path) -> None:
+    def __init__(self, options: Sequence[str], ray_folder: Path, log: Path) -> None:
+        self.log = log
         path = [str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
         environment = {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(ray_folder), "PYTHONPATH": os.pathsep.join(path)}
         self.process = child(  # it ends with us
@@ -57,14 +58,20 @@ class BrokenRun:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self.lines: list[tuple[float, str]] = [(time.monotonic(), "started")]
+        self.lines: list[tuple[float, str]] = []
+        self._note("started")
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
-            self.lines.append((time.monotonic(), line.rstrip()))
+            self._note(line.rstrip())
+
+    def _note(self, line: str) -> None:
+        self.lines.append((time.monotonic(), line))
+        with self.log.open("a") as log:
+            log.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def attack(
         self, kinds: Sequence[str], number: int, *, gap_seconds: float, stops: float, chance: random.Random
@@ -101,8 +108,11 @@ class BrokenRun:
         kind = chance.choice(sorted(alive))
         stop = kind in WORKERS and chance.random() < stops
         with contextlib.suppress(psutil.NoSuchProcess):
-            chance.choice(alive[kind]).send_signal(signal.SIGSTOP if stop else signal.SIGKILL)
-            return [Kill(kind=kind, how="stopped" if stop else "killed", moment=time.monotonic())]
+            chosen = chance.choice(alive[kind])
+            chosen.send_signal(signal.SIGSTOP if stop else signal.SIGKILL)
+            kill = Kill(kind=kind, how="stopped" if stop else "killed", moment=time.monotonic())
+            self._note(f"=== {kill.kind} {chosen.pid} {kill.how}")
+            return [kill]
         return []
 
     def end(self) -> int | None:

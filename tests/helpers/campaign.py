@@ -68,7 +68,8 @@ def play(folder: Path, options: Sequence[str], kinds: Sequence[str], number: int
     while True:
         remaining = number - len(outcome.kills)
         with nothing_left(ray_folder) as left:
-            run = BrokenRun([*options, *(["--run.resume"] if outcome.kills else [])], ray_folder)
+            resume = ["--run.resume"] if outcome.kills else []
+            run = BrokenRun([*options, *resume], ray_folder, folder.with_suffix(".log"))
             kills = run.attack(kinds, min(remaining, 1) if kinds == RESTARTED else remaining, **attack)
             status = run.end()
         outcome.kills += kills
@@ -78,15 +79,9 @@ def play(folder: Path, options: Sequence[str], kinds: Sequence[str], number: int
             break
         trace = any(line.startswith("Traceback") for _, line in run.lines)
         outcome.ends.append(f"{kills[0].kind}: status {status}{', a traceback' if trace else ''}")
-    text = "\n".join(f"{moment:.2f} {line}" for moment, line in sorted([*outcome.lines, *map(_told, outcome.kills)]))
-    folder.with_suffix(".log").write_text(text)
     if status != 0:
-        outcome.problem = "hung" if status is None else f"ended with status {status}: {run.lines[-1][1]}"
+        outcome.problem = "hangs" if status is None else f"ended with status {status}: {run.lines[-1][1]}"
     return outcome
-
-
-def _told(kill: Kill) -> tuple[float, str]:
-    return kill.moment, f"=== {kill.kind} {kill.how}"
 
 
 def contents(folder: Path) -> Iterator[tuple[str, Any]]:

@@ -137,3 +137,39 @@ def test_learner_ranks_with_different_adapters_end_the_run(monkeypatch):
     both.others = [ADAPTER.checksum, "another"]
     with pytest.raises(AdapterMismatch, match=r"has checksum .* on rank 0 of the learner, but another on rank 2"):
         Channel(local_actor.fleet(both), canary_bound_nats=0.1).publish(both)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"canary_logprobs": BASE}, "does not compute what the learner does"),  # the probe is not used
+        ({"version": 6}, "published adapter version 7, but an actor holds 6"),
+        ({"checksum": "f" * 32}, "buffers hold other values"),
+    ],
+)
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_replacement_is_admitted_if_it_holds_the_probe_and_then_the_adapter(monkeypatch, change, words, wrong):
+    """`wrong` is the load whose receipt is changed."""
+    local_actor.install(monkeypatch)
+    both = Scripted(0.0, [1000.0])
+    both.probe = lambda: ADAPTER
+    both.prefix_difference = type("Method", (), {"remote": lambda token_ids: 0.0})
+    made = Channel(local_actor.fleet(both), canary_bound_nats=0.1)
+    made.verify(both)
+    loaded = []
+
+    def call(method, adapter):
+        assert method == "load"
+        receipt = replace(RECEIPT, canary_logprobs=LEARNER)
+        loaded.append(adapter)
+        return replace(receipt, **change) if len(loaded) == wrong + 1 else receipt
+
+    if words is None or (
+        wrong == 1 and "canary_logprobs" in change
+    ):  # the second load is checked by its checksum alone
+        made.admit(call)
+        assert loaded == [made._probe, made._adapter]
+    else:
+        with pytest.raises(AdapterMismatch, match=words):
+            made.admit(call)
