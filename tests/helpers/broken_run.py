@@ -78,8 +78,8 @@ class BrokenRun:
     ) -> list[Kill]:
         """Wait for the end of the run; meanwhile kill a process of one of `kinds` up to `number` times.
 
-        The gaps are exponential with this mean, the first one from the first step on. The fraction `stops` of the
-        processes is stopped instead.
+        The gaps are exponential with this mean, the first one from the first step on. The fraction `stops` is stopped
+        instead, but not while a replacement starts: a start may take cluster.node_wait_seconds, and then ends the run.
         """
         kills: list[Kill] = []
         due = None
@@ -93,8 +93,9 @@ class BrokenRun:
                 due = now + chance.expovariate(1 / gap_seconds) if steps else None
             elif now >= due and len(kills) < number:
                 due = None
-                if len([kill for kill in kills if kill.moment > steps[-1]]) < IN_A_ROW:
-                    kills += self._kill(kinds, stops, chance)
+                in_a_row = len([kill for kill in kills if kill.moment > steps[-1]])
+                if in_a_row < IN_A_ROW:
+                    kills += self._kill(kinds, 0 if in_a_row else stops, chance)
         return kills
 
     def _kill(self, kinds: Sequence[str], stops: float, chance: random.Random) -> list[Kill]:
