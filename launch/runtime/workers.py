@@ -20,6 +20,8 @@ from launch.runtime.recovery import Losses
 from learner.learner import Learner
 from learner.ranks import Ranks
 
+LOOPBACK = "127.0.0.1"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
@@ -89,13 +91,14 @@ class _Worker:
         super().__init__(*arguments, **options)
 
     def open(self) -> tuple[str, int]:
-        """On rank 0: address and port at which the ranks meet."""
-        address = ray.util.get_node_ip_address()
+        """On rank 0: address and port at which the ranks meet, on loopback if there is no other node."""
+        alone = sum(node["Alive"] for node in ray.nodes()) == 1
+        address = LOOPBACK if alone else ray.util.get_node_ip_address()
         return address, self.ranks.open(address)
 
     def join(self, address: str, port: int) -> None:
         """Meet the other ranks there."""
-        self.meet(ray.util.get_node_ip_address(), address, port)
+        self.meet(LOOPBACK if address == LOOPBACK else ray.util.get_node_ip_address(), address, port)
 
 
 def _remote(side: type, plan: Plan, place: Place, *, half: int) -> Any:
@@ -110,6 +113,7 @@ def _remote(side: type, plan: Plan, place: Place, *, half: int) -> Any:
     environment = {
         "OMP_NUM_THREADS": str(num_threads),  # Ray would set it to 1
         "GOMP_SPINCOUNT": "3000",  # threads that wait soon sleep: spinning would take cores from the other side
+        "GLOO_SOCKET_IFNAME": "lo",  # of the groups within a node: vLLM's, and the one that shards the base
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }

@@ -1,5 +1,6 @@
 """Ray as a run starts and leaves it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -66,6 +67,26 @@ def environment() -> Iterator[dict[str, str]]:
     shutil.rmtree(folder)
 
 
+@contextlib.contextmanager
+def started_elsewhere(environment: dict[str, str]) -> Iterator[str]:
+    """The address of a Ray that `ray start --head` has started, which does not know this checkout."""
+    folder = Path(environment["RAY_TMPDIR"])
+    plain = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
+    with (folder / "log").open("w") as log:
+        head = subprocess.Popen(cluster._head_command(folder, "false"), cwd="/", env=plain, stdout=log, stderr=log)
+    try:
+        record, deadline = folder / "ray_current_cluster", time.monotonic() + 100
+        while not (record.exists() and record.read_text()):
+            assert head.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield record.read_text()
+    finally:
+        family = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        head.wait(60)
+        psutil.wait_procs(family, timeout=100)
+
+
 def submit(options: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launch.runtime.submit", *options]
     return subprocess.run(
@@ -114,21 +135,14 @@ def test_workers_of_a_ray_started_elsewhere_import_the_checkout_and_the_callers_
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     """Also where the job has a PYTHONPATH of its own, which Ray would refuse to replace."""
-    folder, own = Path(environment["RAY_TMPDIR"]), tmp_path / "own"
+    own = tmp_path / "own"
     own.mkdir()
     (own / "mine.py").touch()
     (tmp_path / "driver.py").write_text(PATHS)
-    plain = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
-    with (folder / "log").open("w") as log:
-        head = subprocess.Popen(cluster._head_command(folder, "false"), cwd="/", env=plain, stdout=log, stderr=log)
-    try:
-        record, deadline = folder / "ray_current_cluster", time.monotonic() + 100
-        while not (record.exists() and record.read_text()):
-            assert head.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.1)
+    with started_elsewhere(environment) as address:
         job = {
             **environment,
-            "RAY_ADDRESS": record.read_text(),
+            "RAY_ADDRESS": address,
             "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": {"PYTHONPATH": "other"}}}),
             "PYTHONPATH": f"{ROOT}:own",
         }
@@ -136,8 +150,32 @@ def test_workers_of_a_ray_started_elsewhere_import_the_checkout_and_the_callers_
             [sys.executable, "driver.py"], cwd=tmp_path, env=job, capture_output=True, text=True, timeout=200
         )
         assert done.stdout.split() == [str(ROOT / "learner"), str(own / "mine.py")], done.stderr
-    finally:
-        family = psutil.Process(head.pid).children(recursive=True)
-        head.terminate()
-        head.wait(60)
-        psutil.wait_procs(family, timeout=100)
+
+
+WARNED = """
+from launch.runtime.cluster import connect
+
+with connect():
+    print("in")
+with connect(lambda text: print("told:", text)):
+    pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_joining_a_cluster_without_token_authentication_triggers_a_warning(
+    environment: dict[str, str], tmp_path: Path, mode: str
+) -> None:
+    """Also where this side sends a token, which such a cluster does not look at."""
+    (tmp_path / "driver.py").write_text(WARNED)
+    token = {"RAY_AUTH_TOKEN": "a" * 64}
+    with started_elsewhere({**environment, **token, "RAY_AUTH_MODE": mode}) as address:
+        for own in {mode, "token"}:
+            driver = {**environment, **token, "RAY_AUTH_MODE": own, "RAY_ADDRESS": address}
+            done = subprocess.run(
+                [sys.executable, "driver.py"], cwd=tmp_path, env=driver, capture_output=True, text=True, timeout=200
+            )
+            warning = cluster.OPEN.format(address) + "\n" if mode == "disabled" else ""
+            assert (done.returncode, done.stderr) == (0, warning)
+            assert done.stdout == "in\n" + (f"told: {warning}" if warning else "")

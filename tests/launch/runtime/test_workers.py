@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -15,6 +16,7 @@ from launch.planning.devices import Gpu
 from launch.runtime import workers
 from launch.runtime.placement import placed
 from launch.runtime.workers import part
+from learner.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +125,28 @@ def test_parts_of_the_processors() -> None:
     assert [part(range(7), i, 3) for i in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
     assert [part([7], i, 2) for i in (0, 1)] == [[7], [7]]
     assert [part([1, 2], i, 4) for i in range(4)] == [[1], [1], [2], [2]]
+
+
+@pytest.mark.parametrize(("nodes", "address"), [(1, "127.0.0.1"), (2, "127.0.0.2")])
+def test_ranks_listen_on_loopback_unless_there_is_another_node(
+    monkeypatch: pytest.MonkeyPatch, nodes: int, address: str
+) -> None:
+    met = []
+
+    class Rank(workers._Worker, Side):
+        parts = ()
+
+        def meet(self, *where: Any) -> None:
+            met.append(where)
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.2")  # stands for an address to the outside
+    rank = Rank(ranks=Ranks(0, 2))
+    where = rank.open()
+    rank.join(*where)
+    assert met == [(address, *where)]
+    assert where in [each.laddr for each in psutil.Process().net_connections("tcp") if each.status == "LISTEN"]
+    assert where[0] == address
 
 
 def test_more_devices_than_the_cluster_has_are_refused_at_once() -> None:
