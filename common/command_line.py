@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import pydantic_settings
 from pydantic import ValidationError
 
-from common.config import REMOVED, Config, options, with_values
-from common.files import is_run_folder
+from common.config import REMOVED, Config, dump, options, with_values
+from common.files import is_run_folder, usable
 from common.methods import MethodConfig
 from common.types import UserError, suggest
 
@@ -43,15 +43,18 @@ def load(argv: Sequence[str], default: Path) -> Config:
 
 def read(path: Path, above: Sequence[Path] = ()) -> Tables:
     """The tables of a TOML file, merged over those of its base. `above`: the files that extend this one."""
-    if not path.is_file():
-        what = f"base of {above[-1]}" if above else "--config"
+    what = f"base of {above[-1]}" if above else "--config"
+    if not usable(path).is_file():
         raise UserError(f"{what} {path}: no such file; name a TOML file, such as launch/configs/default.toml")
     if path.resolve() in above:
         raise UserError(f"--config {path} is its own base; remove one `base =`")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        repr(tables)  # an error shows the value; RecursionError: it is nested too deeply for that
+    except (ValueError, RecursionError) as error:  # ValueError: TOML's, UTF-8's, and a number of too many digits
         raise UserError(f"--config {path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({error.strerror}); name another file") from None
     base = tables.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise UserError(f"--config {path}: base={base!r} is not a path; name a TOML file")
@@ -130,9 +133,13 @@ def build(*layers: Mapping[str, Any]) -> Config:
                 "sets; use a configuration without them"
             )
     try:
-        return Config.model_validate(tables)
+        config = Config.model_validate(tables)
+        dump(config).encode()
     except ValidationError as error:
         raise UserError("; ".join(_explain(e) for e in error.errors())) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"an option has a value that config.toml cannot hold ({error}); correct it") from None
+    return config
 
 
 def _explain(error: Any) -> str:

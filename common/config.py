@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from common.contradictions import contradictions
+from common.files import usable
 from common.method import function
 from common.methods import MethodConfig
 from common.section import COSMETIC, MACHINE, PLACEMENT, PLANNED, REPETITION, Role, Section
@@ -23,7 +24,7 @@ REMOVED = {
 class RunConfig(Section):
     dir: Annotated[Path, COSMETIC] = Path("runs/default")
     """Run folder; must not contain another run."""
-    steps: int = Field(150, ge=1)
+    steps: int = Field(150, ge=1, lt=2**31)
     """Optimizer steps."""
     prompts_per_step: int = Field(4, ge=1)
     """P: prompts (and groups) per step."""
@@ -31,7 +32,7 @@ class RunConfig(Section):
     """Versions that a rollout may be behind when it is learned from. 0: sampling and learning alternate. K: rollouts
     of the next K steps are sampled during this step's update (importance is then token-truncate unless set). An actor
     loads a new version between two parts of its work."""
-    seed: Annotated[int, REPETITION] = Field(123, ge=0)
+    seed: Annotated[int, REPETITION] = Field(123, ge=0, lt=2**31)
     """Seed of prompt order, sampling and dropout."""
     checkpoint_every: Annotated[int, COSMETIC] = Field(15, ge=0)
     """Steps between checkpoints; 0: only after the last step, which always writes one."""
@@ -41,7 +42,7 @@ class RunConfig(Section):
     """Steps between printed sample completions; 0: none."""
     resume: Annotated[bool | Literal["auto"], COSMETIC] = False
     """Resume the run in run.dir from its last checkpoint; auto: if there is one, else start it."""
-    gpu_memory_gib: Annotated[float | None, MACHINE] = Field(None, gt=0)
+    gpu_memory_gib: Annotated[float | None, MACHINE] = Field(None, gt=0, le=1e6)
     """GPU memory to plan the run for, GiB; None: all of the GPU's; without a GPU no GPU memory is planned."""
 
 
@@ -104,7 +105,7 @@ class ActorConfig(Section):
     """Sample exactly max_tokens tokens and ignore end tokens and stop strings (for benchmarks)."""
     gpu_memory_fraction: Annotated[float | None, MACHINE, PLANNED] = Field(None, gt=0, lt=1)
     """vLLM's share of the GPU; None: set by the memory plan."""
-    kv_cache_gib: Annotated[float | None, MACHINE, PLANNED] = Field(None, gt=0)
+    kv_cache_gib: Annotated[float | None, MACHINE, PLANNED] = Field(None, gt=0, le=1e6)
     """vLLM's KV cache, GiB; None: 1 on a CPU; on a GPU set by the memory plan (or the rest of vLLM's share)."""
     num_sequences: Annotated[int | None, MACHINE, PLANNED] = Field(None, ge=1)
     """Most concurrent sequences in vLLM; None: vLLM's default on a CPU, on a GPU set by the memory plan."""
@@ -114,7 +115,7 @@ class ActorConfig(Section):
     """Largest mean |log-probability difference| between learner and actor at which an adapter counts as verified."""
     reward_workers: int = Field(2, ge=1)
     """Number of processes that score completions."""
-    reward_timeout_seconds: float = Field(10.0, gt=0)
+    reward_timeout_seconds: float = Field(10.0, gt=0, le=1e6)
     """Hard limit of one reward call; a call that exceeds it is killed and counted."""
 
 
@@ -147,9 +148,9 @@ class LearnerConfig(Section):
 class ClusterConfig(Section):
     layout: Annotated[Literal["colocated", "separate"], PLACEMENT] = "colocated"
     """colocated: learner rank i and actor i share a device and take turns; separate: each has a device of its own."""
-    wait_seconds: Annotated[float, PLACEMENT] = Field(60.0, gt=0)
+    wait_seconds: Annotated[float, PLACEMENT] = Field(60.0, gt=0, le=1e6)
     """How long the run waits for devices that others hold, before it ends."""
-    node_wait_seconds: Annotated[float, PLACEMENT] = Field(600.0, gt=0)
+    node_wait_seconds: Annotated[float, PLACEMENT] = Field(600.0, gt=0, le=1e6)
     """How long a lost worker's replacement may take to start, another node in the place of a lost one included."""
 
 
@@ -179,6 +180,8 @@ class Config(BaseModel):
         for path in (self.method.advantage, self.method.token_weight):
             if "." in path:
                 function(path)
+        for name in ("run.dir", "model.path", "task.data"):
+            usable(Path(value_of(self, name) or ""))
         for problem in contradictions(self):
             raise ValueError(problem)
         return self

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # config.py imports this file
     from common.config import Config
 
+MAX_ROLLOUTS = 65536  # of a step: the plan packs them all, in 3 s
+
 
 def contradictions(config: "Config") -> Iterator[str]:
     """Why this configuration cannot be run."""
@@ -14,6 +16,11 @@ def contradictions(config: "Config") -> Iterator[str]:
         yield (
             f"actor.max_tokens={actor.max_tokens} leaves no room for a prompt in "
             f"model.max_length={config.model.max_length}; lower the one or raise the other"
+        )
+    if run.prompts_per_step * actor.group_size > MAX_ROLLOUTS:
+        yield (
+            f"run.prompts_per_step={run.prompts_per_step} of actor.group_size={actor.group_size} are more than "
+            f"{MAX_ROLLOUTS} rollouts, the most of a step; lower one of the two"
         )
     if actor.tensor_parallel > 1 and config.cluster.layout == "colocated":
         yield f"actor.tensor_parallel={actor.tensor_parallel} needs devices of its own; set cluster.layout=separate"

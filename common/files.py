@@ -123,6 +123,18 @@ def user_module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def usable(path: Path) -> Path:
+    """The path, which need not exist. Raises UserError for one that the system does not accept."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a null byte, or a lone surrogate
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be used as a path ({reason}); name another") from None
+    return path
+
+
 def is_run_folder(folder: Path) -> bool:
     """Whether a run has left its configuration and more in `folder`."""
     return (folder / "config.toml").exists() and any(

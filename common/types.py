@@ -11,9 +11,17 @@ from typing import Any
 
 import numpy as np
 
+LONGEST_LINE = 4000  # characters of an error, of which the middle is left out
+
 
 class UserError(ValueError):
     """Invalid input; its one line gives what, the value and what to do. Ends the program with status 2."""
+
+    def __init__(self, message: str) -> None:
+        """The values in `message` may be anything: what a terminal would not print in the line is escaped."""
+        if len(message) > LONGEST_LINE:
+            message = f"{message[: LONGEST_LINE // 2]} … {message[-LONGEST_LINE // 2 :]}"
+        super().__init__("".join(each if each.isprintable() else repr(each)[1:-1] for each in message))
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from common.config import TaskConfig
 from common.types import Prompt, Score, UserError, suggest
 
 PARTIAL = 0.5  # lower bound of partial credit; most scorers give 0.01 to 0.1 to any answer in the expected format
+MAX_PROBLEMS = 100_000  # of a split: all are in memory, and each takes 10 KB and a third of a millisecond
 NUM_CANDIDATES = 32  # problems from which the worked example is chosen
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")  # no leading zeros: 0110 is a string
 # What data sets' scorers raise on an answer that they cannot parse. Any other exception is reported as a failed reward.
@@ -40,6 +41,8 @@ def load(task: TaskConfig, split: Literal["train", "eval"]) -> list[Prompt]:
     one whose problems JSON cannot represent.
     """
     wanted = task.num_train if split == "train" else task.num_eval
+    if wanted > MAX_PROBLEMS:
+        raise UserError(f"task.num_{split}={wanted} exceeds {MAX_PROBLEMS}, the most that gym generates; lower it")
     example = _example(task) if task.example else None
     seen = {example[0]} if example else set()
     prompts: list[Prompt] = []
