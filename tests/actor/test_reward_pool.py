@@ -35,6 +35,9 @@ TASK = """
             time.sleep(float(number))
         if word == "exit":
             os._exit(3)
+        if word == "first" and not os.path.exists(__file__ + ".first"):
+            open(__file__ + ".first", "w").close()
+            os._exit(3)
         if word == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if word == "segfault":
@@ -141,6 +144,11 @@ def test_a_call_whose_process_is_killed_or_stopped_is_repeated(pool: RewardPool,
     for process in processes:
         os.kill(process, number)
     assert all(isinstance(score, Score) for score in pool.finish(scoring))
+
+
+def test_a_reward_that_ends_its_process_is_not_tried_again(pool: RewardPool) -> None:
+    assert words(pool, "first", "ok") == ["the reward ended its process (exit code 3)", "ok"]
+    assert words(pool, "first") == ["ok"], "a second call would have succeeded"
 
 
 def test_a_reward_that_always_has_its_process_killed_is_given_up(pool: RewardPool) -> None:
