@@ -126,9 +126,10 @@ def user_module(name: str) -> ModuleType:
 def usable(path: Path) -> Path:
     """The path, which need not exist. Raises UserError for one that the system does not accept."""
     try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        str(path).encode()
+        for each in (path, *map(Path, path.parts)):  # of a path below a missing folder the system checks no name
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                each.lstat()
     except (OSError, ValueError) as error:  # ValueError: a null byte, or a lone surrogate
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be used as a path ({reason}); name another") from None

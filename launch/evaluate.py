@@ -18,12 +18,14 @@ if not __package__:  # run as a script: import from the checkout, not from launc
 from actor.rollout import Sampling
 from common.command_line import load
 from common.config import Config
+from common.files import usable
 from common.metrics import mean
 from common.types import Prompt, UserError
 from launch.planning import plan
 from launch.runtime import cluster, workers
 from launch.runtime.channel import AdapterMismatch
 from launch.runtime.fleet import Fleet
+from launch.runtime.recovery import RunFailed
 from learner import checkpoint
 
 
@@ -68,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if not argv or argv[0].startswith("-"):
             raise UserError("name a checkpoint: python launch/evaluate.py runs/x/checkpoints/step-000030 [OPTIONS]")
-        saved = Path(argv[0])
+        saved = usable(Path(argv[0]))
         written = saved.parent.parent / "config.toml"
         if not (saved / "adapter_model.safetensors").is_file() or not written.is_file():
             raise UserError(
@@ -82,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(getattr(error, "cause", error), file=sys.stderr)  # `cause`: a worker's, to which Ray adds a traceback
         return 2
-    except AdapterMismatch as error:
+    except (RunFailed, AdapterMismatch) as error:
         print(f"evaluation failed: {error}", file=sys.stderr)
         return 1
     return 0

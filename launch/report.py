@@ -12,6 +12,7 @@ from typing import NoReturn
 if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from common.files import usable
 from common.types import UserError
 from launch.reporting.data.runs import read_all
 from launch.reporting.page import Report, make
@@ -46,7 +47,10 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
         const=DEFAULT_PORT,
         help=f"serve the report on 127.0.0.1 and keep it current (default port {DEFAULT_PORT}; 0: any free one)",
     )
-    return parser.parse_args(list(argv))
+    chosen = parser.parse_args(list(argv))
+    for path in filter(None, (*chosen.runs, chosen.out, chosen.export)):
+        usable(path)
+    return chosen
 
 
 def write(folders: Sequence[Path], out: Path) -> Report:

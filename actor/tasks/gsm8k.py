@@ -54,6 +54,8 @@ def _rows(data: str | None, name: str) -> list[tuple[str, str]]:
     if not Path(data).is_dir():
         return [_row(row, f"{data}[{name}] row {number}") for number, row in enumerate(_hub_rows(data, name), start=1)]
     path = Path(data) / f"{name}.jsonl"
+    if path.exists() and not path.is_file():  # a pipe has no end
+        raise UserError(f"{path} is not a file; task.data needs train.jsonl and test.jsonl")
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -92,6 +94,10 @@ def _row(row: Any, where: str) -> tuple[str, str]:
     for key in ("question", "answer"):
         if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
             raise UserError(f"{where} has no {key}; give each row a question and an answer that ends in '#### 42'")
+        try:
+            row[key].encode()
+        except UnicodeEncodeError:  # JSON can escape half of a character, which no tokenizer takes
+            raise UserError(f"{where}: the {key} has characters that UTF-8 cannot hold; correct it") from None
     _, mark, answer = row["answer"].rpartition("####")
     if not mark or read_number(answer) is None:
         raise UserError(f"{where}: the answer has no number after '####'; end it in '#### 42'")

@@ -27,6 +27,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, ValidationError
 
 from common.command_line import Tables, build, merged, parse, read
 from common.config import Config, with_values
+from common.files import usable
 from common.section import Section
 from common.types import UserError, suggest
 
@@ -93,7 +94,7 @@ def cells(path: Path, folder: Path, *, scale: str | None = None, options: Sequen
     made = []
     for seed, (kind, config) in product(grid.seeds, kinds):
         name = f"{kind}_seed-{seed}"
-        config = with_values(config, {"run.dir": folder / name, "run.seed": seed})
+        config = with_values(config, {"run.dir": usable(folder / name), "run.seed": seed})
         made.append(Cell(name=name, kind=kind, config=config))
     return made
 

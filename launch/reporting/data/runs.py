@@ -147,7 +147,8 @@ def read(folder: Path) -> Run:
             )
     try:
         written = flat(tomllib.loads(file.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        repr(written)  # the page shows it; RecursionError: it is nested too deeply for that
+    except (ValueError, RecursionError) as error:  # ValueError: TOML's, UTF-8's, and a number of too many digits
         raise UserError(f"{file} is not valid TOML: {error}; name a folder that launch/run.py wrote") from None
     defaults = flat(Config().model_dump(mode="json", exclude_none=True))
     method = METHODS.get(str(written.get("method.name")))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ KEPT = [  # what the fuzzing found
     ["--config", "a" * 300],
     ["--config", "\0"],
     ["--run.dir", "a" * 300],
+    ["--run.dir", "no/" + "a" * 300],
     ["--run.dir", "\udcff"],
     ["--task.data", "a\0"],
     ["--model.path", "a" * 300],
@@ -96,6 +98,49 @@ def test_kept_files(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Path("name.toml").write_bytes(data)
     assert fuzz.check(run.main, ["--run.dir", "new", "--config", "name.toml", "--dry-run"]) == 2
     assert not Path("new").exists()
+
+
+KEPT_ARGUMENTS = [
+    (report.main, ["a" * 300]),
+    (report.main, ["a\0"]),
+    (report.main, ["a", "--out", "\udcff.html"]),
+    (report.main, ["a", "--export", "b\0"]),
+    (report.main, ["a", "--foo\nbar"]),
+    (evaluate.main, ["a" * 300]),
+    (experiment.main, ["--config", "grid.toml", "--dir", "a" * 300, "--dry-run"]),
+    (experiment.main, ["--config", "grid.toml", "--dir", "a\0", "--dry-run"]),
+    (experiment.main, ["--config", "long.toml", "--dry-run"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("main", "argv"), KEPT_ARGUMENTS, ids=lambda each: ascii(each[-1][-20:]) if isinstance(each, list) else ""
+)
+def test_kept_arguments(main, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment.signal, "signal", lambda *_: None)
+    Path("grid.toml").write_text(GRID)
+    Path("long.toml").write_text(GRID.replace("torn", "t" * 300))
+    assert fuzz.check(main, argv) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.toml", "long.toml"]
+
+
+KEPT_QUESTIONS = [{"question": "\ud800", "answer": "#### 2"}, {"question": "1", "answer": "\ud800 #### 2"}]
+
+
+@pytest.mark.parametrize("row", [*KEPT_QUESTIONS, None])
+def test_kept_data(row: dict | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None: a pipe."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text(json.dumps(row)) if row else os.mkfifo("train.jsonl")
+    argv = ["--task.name", "gsm8k", "--task.data", ".", "--task.num_train", "1", "--run.dir", "new", "--dry-run"]
+    assert fuzz.check(run.main, argv) == 2
+
+
+@pytest.mark.parametrize("data", KEPT_FILES[:2], ids=["digits", "deep"])
+def test_kept_settings_of_a_report(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(data)
+    assert fuzz.check(report.main, [str(tmp_path)]) == 2
 
 
 @contextlib.contextmanager
