@@ -58,6 +58,7 @@ class BrokenRun:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self.segments: set[str] = set()  # of shared memory, as found before each kill; none may stay
         self.lines: list[tuple[float, str]] = []
         self._note("started")
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -101,6 +102,7 @@ class BrokenRun:
     def _kill(self, kinds: Sequence[str], stops: float, chance: random.Random) -> list[Kill]:
         alive: dict[str, list[psutil.Process]] = {}
         for process in descendants():
+            self.segments |= segments(process)
             kind = "driver" if process.pid == self.process.pid else kind_of(process)
             if kind in kinds:
                 alive.setdefault(kind, []).append(process)
@@ -158,10 +160,11 @@ def _ended(process: psutil.Process) -> bool:
 
 @contextlib.contextmanager
 def nothing_left(ray_folder: Path) -> Iterator[list[str]]:
-    """Yields a list, which after the block has what the block has left: processes, segments of shared memory, files of
-    Ray. This process must adopt orphans (common.process)."""
+    """Yields a list, which after the block has what the block has left: processes, and files of Ray.
+
+    This process must adopt orphans (common.process).
+    """
     left: list[str] = []
-    before = set(os.listdir("/dev/shm"))
     yield left
     deadline = time.monotonic() + GONE_SECONDS
     while (alive := descendants()) and time.monotonic() < deadline:
@@ -170,14 +173,11 @@ def nothing_left(ray_folder: Path) -> Iterator[list[str]]:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.append(f"process {process.pid} {' '.join(process.cmdline())[:80]}")
             process.kill()
-    left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - before if not _in_use(f"/dev/shm/{name}")]
     left += [str(path) for path in ray_folder.iterdir()]
 
 
-def _in_use(path: str) -> bool:
-    """Whether a living process has mapped the file: then it is another run's."""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            if path in maps.read_text():
-                return True
-    return False
+def segments(process: psutil.Process) -> set[str]:
+    """The shared memory that a process has mapped."""
+    with contextlib.suppress(OSError):
+        return set(re.findall("/dev/shm/.*$", Path(f"/proc/{process.pid}/maps").read_text(), re.MULTILINE))
+    return set()

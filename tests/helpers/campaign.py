@@ -74,7 +74,7 @@ def play(folder: Path, options: Sequence[str], kinds: Sequence[str], number: int
             status = run.end()
         outcome.kills += kills
         outcome.lines += run.lines
-        outcome.left += left
+        outcome.left += left + [path for path in run.segments if Path(path).exists()]
         if kinds != RESTARTED or not kills or not status:
             break
         trace = any(line.startswith("Traceback") for _, line in run.lines)
