@@ -148,9 +148,9 @@ class LearnerConfig(Section):
 class ClusterConfig(Section):
     layout: Annotated[Literal["colocated", "separate"], PLACEMENT] = "colocated"
     """colocated: learner rank i and actor i share a device and take turns; separate: each has a device of its own."""
-    wait_seconds: Annotated[float, PLACEMENT] = Field(60.0, gt=0, le=1e6)
+    wait_seconds: Annotated[float, COSMETIC] = Field(60.0, gt=0, le=1e6)
     """How long the run waits for devices that others hold, before it ends."""
-    node_wait_seconds: Annotated[float, PLACEMENT] = Field(600.0, gt=0, le=1e6)
+    node_wait_seconds: Annotated[float, COSMETIC] = Field(1800.0, gt=0, le=1e6)
     """How long a lost worker's replacement may take to start, another node in the place of a lost one included."""
 
 

@@ -31,6 +31,11 @@ def contradictions(config: "Config") -> Iterator[str]:
             f"learner.head_backend={learner.head_backend} needs the whole base in the backward pass, which "
             "learner.shard=true gives up; use auto"
         )
+    if learner.shard and learner.recompute == "micro-batch":
+        yield (
+            "learner.recompute=micro-batch keeps all layers gathered in the backward pass, which learner.shard=true is "
+            "to avoid; use layer"
+        )
     if method.overlong_buffer > actor.max_tokens:
         yield f"method.overlong_buffer={method.overlong_buffer} exceeds actor.max_tokens={actor.max_tokens}; lower it"
     if method.entropy != "exact" and learner.head_backend in ("trl", "liger"):

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict
 class Role(Enum):
     """What a field controls besides the learning. A field without a role is part of an experiment's identity."""
 
-    COSMETIC = auto()  # where and how often a run saves and reports; may change when it resumes
-    PLACEMENT = (
-        auto()
-    )  # which devices do the work; may change when a run resumes, since the numbers stay but for rounding
+    COSMETIC = auto()  # where and how often a run saves, reports and waits; may change when it resumes
+    # Which devices do the work. It may change when a run resumes: the gradient stays, but for rounding, and so do the
+    # samples if actor.part_prompts is set.
+    PLACEMENT = auto()
     REPETITION = auto()  # differs between the repetitions of one experiment
     MACHINE = auto()  # how a step is fitted to a machine
     PLANNED = auto()  # unset by default, so that the plan chooses it; a resumed run keeps the choice

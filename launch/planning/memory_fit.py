@@ -102,7 +102,12 @@ def on_cpu(config: Config, work: Work, available_bytes: int) -> Config:
     whole = with_values(config, {"learner.recompute": "none"})
     if memory.step_activations(whole, work).peak <= CPU_FRACTION * available_bytes:
         return whole
-    return with_values(config, {"learner.recompute": "micro-batch"})
+    return with_values(config, {"learner.recompute": _modes(config)[-1]})
+
+
+def _modes(config: Config) -> tuple[str, ...]:
+    """The values of learner.recompute to choose from. A whole micro-batch would keep all sharded layers gathered."""
+    return MODES[:-1] if config.learner.shard else MODES
 
 
 def on_gpu(config: Config, work: Work, gpu_bytes: int) -> Config:
@@ -127,7 +132,7 @@ def _choose(config: Config, work: Work, gpu_bytes: int) -> Config | None:
 def _learner_choices(config: Config, work: Work) -> Iterator[Config]:
     """The learner's choices, fastest first."""
     learner = config.learner
-    modes = MODES if learner.recompute == "auto" else (learner.recompute,)
+    modes = _modes(config) if learner.recompute == "auto" else (learner.recompute,)
     all_tokens = [learner.micro_batch_tokens] if learner.micro_batch_tokens else _token_choices(config, work)
     for mode in modes:
         for tokens in all_tokens:

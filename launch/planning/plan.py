@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from warnings import catch_warnings
 
 import numpy as np
@@ -14,7 +15,7 @@ from actor.tasks import task_module
 from common.command_line import build, read
 from common.config import Config, dump, options, value_of, with_values
 from common.files import check_own, check_started_elsewhere
-from common.section import COSMETIC, PLACEMENT, PLANNED
+from common.section import COSMETIC, MACHINE, PLACEMENT, PLANNED
 from common.types import Prompt, UserError
 from launch.planning import checks, devices, memory_fit, model_folder
 from launch.planning.devices import Gpu
@@ -179,8 +180,15 @@ def _with_planned_options(config: Config) -> Config:
     if not config.run.resume or not written.is_file():
         return config
     began = _began_with(config)
-    unset = [name for name, default in options(PLANNED).items() if value_of(config, name) == default]
+    kept = {name: default for name, default in options(PLANNED).items() if name not in _planned_anew(began, config)}
+    unset = [name for name, default in kept.items() if value_of(config, name) == default]
     return with_values(config, {name: value_of(began, name) for name in unset})
+
+
+def _planned_anew(began: Config, config: Config) -> dict[str, Any]:
+    """The options that fit a step to a machine, for a run that is resumed on other devices; none on the same."""
+    moved = any(value_of(began, name) != value_of(config, name) for name in options(PLACEMENT))
+    return options(MACHINE) if moved else {}
 
 
 def _began_with(config: Config) -> Config:
@@ -204,7 +212,8 @@ def run_folder(config: Config) -> Path | None:
         raise UserError(f"run.dir={folder} has no run to resume; leave out --run.resume to start one")
     check_own(folder)
     began, config = _began_with(config), _with_planned_options(config)
-    for name in [name for name in options() if name not in options(COSMETIC) | options(PLACEMENT)]:
+    free = options(COSMETIC) | options(PLACEMENT) | _planned_anew(began, config)
+    for name in [name for name in options() if name not in free]:
         before, now = value_of(began, name), value_of(config, name)
         if before != now:
             raise UserError(f"{name}={now} differs from {before} of the run in {folder}; resume with equal options")

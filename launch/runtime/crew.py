@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from common.types import Group, UpdateResult
-from launch.runtime.recovery import LOST, Losses, Patience
+from launch.runtime.recovery import LOST, Losses, Patience, full
+from learner.ranks import PeerLost
 
 REMEDY = "lower learner.micro_batch_tokens, or set learner.recompute=micro-batch"
 PEER_SECONDS = 10.0  # in which Ray has noticed that a process is gone whose peer's sum has failed
@@ -40,7 +42,8 @@ class Crew:
 
     def commit(self) -> None:
         """Keep the state here, in the driver: no later loss goes back behind this step."""
-        self._state = self._kept(lambda: self._get("files", self._snapshot or self.ranks[0].files.remote()))
+        [files] = self._kept(lambda: self._get("files", [self._snapshot or self.ranks[0].files.remote()]))
+        self._state = {name: np.array(content) for name, content in files.items()}  # a copy frees the object store
         self._later.clear()
         self._snapshot = None
         self.losses.committed()
@@ -111,16 +114,33 @@ class Crew:
         for groups in self._later:
             self.call("update", groups)
 
-    def _get(self, method: str, refs: Any) -> Any:
-        """The answers of all ranks. The error of one may only follow from the loss of another, which is then raised."""
+    def _get(self, method: str, refs: Sequence[Any]) -> list[Any]:
+        """The answers of the ranks. An error of one may only follow from that of another, which is then raised."""
         try:
-            return self._patience.setdefault(method, Patience(REMEDY)).get(refs)
-        except ray.exceptions.RayTaskError:
-            for ref in refs if isinstance(refs, list) else []:
-                try:
-                    ray.get(ref, timeout=PEER_SECONDS)
-                except ray.exceptions.RayActorError:
-                    raise
-                except ray.exceptions.RayError:
-                    continue
-            raise
+            patience = self._patience.setdefault(method, Patience(REMEDY))
+            answers: list[Any] = patience.get(refs, counts=lambda answers: method != "update" or _learned(answers[0]))
+            return answers
+        except (ray.exceptions.RayTaskError, PeerLost):
+            errors = [error for error in map(_error, refs) if error is not None]
+            for error in errors:
+                if isinstance(error, ray.exceptions.RayActorError):
+                    raise error from None
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise full(error, REMEDY) from None
+            raise next((error for error in errors if not isinstance(error, PeerLost)), errors[0]) from None
+
+
+def _learned(result: UpdateResult) -> bool:
+    """Whether an update had groups to learn from."""
+    return any(tokens is not None for tokens in result.tokens)
+
+
+def _error(ref: Any) -> Exception | None:
+    """The error that a rank answers with; None for an answer, or for none in time."""
+    try:
+        ray.get(ref, timeout=PEER_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        return None
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        return error
+    return None

@@ -18,7 +18,7 @@ from common.types import Group, Prompt
 from launch.runtime.recovery import LOST, Losses, Patience
 
 REMEDY = "lower actor.num_sequences or actor.gpu_memory_fraction"
-CLOSE_SECONDS = 20.0
+CLOSE_SECONDS = 10.0  # less than what Ray leaves a driver that is stopped (cluster.JOB_STOP_SECONDS)
 
 ACTOR = "actor"
 SCORE = "score"  # an actor's wait for its reward workers once all is sampled: they run on processors, its device waits
@@ -49,8 +49,10 @@ class Fleet:
     rounds differently.
     """
 
-    def __init__(self, makers: Sequence[Callable[[], Any]], losses: Losses) -> None:
+    def __init__(self, makers: Sequence[Callable[[], Any]], losses: Losses, *, reward_seconds: float = 0.0) -> None:
         self.makers = list(makers)
+        self.reward_seconds = reward_seconds  # that the rewards of one rollout may take
+        self._closed = False
         self.actors = [make() for make in self.makers]
         self.losses = losses
         self.admit: Callable[[Call], None] = lambda call: None  # verifies a replacement before it is given work
@@ -110,28 +112,28 @@ class Fleet:
                 self._paused = False
                 self._changed.notify_all()
 
-    def call(self, index: int, method: str, *arguments: Any, units: int = 1) -> Any:
-        """`method` of actor `index`, or of its replacement."""
-        return self._answer(index, method, getattr(self.actors[index], method).remote(*arguments), arguments, units)
-
     def each(self, method: str, *arguments: Any) -> list[Any]:
         """`method` of every actor at once."""
         refs = [getattr(actor, method).remote(*arguments) for actor in self.actors]
-        return [self._answer(index, method, ref, arguments, 1) for index, ref in enumerate(refs)]
+        return [self._answer(index, method, ref, arguments) for index, ref in enumerate(refs)]
 
     def close(self) -> None:
         """Drop the parts that have not started, and end the actors."""
+        self._closed = True  # what ends now is no loss
         self._threads.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(ray.exceptions.RayError):  # what does not close in time is killed
             ray.get([actor.close.remote() for actor in self.actors], timeout=CLOSE_SECONDS)
         for actor in self.actors:
             ray.kill(actor)
 
-    def _answer(self, index: int, method: str, ref: Any, arguments: Sequence[Any], units: int) -> Any:
+    def _answer(self, index: int, method: str, ref: Any, arguments: Sequence[Any]) -> Any:
+        """The answer of actor `index`, or of its replacement."""
         while True:
             try:
-                return self._get(method, ref, units)
+                return self._get(method, ref, arguments)
             except LOST as error:
+                if self._closed:
+                    raise
                 self.losses.replace("actor", f"actor {index}", error, partial(self._replace, index))
                 ref = getattr(self.actors[index], method).remote(*arguments)
 
@@ -139,10 +141,15 @@ class Fleet:
         ray.kill(self.actors[index])
         self.actors[index] = actor = self.makers[index]()
         self.losses.await_start([actor])
-        self.admit(lambda method, *arguments: self._get(method, getattr(actor, method).remote(*arguments), 1))
+        self.admit(lambda method, *arguments: self._get(method, getattr(actor, method).remote(*arguments), arguments))
 
-    def _get(self, method: str, ref: Any, units: int) -> Any:
-        return self._patience.setdefault(method, Patience(REMEDY)).get(ref, units)
+    def _get(self, method: str, ref: Any, arguments: Sequence[Any]) -> Any:
+        if method != "rollout":
+            return self._patience.setdefault(method, Patience(REMEDY)).get(ref)
+        part, sampling = arguments  # how long a group takes depends on its size, and on whether it is greedy
+        patience = self._patience.setdefault(f"{sampling.group_size} at {sampling.temperature}", Patience(REMEDY))
+        rewards = len(part) * sampling.group_size * self.reward_seconds
+        return patience.get(ref, len(part), more_seconds=rewards)
 
     def _roll_out(self, part: Sequence[Prompt], sampling: Sampling, work: str) -> list[Group]:
         with self._changed:
@@ -151,7 +158,11 @@ class Fleet:
         index, worked = self._idle.get(), []
         started = time.perf_counter()
         try:
-            groups: list[Group] = self.call(index, "rollout", part, sampling, units=len(part))
+            if self._closed:
+                raise RuntimeError("the fleet is closed")
+            groups: list[Group] = self._answer(
+                index, "rollout", self.actors[index].rollout.remote(part, sampling), (part, sampling)
+            )
             worked = _spans(work, index, groups, started, time.perf_counter())
             return groups
         finally:

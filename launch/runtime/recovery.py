@@ -6,6 +6,7 @@ An answer that does not come in time is a loss, too: the limit follows from how 
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,17 +15,18 @@ import torch
 
 from learner.ranks import PeerLost
 
-MAX_LOSSES = 5  # without a committed step between them
-FIRST_SECONDS = 1800.0  # for the first answer of a kind: it may compile, or read a model
+MAX_LOSSES = 5  # of one worker, without a committed step between them
+FIRST_SECONDS = 7200.0  # for the first answer of a kind: it may compile, read a model, or be an evaluation
 TIMES, SPARE_SECONDS = 5.0, 30.0  # for a later one: so many times the slowest so far, and so many seconds
 
-# RayActorError: its process or node is gone, or does not answer; GetTimeoutError: it hangs; PeerLost: another rank is
-# gone.
 LOST = (
-    ray.exceptions.RayActorError,
-    ray.exceptions.GetTimeoutError,
+    ray.exceptions.RayActorError,  # its process or node is gone, or does not answer
+    ray.exceptions.GetTimeoutError,  # it hangs
     ray.exceptions.ObjectLostError,
-    PeerLost,
+    ray.exceptions.OutOfMemoryError,  # Ray's memory monitor has killed it
+    ray.exceptions.NodeDiedError,
+    torch.AcceleratorError,  # its GPU has failed, and the process cannot use it again
+    PeerLost,  # another rank is gone
 )
 
 
@@ -32,37 +34,70 @@ class RunFailed(RuntimeError):
     """The run cannot continue; it ends with status 1."""
 
 
+def full(error: Exception, remedy: str) -> RunFailed:
+    """What a full GPU ends the run with: it would be full again."""
+    return RunFailed(f"a GPU is full ({last_line(error)}); {remedy}")
+
+
+def last_line(error: Exception) -> str:
+    """What an error says, without the traceback that Ray puts before it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 class Patience:
     """How long answers of one kind take, and so how long the next one may; `remedy` is for a full GPU."""
 
     def __init__(self, remedy: str) -> None:
         self.remedy = remedy
-        self._slowest: float | None = None  # seconds for a unit of work
+        self._slowest = 0.0  # seconds of an answer
+        self._slowest_unit = 0.0  # seconds for a unit of work
 
     def limit_seconds(self, units: int = 1) -> float:
-        return FIRST_SECONDS if self._slowest is None else TIMES * self._slowest * units + SPARE_SECONDS
+        """For `units` of work: as if each took as long as the slowest, and never less than for the slowest answer."""
+        if not self._slowest:
+            return FIRST_SECONDS
+        return TIMES * max(self._slowest, self._slowest_unit * units) + SPARE_SECONDS
 
-    def get(self, refs: Any, units: int = 1) -> Any:
-        """`ray.get` of references to `units` of work. Raises GetTimeoutError after the limit, and RunFailed for a full
-        GPU, which would be full again."""
+    def get(
+        self,
+        refs: Any,
+        units: int = 1,
+        *,
+        more_seconds: float = 0.0,
+        counts: Callable[[Any], bool] = lambda answer: True,
+    ) -> Any:
+        """`ray.get` of references to `units` of work, with an allowance of `more_seconds`.
+
+        The limit does not follow from an answer that does not count, since it took no work. Raises GetTimeoutError
+        after the limit, which is twice as long the next time, and RunFailed for a full GPU.
+        """
         started = time.perf_counter()
+        limit = self.limit_seconds(units) + more_seconds
         try:
-            answer = ray.get(refs, timeout=self.limit_seconds(units))
+            answer = ray.get(refs, timeout=limit)
         except torch.OutOfMemoryError as error:
-            raise RunFailed(f"a GPU is full ({str(error).splitlines()[0]}); {self.remedy}") from None
-        self._slowest = max(self._slowest or 0.0, (time.perf_counter() - started) / units)
+            raise full(error, self.remedy) from None
+        except ray.exceptions.GetTimeoutError:
+            self._learn(2 * limit / TIMES, units)
+            raise
+        if counts(answer):
+            self._learn(time.perf_counter() - started, units)
         return answer
+
+    def _learn(self, seconds: float, units: int) -> None:
+        self._slowest = max(self._slowest, seconds)
+        self._slowest_unit = max(self._slowest_unit, seconds / units)
 
 
 class Losses:
     """Counts the losses of a run. Before the first step nothing is replaced: what fails to start would fail again."""
 
-    def __init__(self, note: Callable[[str], None] | None = None, *, wait_seconds: float = 600.0) -> None:
+    def __init__(self, note: Callable[[str], None] | None = None, *, wait_seconds: float = 1800.0) -> None:
         self.started = False
         self.wait_seconds = wait_seconds  # for a replacement to start: cluster.node_wait_seconds
         self._note = note or (lambda text: print(text, file=sys.stderr))
         self._lock = threading.Lock()
-        self._in_a_row = 0
+        self._in_a_row: Counter[str] = Counter()  # by worker
         self._seconds = 0.0
         self._by_kind = {"learner": 0, "actor": 0}
 
@@ -73,8 +108,8 @@ class Losses:
             with self._lock:
                 if not self.started:
                     raise error
-                self._in_a_row += 1
-                if self._in_a_row > MAX_LOSSES:
+                self._in_a_row[name] += 1
+                if self._in_a_row[name] > MAX_LOSSES:
                     raise RunFailed(f"{MAX_LOSSES} losses without a step between them; the last: {name} ({cause})")
                 self._by_kind[kind] += 1
             began = time.perf_counter()
@@ -96,13 +131,13 @@ class Losses:
         except ray.exceptions.GetTimeoutError:
             raise RunFailed(
                 f"a lost worker's replacement has not started within cluster.node_wait_seconds={self.wait_seconds:g}; "
-                "if its device is gone, resume on fewer: --run.resume --learner.num_ranks N --actor.num_actors N"
+                "raise it for a slow start; if a device is gone, resume on fewer: --run.resume --learner.num_ranks N"
             ) from None
 
     def committed(self) -> None:
         """A step is safe: the next loss is the first in a row."""
         with self._lock:
-            self._in_a_row = 0
+            self._in_a_row.clear()
 
     def metrics(self) -> dict[str, float]:
         """Number of replaced workers by kind since the last call, and the seconds that this took."""

@@ -70,17 +70,22 @@ def _attempt(options: Sequence[str]) -> int | None:
         except (ConnectionError, AuthenticationError):
             raise refused() from None
         job = _start(client, f"cd {shlex.quote(str(ROOT))} && exec {command}")
+        stopped: list[int] = []
         try:
             asyncio.run(_follow(client, job))
-            return _exit_status(_ended(client, job))
-        except GONE:
-            return None
+            status = _exit_status(_ended(client, job))
+        except GONE as error:
+            print(f"lost the connection to the job: {error}", file=sys.stderr)
+            status = None
         finally:
-            for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(name, signal.SIG_IGN)  # the rest takes a bounded time: a second Ctrl-C is not needed
+            for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the rest takes a bounded time
+                signal.signal(name, lambda number, _: stopped.append(number))
             with contextlib.suppress(*GONE):
                 client.stop_job(job)
                 _ended(client, job)
+    if stopped:
+        sys.exit(128 + stopped[0])
+    return status
 
 
 @contextlib.contextmanager
@@ -128,7 +133,7 @@ def _exit_status(info: JobInfo) -> int | None:
     if info.driver_exit_code and info.driver_exit_code > 0:
         return info.driver_exit_code
     print(f"The job is {info.status}: {info.message}", file=sys.stderr)
-    return None if info.driver_exit_code else 1  # 1: it never started, or was stopped
+    return 1 if info.status == JobStatus.STOPPED else None
 
 
 def _check(options: Sequence[str]) -> int:

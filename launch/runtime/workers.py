@@ -16,7 +16,7 @@ from launch.runtime.channel import Channel
 from launch.runtime.crew import Crew
 from launch.runtime.fleet import Fleet
 from launch.runtime.placement import Place, placed
-from launch.runtime.recovery import Losses
+from launch.runtime.recovery import LOST, Losses, RunFailed, last_line
 from learner.learner import Learner
 from learner.ranks import Ranks
 
@@ -51,21 +51,24 @@ def start(
             [_remote(side, plan, place, half=half) for place in each]
             for half, (side, each) in enumerate(((Actor, places.actors), (learner_class, places.learners)))
         )
-        fleet = Fleet([partial(actor.remote, folder, config) for actor in actors], losses)
-        stack.callback(fleet.close)
+        reward_seconds = config.actor.reward_timeout_seconds / config.actor.reward_workers
         number = len(ranks)
-        crew = Crew(
-            [
-                partial(rank.remote, folder, config, plan.canary_token_ids, ranks=Ranks(index, number))
-                for index, rank in enumerate(ranks)
-            ],
-            losses,
-        )
-        stack.callback(crew.close)
-        if plan.resume_from is not None:
-            crew.load(plan.resume_from.resolve())
-        channel = Channel(fleet, canary_bound_nats=config.actor.canary_bound_nats)
-        published = channel.verify(crew)
+        rank_makers = [
+            partial(rank.remote, folder, config, plan.canary_token_ids, ranks=Ranks(index, number))
+            for index, rank in enumerate(ranks)
+        ]
+        try:
+            actor_makers = [partial(actor.remote, folder, config) for actor in actors]
+            fleet = Fleet(actor_makers, losses, reward_seconds=reward_seconds)
+            stack.callback(fleet.close)
+            crew = Crew(rank_makers, losses)
+            stack.callback(crew.close)
+            if plan.resume_from is not None:
+                crew.load(plan.resume_from.resolve())
+            channel = Channel(fleet, canary_bound_nats=config.actor.canary_bound_nats)
+            published = channel.verify(crew)
+        except LOST as error:
+            raise RunFailed(f"a worker did not start: {last_line(error)}") from error
         losses.started = True
         yield Workers(plan=plan, learner=crew, fleet=fleet, channel=channel, losses=losses, version=published.version)
 

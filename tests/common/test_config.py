@@ -213,6 +213,8 @@ def test_roles_of_the_options() -> None:
         "run.evaluate_every": 30,
         "run.sample_every": 10,
         "run.resume": False,
+        "cluster.wait_seconds": 60.0,
+        "cluster.node_wait_seconds": 1800.0,
     }
     assert options(PLACEMENT) == {
         "actor.num_actors": 1,
@@ -220,8 +222,6 @@ def test_roles_of_the_options() -> None:
         "learner.num_ranks": 1,
         "learner.shard": False,
         "cluster.layout": "colocated",
-        "cluster.wait_seconds": 60.0,
-        "cluster.node_wait_seconds": 600.0,
     }
     assert list(options(REPETITION)) == ["run.seed"]
     unset_memory = {

@@ -12,6 +12,7 @@ import tiny
 from local_actor import Local
 
 from actor.actor import Receipt
+from actor.rollout import Sampling
 from common.metrics import read_lines
 from common.types import Prompt
 from launch import loop
@@ -24,6 +25,8 @@ from launch.runtime.fleet import Fleet
 from launch.runtime.recovery import RunFailed
 from launch.runtime.workers import Workers
 from learner.learner import Learner
+
+SAMPLING = Sampling(group_size=2, temperature=1.0, max_tokens=8, stop=(), seed=0)
 
 
 class ScriptedActor:
@@ -68,7 +71,7 @@ def run(tmp_path, monkeypatch):
         recorder = Recorder(tmp_path, tokenizer, Display("test", steps=len(rewards)), config)
         stream = PromptStream([Prompt(messages=({"role": "user", "content": "?"},), answer="1")], seed=0)
         fleet = local_actor.fleet(Local(actor))
-        buffer = Buffer(fleet, stream, None, prompts_per_step=1, num_steps=len(rewards))
+        buffer = Buffer(fleet, stream, SAMPLING, prompts_per_step=1, num_steps=len(rewards))
         channel = Channel(fleet, canary_bound_nats=0.1)
         workers = Workers(plan=None, learner=learner, fleet=fleet, channel=channel, losses=learner.losses, version=0)
         try:

@@ -7,10 +7,18 @@ import local_actor
 import numpy as np
 import pytest
 import ray
+import torch
 from local_actor import Lazy
 
 from launch.runtime.crew import Crew
 from launch.runtime.recovery import MAX_LOSSES, Losses, RunFailed
+from learner.ranks import PeerLost
+
+
+class Learned(str):
+    """Stands in for the result of an update that had groups to learn from."""
+
+    tokens = ("some",)
 
 
 class Rank:
@@ -29,7 +37,7 @@ class Rank:
     def update(self, groups: str) -> str:
         self._call("update")
         self.state.append(groups)
-        return f"learned {'+'.join(self.state)}"
+        return Learned(f"learned {'+'.join(self.state)}")
 
     def files(self) -> dict[str, np.ndarray]:
         self._call("files")
@@ -139,6 +147,24 @@ def test_an_error_that_only_follows_from_a_loss_is_one() -> None:
     assert made.update("a") == "learned a"  # type: ignore[comparison-overlap, arg-type]
     ranks = iter([Broken(), Rank()])
     with pytest.raises(ray.exceptions.RayTaskError):
+        Crew([lambda: Lazy(next(ranks))] * 2, losses).update("a")  # type: ignore[arg-type]
+
+
+def test_the_cause_is_told_and_not_that_another_ranks_sum_failed() -> None:
+    """Rank 1 is out of memory and leaves; rank 0's sum fails first."""
+
+    class Waits(Rank):
+        def update(self, groups: str) -> str:
+            raise PeerLost("rank 0: connection closed")
+
+    class Full(Rank):
+        def update(self, groups: str) -> str:
+            raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    ranks = iter([Waits(), Full()])
+    losses = Losses(lambda text: pytest.fail(text))
+    losses.started = True
+    with pytest.raises(RunFailed, match=r"a GPU is full .*; lower learner\.micro_batch_tokens"):
         Crew([lambda: Lazy(next(ranks))] * 2, losses).update("a")  # type: ignore[arg-type]
 
 

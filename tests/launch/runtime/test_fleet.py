@@ -104,6 +104,25 @@ def test_a_closed_fleet_drops_what_has_not_started() -> None:
     assert len(actor.parts) == 1
 
 
+def test_what_ends_with_a_closed_fleet_is_not_replaced() -> None:
+    class Killed(Timed):
+        def remote(self, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+            super().remote(prompts, sampling)
+            return ray.exceptions.ActorDiedError()  # type: ignore[return-value]
+
+    actor = Killed(0.1)
+    fleet = fleet_of(actor)
+    fleet.losses.started = True
+    fleet.makers = [lambda: pytest.fail("replaced")]
+    [part] = fleet.start(PROMPTS, SAMPLING)
+    while not actor.parts:
+        time.sleep(0.001)
+    fleet._get = lambda method, ref, arguments: (_ for _ in ()).throw(ref)  # type: ignore[method-assign]
+    fleet.close()
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        part.result()
+
+
 def test_the_work_of_each_actor_is_measured() -> None:
     fleet = fleet_of(Timed(0.1), Timed(0.1))
     began = time.perf_counter()
