@@ -25,8 +25,9 @@ STEPS, MORE, EVERY = 200, 300, 5
 # It must be above 0. The optimizer adds it to zeros, so that each version has its own checksum; no activation changes.
 LEARNING_RATE = "1e-30"
 # Allowed in the last three quarters of either part, in all processes of a role. What leaks once a step comes to 150, an
-# adapter or a state a step to 200 MiB and more. The allocators of two learners vary by 10 MiB.
-GROWTH = {"MiB": 20.0, "descriptors": 2.0, "threads": 2.0}
+# adapter or a state a step to 190 MiB and more. Seen without a leak: on a busy machine Ray frees late (50 MiB), two
+# learners' allocators vary by 10 MiB, and their pools start a last thread each.
+GROWTH = {"MiB": 64.0, "descriptors": 4.0, "threads": 4.0}
 
 
 @pytest.fixture(scope="module")
