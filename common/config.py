@@ -54,7 +54,7 @@ class ModelConfig(Section):
     that support it (CUDA from sm_80 on, CPUs with avx512_bf16, amx_bf16 or Arm's bf16), else float32."""
     max_length: int = Field(1024, ge=2)
     """Tokens of prompt and completion together."""
-    lora_rank: int = Field(16, ge=1)
+    lora_rank: int = Field(16, ge=1, le=4096)
     """r of the adapter's two factors, B (output, r) and A (r, input)."""
     lora_alpha: float = Field(32.0, gt=0)
     """The adapter adds (lora_alpha / lora_rank) B A to a weight."""

@@ -60,6 +60,7 @@ KEPT = [  # what the fuzzing found
     ["--model.path", "a" * 300],
     ["--task.gym_options", '{"a": null}'],
     ["--task.gym_options", '{"a": "\\ud800"}'],
+    ["--model.lora_rank", "1000000000000"],
     ["--run.prompts_per_step", "1000000"],
     ["--run.gpu_memory_gib", "1e300"],
     ["--run.seed", "9" * 19],
