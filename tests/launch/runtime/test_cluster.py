@@ -121,7 +121,7 @@ def test_a_killed_driver_leaves_no_process(environment: dict[str, str], tmp_path
 def test_submit_returns_the_status_of_the_driver_and_stops_the_ray_that_it_started(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    for package in ("common", "launch"):
+    for package in ("common", "launch", "learner"):
         shutil.copytree(ROOT / package, tmp_path / package)
     (tmp_path / "launch" / "run.py").write_text(JOB)
     done = submit(["--run.steps", "3"], tmp_path, environment)
