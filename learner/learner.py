@@ -4,6 +4,7 @@ import os
 import resource
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,11 +74,11 @@ class Learner:
 
         Where every group is excluded, nothing changes, and the result does not count as a skipped step.
         """
-        try:
-            return self._update(groups)
-        except Exception:
-            self.ranks.leave()  # the others would wait for this rank
-            raise
+        with ExitStack() as stack:
+            stack.callback(self.ranks.leave)  # the others would wait for a rank that raises
+            result = self._update(groups)
+            stack.pop_all()
+        return result
 
     def _update(self, groups: Sequence[Group]) -> UpdateResult:
         step, self.step = self.step, self.step + 1

@@ -157,6 +157,24 @@ def test_a_step_that_one_rank_cannot_take_is_skipped_by_all(folder: Path, pool: 
         assert stayed
 
 
+def one_raises(ranks: Ranks, folder: Path) -> str:
+    """An update in which one rank fails before the sums; the text of the error."""
+    made = Learner(folder, tiny.config(micro_batch_tokens=40, gradient_accumulation=3), tiny.CANARY, ranks=ranks)
+    if ranks.rank == 1:
+        made.policy.forward = lambda *_, **__: (_ for _ in ()).throw(ValueError("broken"))  # type: ignore[method-assign]
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        made.update(tiny.groups())
+    return type(caught.value).__name__
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_frees_the_others(folder: Path, pool: ProcessPoolExecutor) -> None:
+    """Its process lives on, so that no broken connection would tell them; their time-out is a minute."""
+    started = time.monotonic()
+    assert rank_processes.on_ranks(pool, 2, one_raises, folder) == ["PeerLost", "ValueError"]
+    assert time.monotonic() - started < 45
+
+
 def sum_until_killed(ranks: Ranks, victim: int, seconds: Any) -> None:
     """Puts the seconds until the sum that never comes fails. The victim kills itself before it."""
     ranks._sum(torch.ones(3))
