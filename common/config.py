@@ -70,7 +70,16 @@ class TaskConfig(Section):
     name: str = "gym"
     """gsm8k, gym, or the dotted path of your own module with `load` and `reward`."""
     data: str | None = None
-    """gsm8k: folder with train.jsonl and test.jsonl, or a hub name (openai/gsm8k)."""
+    """gsm8k: rows of problems: a file (.jsonl, .parquet, .csv), a folder of such files, or a hub name."""
+    configuration: str | None = None
+    """Of a hub data set that has several (openai/gsm8k: main); in a folder also a folder of that name is searched."""
+    train_split: str = "train"
+    """The hub data set's split, or the beginning of the names of the folder's files, with the training problems."""
+    eval_split: str = "test"
+    """The same of the held-out problems. If it is task.train_split, or task.data is a file, the rows are divided: no
+    row is in both."""
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """Leave out problems whose prompt is longer; None: such a problem is an error if it leaves no room to answer."""
     gym: str = "chain_sum"
     """gym: name of the reasoning-gym data set."""
     gym_options: dict[str, Any] = {}
