@@ -9,7 +9,7 @@ from types import ModuleType
 from common.files import user_module
 from common.types import UserError
 
-TASKS = ("gsm8k", "gym")
+TASKS = ("gsm8k", "math", "gym")
 
 
 def task_module(name: str) -> ModuleType:
