@@ -1,0 +1,120 @@
+"""Evaluation: greedy Pass@1 with its intervals, mean@n and pass@k by sampling, on the problems of the task and of sets."""
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from actor.rollout import Sampling
+from common.config import Config, EvaluationConfig
+from common.metrics import mean
+from common.types import Group, Prompt, Rollout
+from launch.evaluation.statistics import half_width, mean_half_width, pass_at_k, wilson
+from launch.runtime.fleet import Fleet
+
+OWN = "task"  # what the task's own problems are called beside the names of evaluation.sets
+Problems = Mapping[str, Sequence[Prompt]]  # by the name of their set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    record: dict[str, Any]  # one line of evaluations.jsonl: the task's own numbers, those of each set in "sets"
+    problems: list[dict[str, Any]]  # one object per problem (`problem_record`)
+
+
+def evaluate(fleet: Fleet, problems: Problems, config: Config, *, step: int) -> Evaluation:
+    """Evaluate the adapter that the fleet holds.
+
+    A problem whose reward fails counts as incorrect; the mean reward is over the others.
+    """
+    started = time.perf_counter()
+    numbers, details = {}, []
+    for name, prompts in problems.items():
+        greedy, sampled = _sampled(fleet, prompts, config)
+        numbers[name] = summary(greedy, sampled, config.evaluation)
+        details += [
+            problem_record(step, name, group, several)
+            for group, several in zip(greedy, sampled or [None] * len(greedy), strict=True)
+        ]
+    record = {"step": step} | numbers.pop(OWN, {})
+    if numbers:
+        record["sets"] = numbers
+    return Evaluation(record=record | {"seconds": time.perf_counter() - started}, problems=details)
+
+
+def _sampled(fleet: Fleet, prompts: Sequence[Prompt], config: Config) -> tuple[list[Group], list[Group]]:
+    """A greedy completion of each prompt, and evaluation.num_samples sampled ones (no groups if that is 0)."""
+    prompts = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]  # sampling seeds derive from it
+    sampling = replace(Sampling.of(config), fixed_length=False, opening=None)
+    greedy = fleet.sample(prompts, replace(sampling, group_size=1, temperature=0.0), work="evaluate")
+    num = config.evaluation.num_samples
+    return greedy, fleet.sample(prompts, replace(sampling, group_size=num), work="evaluate") if num else []
+
+
+def summary(greedy: Sequence[Group], sampled: Sequence[Group], evaluation: EvaluationConfig) -> dict[str, Any]:
+    """The numbers of one set. Fractions are from 0 to 1, lengths in tokens; `_ci95` is half of a 95 % interval."""
+    firsts = [group.rollouts[0] for group in greedy]
+    num_correct = sum(map(_is_correct, firsts))
+    pass_at_1 = num_correct / len(firsts)
+    numbers = {
+        "pass_at_1": pass_at_1,
+        "ci95": half_width(pass_at_1, len(firsts)),
+        "wilson95": list(wilson(num_correct, len(firsts))),
+        "num_problems": len(firsts),
+        "reward_mean": mean(rollout.score.total for rollout in firsts if rollout.score is not None),
+        "length_mean": mean(rollout.num_completion_tokens for rollout in firsts),
+        "num_failed_rewards": sum(rollout.score is None for rollout in firsts),
+        "num_truncated": sum(map(_is_truncated, firsts)),
+    }
+    if sampled:
+        n = evaluation.num_samples
+        corrects = [sum(map(_is_correct, group.rollouts)) for group in sampled]
+        numbers |= {"k": n, "pass_at_k": mean(pass_at_k(n, correct, n) for correct in corrects)}
+        numbers |= _with_interval(f"mean_at_{n}", (correct / n for correct in corrects))
+        for k in evaluation.ks:
+            numbers |= _with_interval(f"pass_at_{k}", (pass_at_k(n, correct, k) for correct in corrects))
+        numbers["num_truncated_samples"] = sum(_is_truncated(r) for group in sampled for r in group.rollouts)
+    return numbers
+
+
+def _with_interval(name: str, values: Iterable[float]) -> dict[str, float]:
+    values = list(values)
+    return {name: mean(values), f"{name}_ci95": mean_half_width(values)}
+
+
+def problem_record(step: int, name: str, greedy: Group, sampled: Group | None) -> dict[str, Any]:
+    """What became of one problem: its greedy completion, and how many of the sampled ones are correct.
+
+    `problem` identifies it in other evaluations: it follows from the question and the answer.
+    """
+    prompt, first = greedy.prompt, greedy.rollouts[0]
+    question = prompt.messages[-1]["content"]
+    record = {
+        "step": step,
+        "set": name,
+        "problem": hashlib.sha256(f"{question}\n{prompt.answer}".encode()).hexdigest()[:16],
+        "question": question,
+        "answer": prompt.answer,
+        "correct": _is_correct(first),
+        "truncated": _is_truncated(first),
+        "text": first.text,
+        "reward_error": first.reward_error,
+    }
+    if sampled is not None:
+        record |= {
+            "num_samples": len(sampled.rollouts),
+            "num_samples_correct": sum(map(_is_correct, sampled.rollouts)),
+            "num_samples_truncated": sum(map(_is_truncated, sampled.rollouts)),
+        }
+    return record
+
+
+def _is_correct(rollout: Rollout) -> bool:
+    return rollout.score is not None and rollout.score.correct
+
+
+def _is_truncated(rollout: Rollout) -> bool:
+    return rollout.finish_reason == "length"
