@@ -68,9 +68,9 @@ class ModelConfig(Section):
 
 class TaskConfig(Section):
     name: str = "gym"
-    """gsm8k, gym, or the dotted path of your own module with `load` and `reward`."""
+    """gsm8k, math, gym, or the dotted path of your own module with `load` and `reward`."""
     data: str | None = None
-    """gsm8k: rows of problems: a file (.jsonl, .parquet, .csv), a folder of such files, or a hub name."""
+    """gsm8k, math: rows of problems: a file (.jsonl, .parquet, .csv), a folder of such files, or a hub name."""
     configuration: str | None = None
     """Of a hub data set that has several (openai/gsm8k: main); in a folder also a folder of that name is searched."""
     train_split: str = "train"
@@ -80,6 +80,16 @@ class TaskConfig(Section):
     row is in both."""
     max_prompt_tokens: int | None = Field(None, ge=1)
     """Leave out problems whose prompt is longer; None: such a problem is an error if it leaves no room to answer."""
+    question: str = "question"
+    """math: the column with the problem, or a template of columns, such as "{Body} {Question}"."""
+    answer: str = "answer"
+    """math: the column with the answer, or a template of columns."""
+    answer_pattern: str | None = None
+    """math: regular expression; the answer is what follows its last match, or its group (GSM8K: ####). None: all."""
+    system: str | None = None
+    """math: the system prompt; None: one that asks for \\boxed{}, or for the tags of the composite reward."""
+    reward: Literal["correct", "composite"] = "correct"
+    """math: 1 for a correct answer, or the composite reward of the paper's Eq. 10, which also rewards the format."""
     gym: str = "chain_sum"
     """gym: name of the reasoning-gym data set."""
     gym_options: dict[str, Any] = {}
