@@ -30,7 +30,7 @@ from launch.planning.plan import Plan
 from launch.recording.console import Display
 from launch.recording.recorder import Recorder, rewind
 from launch.runtime import cluster, workers
-from launch.runtime.buffer import Buffer, PromptStream
+from launch.runtime.buffer import Buffer
 from launch.runtime.channel import AdapterMismatch
 from launch.runtime.recovery import RunFailed
 from learner import checkpoint
@@ -58,7 +58,7 @@ def run(checked: Plan) -> None:
                 rewind(folder, first_step if checked.resume_from else -1)  # the evaluation at step 0 comes again
             else:
                 write_whole(written, dump(config))  # only now: a start that fails leaves no folder
-            stream = PromptStream(checked.train_prompts, seed=config.run.seed, cursor=cursor)
+            stream = checked.stream(cursor)
             buffer = Buffer(
                 started.fleet,
                 stream,

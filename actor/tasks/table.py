@@ -4,7 +4,6 @@
 its readers of JSON, CSV and Parquet are used: a data set cannot bring code.
 """
 
-import hashlib
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -124,8 +123,9 @@ class Problems(Sequence[Prompt]):
 
     @property
     def fingerprint(self) -> str:
-        """Another one for other rows, another order or changed data; the same in every process."""
-        return hashlib.sha256(self.table._fingerprint.encode() + self.rows.tobytes()).hexdigest()
+        """Of the whole table: another one if the data changed, the same in every process."""
+        fingerprint: str = self.table._fingerprint
+        return fingerprint
 
     def _prompt(self, row: Row, position: int) -> Prompt:
         return replace(self.read(row, self.where(position)), index=position)
@@ -172,7 +172,7 @@ def _local(files: list[Path]) -> "datasets.Dataset":
     # A list made here is taken as it is: a name with * or [ would otherwise be a pattern, one with :// an address.
     listed = DataFilesDict({"train": DataFilesList([str(path.resolve()) for path in files], stamps)})
     reader = READERS[files[0].suffix]
-    options = {"parse_agent_traces": False} if reader == "json" else {}
+    options = {"json": {"parse_agent_traces": False}, "csv": {"keep_default_na": False}}.get(reader, {})
     try:
         table: datasets.Dataset = datasets.load_dataset(reader, data_files=listed, split="train", **options)
     except Exception as error:  # noqa: BLE001 (each reader raises types of its own, and so does a cache that is full)

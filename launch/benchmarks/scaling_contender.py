@@ -27,7 +27,6 @@ from common.types import Group, UpdateResult, UserError
 from launch.benchmarks.scaling_measured import Part, Point, Publish, Rank, Step, Sum
 from launch.planning.plan import Plan
 from launch.runtime import cluster, workers
-from launch.runtime.buffer import PromptStream
 from launch.runtime.channel import Channel
 from launch.runtime.fleet import Fleet
 from launch.runtime.recovery import Losses
@@ -136,7 +135,7 @@ class Contender:
     def __init__(self, checked: Plan, stack: ExitStack) -> None:
         self.config = checked.config
         self.sampling = Sampling.of(self.config)
-        self.stream = PromptStream(checked.train_prompts, seed=self.config.run.seed)
+        self.stream = checked.stream()
         self.workers = stack.enter_context(workers.start(checked, learner_class=TimedLearner))
 
     def step(self, prompts: int) -> Step:

@@ -40,7 +40,6 @@ from launch.planning import model_folder, plan
 from launch.planning.plan import Plan
 from launch.recording.recorder import num_completion_tokens
 from launch.runtime import cluster, workers
-from launch.runtime.buffer import PromptStream
 from learner.learner import Learner
 from learner.objective import Objective, demands
 
@@ -65,7 +64,7 @@ class Horizon:
 
     def __init__(self, checked: Plan, stack: ExitStack) -> None:
         self.config = checked.config
-        self.stream = PromptStream(checked.train_prompts, seed=self.config.run.seed)
+        self.stream = checked.stream()
         self.shape = roofline.shape(AutoConfig.from_pretrained(checked.model_folder), self.config.model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.rates = roofline.measure_rates(getattr(torch, self.config.model.dtype), device)
@@ -107,7 +106,7 @@ class Peer:
     def __init__(self, checked: Plan, stack: ExitStack) -> None:
         config = checked.config
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        prompts = PromptStream(checked.train_prompts, seed=config.run.seed).draw(len(checked.train_prompts))
+        prompts = checked.stream().draw(len(checked.prompts.train))
         job: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
             "model_dir": str(checked.model_folder),

@@ -11,15 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from actor.rollout import prompt_tokens
-from actor.tasks import task_module
 from common.command_line import build, read
 from common.config import Config, dump, options, value_of, with_values
 from common.files import check_own, check_started_elsewhere
 from common.section import COSMETIC, MACHINE, PLACEMENT, PLANNED
 from common.types import Prompt, UserError
-from launch.planning import checks, devices, memory_fit, model_folder
+from launch.planning import checks, devices, memory_fit, model_folder, prompts
 from launch.planning.devices import Gpu
 from launch.planning.memory import GIB, Memory, Size
+from launch.planning.prompts import Prompts, PromptStream
 from learner import checkpoint, head
 from learner.objective import demands
 from learner.policy.base import unsupported
@@ -41,14 +41,22 @@ class Plan:
     gpus: tuple[Gpu, ...]  # that the run is planned for; none on a CPU
     model_folder: Path
     tokenizer: PreTrainedTokenizerBase
-    train_prompts: tuple[Prompt, ...]
-    eval_prompts: tuple[Prompt, ...]
+    prompts: Prompts
     canary_token_ids: np.ndarray  # int32 [T]: the start of the first training prompt
     resume_from: Path | None  # a checkpoint
-    longest_prompt_tokens: int
     num_adapter_parameters: int
     dtype_reason: str  # why model.dtype is what it is
     memory: Memory | None  # None on a CPU
+
+    @property
+    def eval_prompts(self) -> Sequence[Prompt]:
+        """The task's own evaluation prompts."""
+        return self.prompts.evaluation[prompts.OWN]
+
+    @property
+    def eval_sets(self) -> dict[str, Sequence[Prompt]]:
+        """The prompts of evaluation.sets, by the set's name."""
+        return {name: each for name, each in self.prompts.evaluation.items() if name != prompts.OWN}
 
     def refuse_absent_gpu(self) -> None:
         """Raise UserError if the plan is for a GPU and there is none: its choices do not suit a CPU."""
@@ -61,15 +69,14 @@ class Plan:
     def warnings(self) -> list[str]:
         """Warnings of the configuration, and those that depend on the device."""
         overlaps = self.config.run.max_staleness and self.memory is not None
-        return warnings(self.config) + ([OVERLAP_ON_A_GPU] if overlaps else [])
+        return warnings(self.config) + self.prompts.remarks() + ([OVERLAP_ON_A_GPU] if overlaps else [])
 
     def describe(self) -> str:
         """What --dry-run prints: the resolved configuration and the sizes that follow from it."""
         step = self.config.run.prompts_per_step * self.config.actor.group_size
         return (
             f"{dump(self.config)}\n"
-            f"# {len(self.train_prompts)} training and {len(self.eval_prompts)} evaluation prompts, longest "
-            f"{self.longest_prompt_tokens} tokens; {step} rollouts per step, at most "
+            f"# {self.prompts.describe()}; {step} rollouts per step, at most "
             f"{step * self.config.actor.max_tokens} completion tokens\n"
             f"# adapter: {self.num_adapter_parameters / 1e6:.2f} M parameters, "
             f"{self.num_adapter_parameters * 4 / 1e6:.1f} MB in float32 per version\n"
@@ -78,12 +85,18 @@ class Plan:
             + "".join(f"\n# warning: {warning}" for warning in self.warnings())
         )
 
+    def stream(self, cursor: int = 0) -> PromptStream:
+        """The training prompts from position `cursor` on."""
+        train, left_out = self.prompts.train, self.prompts.left_out
+        return PromptStream(train, seed=self.config.run.seed, cursor=cursor, left_out=left_out)
 
-def make(config: Config, *, saved: Path | None = None) -> Plan:
+
+def make(config: Config, *, trains: bool = True, saved: Path | None = None) -> Plan:
     """Check `config` against the machine, the run folder, the data and the model's own configuration.
 
-    With `saved`, a checkpoint to evaluate, the run folder is only read. Raises UserError for whatever is invalid. The
-    plan is for the GPUs of this machine; `fitted` makes one for others.
+    A plan that does not train, for an evaluation of the checkpoint `saved` or of the base model (None), has no run
+    folder. Raises UserError for whatever is invalid. The plan is for the GPUs of this machine; `fitted` makes one for
+    others.
     """
     for problem in machine_problems(config):
         raise UserError(problem)
@@ -91,29 +104,23 @@ def make(config: Config, *, saved: Path | None = None) -> Plan:
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
     check_started_elsewhere()
-    resume_from = saved or run_folder(config)
+    resume_from = run_folder(config) if trains else saved
     config = _with_planned_options(config)
-    task = task_module(config.task.name)
-    train_prompts = tuple(task.load(config.task, "train"))
-    eval_prompts = tuple(task.load(config.task, "eval"))[: config.evaluation.num_problems]
-    if not train_prompts or not eval_prompts:
-        raise UserError(f"task.name={config.task.name} loads no prompts to train or to evaluate on; its load() must")
+    train, evaluation = prompts.load(config)
     folder = model_folder.resolve(config.model.path)
     model = check_model(config, folder)  # before the prompts, which take longer
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    longest = _check_lengths(config, tokenizer, [*train_prompts, *eval_prompts])
-    canary = prompt_tokens(tokenizer, train_prompts[0])[: min(CANARY_TOKENS, config.model.max_length - 1)]
+    checked = prompts.check(train, evaluation, config, tokenizer)
+    canary = prompt_tokens(tokenizer, train[0])[: min(CANARY_TOKENS, config.model.max_length - 1)]
     made = Plan(
         config=config,
         unfitted=config,
         gpus=(),
         model_folder=folder.resolve(),
         tokenizer=tokenizer,
-        train_prompts=train_prompts,
-        eval_prompts=eval_prompts,
+        prompts=checked,
         canary_token_ids=np.array(canary, dtype=np.int32),
         resume_from=resume_from,
-        longest_prompt_tokens=longest,
         num_adapter_parameters=Size.of(model, config.model).num_adapter_parameters,
         dtype_reason="",
         memory=None,
@@ -126,7 +133,7 @@ def fitted(plan: Plan, gpus: Sequence[Gpu]) -> Plan:
     config = plan.unfitted
     _, reason = memory_fit.dtype(config, gpus)
     model = check_model(config, plan.model_folder)
-    config, memory = memory_fit.resolve(config, model, longest_prompt_tokens=plan.longest_prompt_tokens, gpus=gpus)
+    config, memory = memory_fit.resolve(config, model, longest_prompt_tokens=plan.prompts.longest_tokens, gpus=gpus)
     return replace(plan, config=config, gpus=tuple(gpus), memory=memory, dtype_reason=reason)
 
 
@@ -253,16 +260,3 @@ def check_model(config: Config, folder: Path) -> PreTrainedModel:
     if positions and config.model.max_length > positions:
         raise UserError(f"model.max_length={config.model.max_length} exceeds the model's {positions}; lower it")
     return model
-
-
-def _check_lengths(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> int:
-    """Tokens of the longest prompt; refuses a run whose completions might not fit behind it."""
-    if tokenizer.chat_template is None:
-        raise UserError(f"model.path={config.model.path} has no chat template; use an instruction-tuned model")
-    longest = max(len(prompt_tokens(tokenizer, prompt)) for prompt in prompts)
-    if longest + config.actor.max_tokens > config.model.max_length:
-        raise UserError(
-            f"model.max_length={config.model.max_length} is less than the longest prompt's {longest} tokens plus "
-            f"actor.max_tokens={config.actor.max_tokens}; raise the one or lower the other"
-        )
-    return longest

@@ -1,33 +1,12 @@
 """The buffer between sampling and learning: bounds how many groups are in flight, and so how stale one can be."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-
-import numpy as np
+from collections.abc import Callable
 
 from actor.rollout import Sampling
-from common.types import Group, Prompt
+from common.types import Group
+from launch.planning.prompts import PromptStream
 from launch.runtime.fleet import Fleet, Request, finished
-
-
-class PromptStream:
-    """The task's prompts, shuffled again for each pass: the prompt at a position depends on seed and position alone."""
-
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, cursor: int = 0) -> None:
-        self.prompts = prompts
-        self.seed = seed
-        self.cursor = cursor  # number of prompts drawn so far; a checkpoint needs no other state
-
-    def draw(self, count: int) -> list[Prompt]:
-        """The next `count` prompts, numbered by their position in the stream."""
-        drawn = []
-        for index in range(self.cursor, self.cursor + count):
-            epoch, position = divmod(index, len(self.prompts))
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
-            drawn.append(replace(self.prompts[order[position]], index=index))
-        self.cursor += count
-        return drawn
 
 
 class Buffer:
@@ -87,7 +66,7 @@ class Buffer:
             groups = [group for group in groups if not self.drop_reason(group)]
             prompts = self.stream.draw(len(dropped))
             groups += self.fleet.sample(prompts, self.sampling, part_prompts=self.part_prompts)
-        self.prompt_cursor += count + len(self.discarded)
+        self.prompt_cursor = 1 + max(group.prompt.index for group in [*groups, *self.discarded])
         return groups
 
     def release(self, count: int) -> None:
