@@ -7,9 +7,10 @@ KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number
 
 
 def first_broken(path: Path) -> str | None:
-    """What is wrong with the first line of a JSONL file that is not an object like those before it; None for others.
+    """What is wrong with the first line of a JSONL file that is not an object like those before it, or with a file of no
+    lines; None for others.
 
-    Only read when the file could not be, so that a good file is read once.
+    Called when the file could not be read, so that a good file is read once.
     """
     if path.suffix != ".jsonl":
         return None
@@ -29,7 +30,7 @@ def first_broken(path: Path) -> str | None:
                 kind, before = kinds.setdefault(column, (_kind(value), number)) if value is not None else ("", 0)
                 if value is not None and kind != _kind(value):
                     return f"{path}:{number}: {column} is {_kind(value)}, and in line {before} {kind}; make them alike"
-    return None
+    return None if kinds else f"{path} is empty; give it an object with the columns of a row on each line"
 
 
 def _kind(value: object) -> str:

@@ -105,13 +105,17 @@ class Problems(Sequence[Prompt]):
         if isinstance(index, slice):
             return self.at(np.arange(len(self))[index])
         position = range(len(self))[index]  # IndexError past the end; negative from the end
-        return self._prompt(self.table[int(self.rows[position])], position)
+        return self._prompt(self._row(position), position)
 
     def __iter__(self) -> Iterator[Prompt]:
         for first in range(0, len(self), BATCH_ROWS):
-            columns = self.table[self.rows[first : first + BATCH_ROWS]]
-            for offset, values in enumerate(zip(*columns.values(), strict=True)):
-                yield self._prompt(dict(zip(columns, values, strict=True)), first + offset)
+            positions = range(first, min(first + BATCH_ROWS, len(self)))
+            try:
+                columns = self.table[self.rows[first : first + BATCH_ROWS]]
+                rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            except UnicodeDecodeError:
+                rows = [self._row(position) for position in positions]  # to name the one
+            yield from map(self._prompt, rows, positions)
 
     def at(self, positions: np.ndarray) -> "Problems":
         """The problems at these positions alone, in this order."""
@@ -126,6 +130,13 @@ class Problems(Sequence[Prompt]):
         """Of the whole table: another one if the data changed, the same in every process."""
         fingerprint: str = self.table._fingerprint
         return fingerprint
+
+    def _row(self, position: int) -> Row:
+        try:
+            row: Row = self.table[int(self.rows[position])]
+        except UnicodeDecodeError:
+            raise UserError(f"{self.where(position)} is not UTF-8; correct or remove it") from None
+        return row
 
     def _prompt(self, row: Row, position: int) -> Prompt:
         return replace(self.read(row, self.where(position)), index=position)
@@ -212,6 +223,7 @@ def _reason(error: BaseException) -> str:
 def _quiet_unless_watched() -> None:
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the traceback of a file that it cannot read
     if sys.stderr.isatty():
         datasets.enable_progress_bars()
     else:
