@@ -1,90 +1,96 @@
-"""Evaluation: greedy Pass@1 with its 95 % interval, and pass@k by sampling, on held-out problems.
+"""Evaluates a checkpoint or a base model on held-out problems, and compares two evaluations of the same problems.
 
-As a command:  python launch/evaluate.py runs/x/checkpoints/step-000030 [--evaluation.num_samples 8 ...]
+python launch/evaluate.py runs/x/checkpoints/step-000030 [--evaluation.num_samples 8 ...]   with its run's options
+python launch/evaluate.py MODEL --sets gsm8k:FOLDER math500:FOLDER   a base model: its folder, hub name or built-in name
+python launch/evaluate.py --compare BEFORE.jsonl AFTER.jsonl   files of RUN/evaluations/ or of --out
+
+--sets NAME:DATA ...   evaluate these sets alone, instead of the task's problems and evaluation.sets
+--out FILE.jsonl       write what became of each problem
 """
 
+import argparse
 import json
-import math
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from actor.rollout import Sampling
 from common.command_line import load
-from common.config import Config
-from common.files import usable
-from common.metrics import mean
-from common.types import Prompt, UserError
+from common.files import NotWritten, usable, write_whole
+from common.types import UserError
+from launch.evaluation import compare, measure
 from launch.planning import plan
+from launch.planning.plan import Plan
 from launch.runtime import cluster, workers
 from launch.runtime.channel import AdapterMismatch
-from launch.runtime.fleet import Fleet
 from launch.runtime.recovery import RunFailed
 from learner import checkpoint
 
 
-def interval(p: float, n: int) -> float:
-    """Half-width of the 95 % interval of a fraction p of n: 1.96 sqrt(p (1 - p) / n) (arXiv 2606.05434, 4.4)."""
-    return 1.96 * math.sqrt(p * (1 - p) / n)
+def evaluate(fleet, prompts, config, *, step):  # type: ignore  # TEMPORARY, until the loop calls measure.evaluate
+    return measure.evaluate(fleet, {measure.OWN: prompts}, config, step=step).record
 
 
-def evaluate(fleet: Fleet, prompts: Sequence[Prompt], config: Config, *, step: int) -> dict[str, Any]:
-    """Evaluate the adapter that the fleet holds; returns the record, one line of evaluations.jsonl.
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see launch/evaluate.py without arguments")
 
-    A problem whose reward fails counts as incorrect for Pass@1; the mean reward is over the others.
-    """
-    started = time.perf_counter()
-    prompts = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]  # sampling seeds derive from it
-    sampled = replace(Sampling.of(config), fixed_length=False, opening=None)
-    greedy = replace(sampled, group_size=1, temperature=0.0)
-    groups = fleet.sample(prompts, greedy, work="evaluate")
-    firsts = [group.rollouts[0] for group in groups]
-    pass_at_1 = mean(float(r.score is not None and r.score.correct) for r in firsts)
-    record = {
-        "step": step,
-        "pass_at_1": pass_at_1,
-        "ci95": interval(pass_at_1, len(prompts)),
-        "num_problems": len(prompts),
-        "reward_mean": mean(r.score.total for r in firsts if r.score is not None),
-        "length_mean": mean(r.num_completion_tokens for r in firsts),
-        "num_failed_rewards": sum(r.score is None for r in firsts),
-    }
-    if config.evaluation.num_samples:
-        k = config.evaluation.num_samples
-        several = fleet.sample(prompts, replace(sampled, group_size=k), work="evaluate")
-        record |= {
-            "k": k,
-            "pass_at_k": mean(float(any(r.score and r.score.correct for r in g.rollouts)) for g in several),
-        }
-    return record | {"seconds": time.perf_counter() - started}
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's own arguments, and the options of a run among the others. Raises UserError."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--sets", nargs="+")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--compare", nargs=2, type=Path)
+    own, options = parser.parse_known_args(list(argv))
+    for path in filter(None, (own.out, *(own.compare or ()))):
+        usable(path)
+    if own.out is not None and (own.out.is_dir() or not own.out.parent.is_dir()):
+        raise UserError(f"--out {own.out} is not a file in a folder that is there; name one")
+    return own, options
+
+
+def planned(target: str, sets: Sequence[str], options: Sequence[str]) -> Plan:
+    """The plan for a checkpoint, with its run's options, or for a base model, which gets an adapter of zeros."""
+    path = usable(Path(target))
+    if sets:
+        options = [*options, "--evaluation.sets", json.dumps(list(sets))]
+    if (path / "adapter_model.safetensors").is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        written = path.parent.parent / "config.toml"
+        if not (path / "adapter_model.safetensors").is_file() or not written.is_file():
+            raise UserError(
+                f"{path} is not a checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030"
+            )
+        checkpoint.check(path)
+        return plan.make(load(["--config", str(written), *options], written), trains=False, saved=path)
+    config = load(["--model.path", target, *options], cluster.DEFAULT_CONFIG)
+    return plan.make(config, trains=False)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Evaluate a checkpoint with its run's configuration and the given options; prints the record as its last line."""
+    """Prints a line for each set, and the record as the last line. Exit status as launch/run.py's."""
     try:
-        if not argv or argv[0].startswith("-"):
-            raise UserError("name a checkpoint: python launch/evaluate.py runs/x/checkpoints/step-000030 [OPTIONS]")
-        saved = usable(Path(argv[0]))
-        written = saved.parent.parent / "config.toml"
-        if not (saved / "adapter_model.safetensors").is_file() or not written.is_file():
-            raise UserError(
-                f"{saved} is not a checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030"
-            )
-        checkpoint.check(saved)
-        checked = plan.make(load(["--config", str(written), *argv[1:]], written), saved=saved)
+        own, options = parse(argv)
+        if own.compare:
+            differences = compare.compare(*own.compare)
+            print(*compare.lines(differences), json.dumps(differences), sep="\n")
+            return 0
+        if not options or options[0].startswith("-"):
+            raise UserError("name a checkpoint or a model: launch/evaluate.py RUN/checkpoints/step-000030 [OPTIONS]")
+        checked = planned(options[0], own.sets or (), options[1:])
+        problems = checked.eval_sets if own.sets else checked.prompts.evaluation
         with cluster.connect(), workers.start(checked) as started:
-            record = evaluate(started.fleet, checked.eval_prompts, started.plan.config, step=started.version)
-        print(json.dumps(record))
+            found = measure.evaluate(started.fleet, problems, started.plan.config, step=started.version)
+        print(*measure.lines(found.record), json.dumps(found.record), sep="\n")
+        if own.out:
+            write_whole(own.out, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in found.problems))
     except UserError as error:
         print(getattr(error, "cause", error), file=sys.stderr)  # `cause`: a worker's, to which Ray adds a traceback
         return 2
-    except (RunFailed, AdapterMismatch) as error:
+    except (RunFailed, AdapterMismatch, NotWritten) as error:
         print(f"evaluation failed: {error}", file=sys.stderr)
         return 1
     return 0

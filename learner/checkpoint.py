@@ -23,6 +23,8 @@ from common.types import UserError
 TENSORS, NUMBERS = "learner_state.safetensors", "learner_state.json"
 CHECKSUMS = "checksums.json"  # name of each other file -> SHA-256 of its bytes
 DATA = (".safetensors", ".json", ".md")  # files that cannot run code when they are read; PEFT writes a README.md
+BEST = "best"  # the folder of the best checkpoint, beside those that are named by their steps
+DELETED = ".deleted"  # the end of the name of a folder that is being deleted
 MAX_JSON_BYTES = 2**20
 
 
@@ -115,6 +117,38 @@ def check(checkpoint: Path) -> None:
     """Raise UserError, in one line, for a checkpoint that is not whole."""
     if reason := damage(checkpoint):
         raise UserError(f"{checkpoint} is damaged: {reason}; use another checkpoint")
+
+
+def keep_best(saved: Path) -> None:
+    """Copy a checkpoint to `best` beside it, whole or not at all, unless it is there; it is never resumed by itself.
+
+    Does nothing for a checkpoint that is missing or damaged. Raises NotWritten.
+    """
+    best = saved.with_name(BEST)
+    if damage(saved) is None and _sums(best) != _sums(saved):
+        with written_whole(best) as whole:
+            for path in saved.iterdir():
+                if path.name != CHECKSUMS:
+                    shutil.copyfile(path, whole / path.name)
+
+
+def delete_old(newest: Path, keep: int) -> None:
+    """Delete the checkpoints before `newest`, which is whole, but for the last of them: `keep` are left together.
+
+    A folder gets a name that is no checkpoint's before it is deleted, and what a crash leaves of one goes with the next
+    call. Checkpoints of later steps stay: a run that has resumed before them has found them damaged. Raises OSError.
+    """
+    for rest in newest.parent.glob("*" + DELETED):
+        shutil.rmtree(rest)
+    older = [path for path in _newest_first(newest.parent) if step_of(path) < step_of(newest)]
+    for path in older[keep - 1 :]:
+        shutil.rmtree(path.rename(path.with_name(path.name + DELETED)))
+
+
+def _sums(checkpoint: Path) -> bytes | None:
+    """The checksums of a checkpoint's files; None without any."""
+    path = checkpoint / CHECKSUMS
+    return path.read_bytes() if path.is_file() else None
 
 
 def save_state(folder: Path, learner: Mapping[str, Any]) -> None:

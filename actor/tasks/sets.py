@@ -14,7 +14,7 @@ from actor.tasks.table import open_table
 from common.config import Config, TaskConfig
 from common.types import Prompt, UserError
 
-QUESTIONS = ("{Body} {Question}", "problem", "question", "Question")  # SVAMP's columns, those of the MATH family, others
+QUESTIONS = ("{Body} {Question}", "problem", "question", "Question")  # SVAMP, the MATH family, others
 ANSWERS = ("answer", "Answer", "final_answer")
 
 

@@ -16,9 +16,9 @@ Records = dict[str, dict[str, Record]]  # by set and problem
 def compare(before: Path, after: Path) -> dict[str, Any]:
     """For each set that both files have, the differences after - before over the problems that both have.
 
-    `num_gained` problems are correct only after, `num_lost` only before; `p_value` is McNemar's. Where both have samples,
-    `mean_difference` is that of the fraction of correct samples. Raises UserError for files that no evaluation writes,
-    and for two without a common problem.
+    `num_gained` problems are correct only after, `num_lost` only before; `p_value` is McNemar's. Where both have
+    samples, `mean_difference` is that of the fraction of correct samples. Raises UserError for files that no evaluation
+    writes, and for two without a common problem.
     """
     first, second = _read(before), _read(after)
     found = {}

@@ -1,9 +1,10 @@
-"""Evaluation: greedy Pass@1 with its intervals, mean@n and pass@k by sampling, on the problems of the task and of sets."""
+"""Evaluation: greedy Pass@1 with its intervals, mean@n and pass@k by sampling, of the task's problems and of sets."""
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from actor.rollout import Sampling
@@ -11,9 +12,9 @@ from common.config import Config, EvaluationConfig
 from common.metrics import mean
 from common.types import Group, Prompt, Rollout
 from launch.evaluation.statistics import half_width, mean_half_width, pass_at_k, wilson
+from launch.planning.prompts import OWN
 from launch.runtime.fleet import Fleet
 
-OWN = "task"  # what the task's own problems are called beside the names of evaluation.sets
 Problems = Mapping[str, Sequence[Prompt]]  # by the name of their set
 
 
@@ -35,10 +36,7 @@ def evaluate(fleet: Fleet, problems: Problems, config: Config, *, step: int) -> 
     for name, prompts in problems.items():
         greedy, sampled = _sampled(fleet, prompts, config)
         numbers[name] = summary(greedy, sampled, config.evaluation)
-        details += [
-            problem_record(step, name, group, several)
-            for group, several in zip(greedy, sampled or [None] * len(greedy), strict=True)
-        ]
+        details += [problem_record(step, name, *groups) for groups in zip_longest(greedy, sampled)]
     record = {"step": step} | numbers.pop(OWN, {})
     if numbers:
         record["sets"] = numbers
@@ -47,7 +45,9 @@ def evaluate(fleet: Fleet, problems: Problems, config: Config, *, step: int) -> 
 
 def _sampled(fleet: Fleet, prompts: Sequence[Prompt], config: Config) -> tuple[list[Group], list[Group]]:
     """A greedy completion of each prompt, and evaluation.num_samples sampled ones (no groups if that is 0)."""
-    prompts = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]  # sampling seeds derive from it
+    # Sampling seeds derive from the index. A task alone grades: what task.rewards adds may fail, and costs a judge's time.
+    own = config.task.name
+    prompts = [replace(prompt, index=index, task=prompt.task or own) for index, prompt in enumerate(prompts)]
     sampling = replace(Sampling.of(config), fixed_length=False, opening=None)
     greedy = fleet.sample(prompts, replace(sampling, group_size=1, temperature=0.0), work="evaluate")
     num = config.evaluation.num_samples
@@ -110,6 +110,25 @@ def problem_record(step: int, name: str, greedy: Group, sampled: Group | None) -
             "num_samples_truncated": sum(map(_is_truncated, sampled.rollouts)),
         }
     return record
+
+
+def lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """A line of text for the task's own problems, and one for each set."""
+    step, seconds = record["step"], f"{record['seconds']:.1f} s"
+    if "pass_at_1" in record:
+        yield f"evaluation at step {step}: {_line(record)}, {seconds}"
+    for name, numbers in record.get("sets", {}).items():
+        yield f"evaluation at step {step}, {name}: {_line(numbers)}"
+
+
+def _line(numbers: Mapping[str, Any]) -> str:
+    low, high = numbers["wilson95"]
+    parts = [f"Pass@1 {numbers['pass_at_1']:.3f} ± {numbers['ci95']:.3f} [{low:.3f}, {high:.3f}]"]
+    for name, value in numbers.items():
+        if (half := numbers.get(f"{name}_ci95")) is not None:
+            parts.append(f"{name.replace('_at_', '@')} {value:.3f} ± {half:.3f}")
+    parts += [f"reward {numbers['reward_mean']:.3f}", f"{numbers['num_problems']} problems"]
+    return ", ".join([*parts, *([f"{numbers['num_truncated']} truncated"] if numbers["num_truncated"] else [])])
 
 
 def _is_correct(rollout: Rollout) -> bool:

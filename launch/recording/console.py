@@ -11,6 +11,7 @@ from rich.text import Text
 
 from common.metrics import mean
 from common.types import Group
+from launch.evaluation.measure import lines
 
 # Metric, label and format of each column, from left to right.
 COLUMNS = (
@@ -68,12 +69,9 @@ class Display:
         self.note("---")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Print the record of an evaluation (launch/evaluate.py)."""
-        several = f", pass@{record['k']} {record['pass_at_k']:.3f}" if "k" in record else ""
-        self.note(
-            f"evaluation at step {record['step']}: Pass@1 {record['pass_at_1']:.3f} ± {record['ci95']:.3f}{several}, "
-            f"reward {record['reward_mean']:.3f}, {record['num_problems']} problems, {record['seconds']:.1f} s"
-        )
+        """Print the record of an evaluation (launch/evaluation/measure.py)."""
+        for line in lines(record):
+            self.note(line)
 
     def close(self) -> None:
         if self.live:

@@ -201,3 +201,68 @@ def test_rewind_removes_later_steps_and_torn_lines(tmp_path):
         file.write('{"step": 4, "te')
     rewind(tmp_path, 2)
     assert [record["step"] for record in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_old_checkpoints_are_deleted_and_the_newest_stay(tmp_path):
+    folders = [write(tmp_path, step=step) for step in (2, 4, 6, 8)]
+    checkpoint.delete_old(folders[3], keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000006", "step-000008"]
+    checkpoint.delete_old(folders[3], keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000008"]
+
+
+def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    """Killed within it: what is left has no checkpoint's name, and goes with the next deletion."""
+    first, second = write(tmp_path, step=2), write(tmp_path, step=4)
+
+    def killed(path):
+        (path / "numbers.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.delete_old(second, keep=1)
+    assert not first.exists()
+    assert checkpoint.latest(tmp_path) == second
+    assert checkpoint.passed_over(tmp_path) == []
+    write(tmp_path, step=2)  # a run that was resumed at the start has made it again
+    checkpoint.delete_old(second, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+
+
+def test_a_damaged_later_checkpoint_does_not_count_as_the_newest(tmp_path):
+    """Resumed from step 4 since 8 is damaged: 6 is then the newest whole one, and all that a resumed run has."""
+    write(tmp_path, step=4)
+    later = write(tmp_path, step=8)
+    (later / "state.json").write_text("x")
+    newest = write(tmp_path, step=6)
+    checkpoint.delete_old(newest, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000008"]
+    assert checkpoint.latest(tmp_path) == newest
+
+
+def test_the_best_is_a_whole_copy_and_never_the_latest(tmp_path):
+    saved = write(tmp_path, step=4)
+    checkpoint.keep_best(saved)
+    best = tmp_path / "best"
+    assert {p.name: p.read_bytes() for p in best.iterdir()} == {p.name: p.read_bytes() for p in saved.iterdir()}
+    assert checkpoint.damage(best) is None
+    assert checkpoint.latest(tmp_path) == saved
+    checkpoint.delete_old(write(tmp_path, step=6), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-000006"]
+
+
+def test_a_full_disk_leaves_the_best_as_it_was(tmp_path, monkeypatch):
+    checkpoint.keep_best(write(tmp_path, step=4))
+    better = write(tmp_path, step=6, state='{"step": 6}')
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.shutil, "copyfile", full)
+    with pytest.raises(NotWritten, match="best cannot be written"):
+        checkpoint.keep_best(better)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-000004", "step-000006"]
+    assert checkpoint.damage(tmp_path / "best") is None
+    assert (tmp_path / "best" / "state.json").read_text() == '{"step": 1}'

@@ -5,7 +5,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.evaluation.statistics import half_width, mcnemar, mean_half_width, paired_interval, pass_at_k, wilson
@@ -21,9 +21,10 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n):
             assert pass_at_k(n, correct, k) == float(expected), (n, correct, k)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_pass_at_k_is_the_nearest_float_to_the_exact_fraction(data):
-    n = data.draw(st.integers(1, 3000))
+    n = data.draw(st.integers(1, 300))
     correct, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
     none = Fraction(1)  # the probability that no correct one is drawn, one sample after the other
     for i in range(k):

@@ -24,6 +24,10 @@ METRICS = {
     "idle/mean_fraction": 0.376,
 }
 
+NUMBERS = {"pass_at_1": 0.5, "ci95": 0.1, "wilson95": [0.4, 0.6], "reward_mean": 3.0, "num_problems": 9} | {
+    "num_truncated": 0
+}
+
 
 def shown(terminal: bool, **dimensions) -> str:
     out = io.StringIO()
@@ -32,8 +36,8 @@ def shown(terminal: bool, **dimensions) -> str:
     display.step(2, {name: value for name, value in METRICS.items() if name != "kl/mean"})  # beta 0 measures none
     display.sample(2, tiny.group(1, [2, 3], [4.0, None]))
     display.evaluation(
-        {"step": 2, "pass_at_1": 0.5, "ci95": 0.1, "reward_mean": 3.0, "num_problems": 9, "seconds": 1.0, "k": 4}
-        | {"pass_at_k": 0.75}
+        {"step": 2, "seconds": 1.0, "k": 4, "pass_at_k": 0.75, **NUMBERS, "mean_at_4": 0.6, "mean_at_4_ci95": 0.05}
+        | {"sets": {"math500": NUMBERS | {"num_truncated": 3}}}
     )
     display.close()
     return out.getvalue()
@@ -50,7 +54,9 @@ def test_plain_lines():
     assert " s/step 9.5 idle 0.38 (" in lines[0]
     assert "kl -" in lines[1]
     assert any(line.startswith("best, reward 4 (correct 4), stop:") for line in lines)
-    assert lines[-1].startswith("evaluation at step 2: Pass@1 0.500 ± 0.100, pass@4 0.750, reward 3.000, 9 problems")
+    numbers = "Pass@1 0.500 ± 0.100 [0.400, 0.600]"
+    assert lines[-2] == f"evaluation at step 2: {numbers}, mean@4 0.600 ± 0.050, reward 3.000, 9 problems, 1.0 s"
+    assert lines[-1] == f"evaluation at step 2, math500: {numbers}, reward 3.000, 9 problems, 3 truncated"
 
 
 @pytest.mark.parametrize("width", [140, 90])
