@@ -5,13 +5,14 @@ rollout the caller gets a text that describes the failure instead of a Score. A 
 killed or stopped is repeated.
 """
 
+import asyncio
 import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
@@ -19,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from actor.reward_functions import Call, Values, find, values_of
 from actor.tasks import task_module
 from common.process import child
 from common.types import Prompt, Score
@@ -39,13 +41,14 @@ class RewardPool:
     Example: pool = RewardPool("gsm8k", workers=2, timeout_seconds=10.0); pool.finish(pool.start([("42", prompt)]))
     """
 
-    def __init__(self, task_name: str, *, workers: int, timeout_seconds: float) -> None:
-        """Return when every worker has imported the task. Raises UserError for an unknown task."""
-        task_module(task_name)
+    def __init__(self, task_name: str, *, workers: int, timeout_seconds: float, functions: Sequence[str] = ()) -> None:
+        """Return when every worker has imported the task, and the modules of the reward `functions` that `call` will
+        be asked for. Raises UserError for an unknown task or function."""
+        imports(task_name, functions)
         self._timeout_seconds = timeout_seconds
         # One thread per worker. It also starts its worker, since a child process dies with the thread that started it.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")
-        self._workers = list(self._threads.map(_Worker, [task_name] * workers))
+        self._workers = list(self._threads.map(_Worker, [(task_name, *functions)] * workers))
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -56,6 +59,10 @@ class RewardPool:
         The time-out of a call starts when a worker takes it; time in the queue does not count.
         """
         return [self._threads.submit(self._call, call) for call in completions]
+
+    def call(self, call: Call) -> "Future[Values | str]":
+        """Start to call a reward function in the background; its result is a text if the whole call has failed."""
+        return self._threads.submit(self._call, call)
 
     def finish(self, scoring: Scoring) -> list[Score | str]:
         """Wait for the calls that `start` started: one Score, or the text of a failure, for each, in their order."""
@@ -71,12 +78,12 @@ class RewardPool:
         for worker in self._workers:
             worker.end()
 
-    def _call(self, call: tuple[str, Prompt]) -> Score | str:
+    def _call(self, call: tuple[str, Prompt] | Call) -> Any:
         worker = self._idle.get()
         try:
             return worker.score(call, self._timeout_seconds)
         except Exception as error:  # noqa: BLE001 (a prompt that cannot be pickled may raise anything)
-            return _describe(error)
+            return describe(error)
         finally:
             self._idle.put(worker)
 
@@ -84,29 +91,21 @@ class RewardPool:
 class _Worker:
     """A process that scores one call at a time. It is started again after it has ended."""
 
-    def __init__(self, task_name: str) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
+        """`names`: the task's, then the paths of reward functions."""
         self.tries = TRIES
-        self._task_name = task_name
+        self._names = names
         self._start()
 
     def _start(self) -> None:
-        self._connection, theirs = Pipe()
-        with theirs:
-            # A new interpreter: multiprocessing would import our main module, and with it ray, torch and vLLM.
-            self.process: subprocess.Popen[bytes] = child(
-                [sys.executable, "-P", "-m", "actor.reward_pool", self._task_name, str(theirs.fileno())],
-                death_signal=signal.SIGKILL,  # a reward may ignore any other signal
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
+        self.process, self._connection = started("actor.reward_pool", *self._names)
         try:
             self._receive(START_SECONDS)
         except (EOFError, OSError):
             kind = _Interrupted if self.end() == -signal.SIGKILL else RuntimeError
             raise kind("a reward worker did not start; see its output above") from None
 
-    def score(self, call: tuple[str, Prompt], timeout_seconds: float) -> Score | str:
+    def score(self, call: tuple[str, Prompt] | Call, timeout_seconds: float) -> Any:
         """Score one call. Raises RuntimeError if the process cannot be started again, and what pickling raises."""
         tried = 0
         while True:
@@ -117,14 +116,13 @@ class _Worker:
                 if tried >= self.tries:
                     return str(error)
 
-    def _score(self, call: tuple[str, Prompt], timeout_seconds: float) -> Score | str:
+    def _score(self, call: tuple[str, Prompt] | Call, timeout_seconds: float) -> Any:
         if self.process.poll() is not None:
             self._connection.close()
             self._start()
         try:
             self._connection.send(call)
-            result: Score | str = self._receive(timeout_seconds)
-            return result
+            return self._receive(timeout_seconds)
         except TimeoutError:
             failure = f"time-out: no reward within {timeout_seconds:g} s"
             if interrupted := psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED:
@@ -150,37 +148,80 @@ class _Worker:
         return self._connection.recv()
 
 
-def _work(task_name: str, connection: Connection) -> None:
-    """The main loop of a worker, which runs until the process is killed."""
+def started(module: str, *arguments: str) -> tuple["subprocess.Popen[bytes]", Connection]:
+    """A process that runs `module` with a descriptor and the arguments, and our end of the connection to it.
+
+    It is killed when the thread that called this ends.
+    """
+    ours, theirs = Pipe()
+    with theirs:
+        # A new interpreter: multiprocessing would import our main module, and with it ray, torch and vLLM.
+        process: subprocess.Popen[bytes] = child(
+            [sys.executable, "-P", "-m", module, str(theirs.fileno()), *arguments],
+            death_signal=signal.SIGKILL,  # a reward may ignore any other signal
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+    return process, ours
+
+
+def connected(descriptor: str) -> Connection:
+    """Their end of the connection, inside the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, but only the owner reacts to it
-    os.set_inheritable(connection.fileno(), False)  # else a process that a reward starts would keep it open
+    os.set_inheritable(int(descriptor), False)  # else a process that a reward starts would keep it open
+    return Connection(int(descriptor))
+
+
+def imports(task_name: str, functions: Sequence[str]) -> None:
+    """Import a task and reward functions. Raises UserError for an unknown one."""
     task_module(task_name)
+    for path in functions:
+        find(path)
+
+
+def _work(descriptor: str, task_name: str, *functions: str) -> None:
+    """The main loop of a worker, which runs until the process is killed."""
+    connection = connected(descriptor)
+    imports(task_name, functions)
     connection.send(None)  # ready
-    while True:
-        connection.send(_score(task_name, connection.recv_bytes()))
+    with asyncio.Runner() as runner:  # one event loop, since a client that a reward keeps belongs to its first one
+        while True:
+            connection.send(_answer(task_name, connection.recv_bytes(), runner))
 
 
-def _score(task_name: str, call: bytes) -> Score | str:
-    """The Score of a pickled call, converted to plain Python values, or the text of a failure."""
+def _answer(task_name: str, call: bytes, runner: asyncio.Runner) -> Score | Values | str:
+    """The result of a pickled call, in plain Python values, or the text of a failure."""
     try:
-        completion, prompt = pickle.loads(call)
-        score = task_module(task_name).reward(completion, prompt)
-        if not isinstance(score, Score):
-            return f"the reward returned {type(score).__name__}, not a Score"
-        total = float(score.total)
-        if not math.isfinite(total):
-            return f"the reward returned total={total}, which is not finite"
-        parts = {str(name): float(value) for name, value in score.parts.items()}
-        return Score(total=total, correct=bool(score.correct), parts=parts)
-    except BaseException as error:  # noqa: BLE001 (any failure, sys.exit too, affects this rollout only)
-        return _describe(error)
+        asked = pickle.loads(call)
+        if isinstance(asked, Call):
+            return values_of(asked, lambda result: runner.run(_awaited(result)))
+        return _score(task_name, *asked)
+    except BaseException as error:  # noqa: BLE001 (any failure, sys.exit too, affects this call only)
+        return describe(error)
 
 
-def _describe(error: BaseException) -> str:
+def _score(task_name: str, completion: str, prompt: Prompt) -> Score | str:
+    """The task's own reward. Raises whatever it raises."""
+    score = task_module(prompt.task or task_name).reward(completion, prompt)
+    if not isinstance(score, Score):
+        return f"the reward returned {type(score).__name__}, not a Score"
+    total = float(score.total)
+    if not math.isfinite(total):
+        return f"the reward returned total={total}, which is not finite"
+    parts = {str(name): float(value) for name, value in score.parts.items()}
+    return Score(total=total, correct=bool(score.correct), parts=parts)
+
+
+async def _awaited(result: Awaitable[Any]) -> Any:
+    return await result
+
+
+def describe(error: BaseException) -> str:
     """The type of an exception and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1], Connection(int(sys.argv[2])))
+    _work(*sys.argv[1:])

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actor.engine import Engine, Sample
 from actor.opening import Opening, sample_with_openers
-from actor.reward_pool import RewardPool, Scoring
+from actor.rewards import Rewards
 from common.config import Config
 from common.types import Group, Prompt, Rollout, Score
 
@@ -64,7 +64,7 @@ def prompt_seed(seed: int, index: int) -> int:
 def roll_out(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
-    rewards: RewardPool,
+    rewards: Rewards,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
@@ -81,7 +81,7 @@ def roll_out(
         "seeds": [prompt_seed(sampling.seed, prompt.index) for prompt in prompts],
         "fixed_length": sampling.fixed_length,
     }
-    scorings: dict[int, Scoring] = {}  # by the prompt's index in `prompts`
+    scorings: dict[int, Any] = {}  # by the prompt's index in `prompts`
 
     def start_scoring(index: int, group: list[Sample]) -> None:
         scorings[index] = rewards.start([(sample.text, prompts[index]) for sample in group])

@@ -94,6 +94,9 @@ class TaskConfig(Section):
     """gym: name of the reasoning-gym data set."""
     gym_options: dict[str, Any] = {}
     """gym: options of that data set."""
+    rewards: dict[str, float] = {}
+    """Rewards and their weights, instead of the task's own total: names of its parts (correct, format, …), and dotted
+    paths of your functions (README of actor/): '{"correct": 1.0, "my.module.length": 0.2}'. Weight 0: only logged."""
     num_train: int = Field(800, ge=1)
     """Problems that prompts are drawn from."""
     num_eval: int = Field(500, ge=1)

@@ -53,6 +53,8 @@ def contradictions(config: "Config") -> Iterator[str]:
             f"run.max_staleness={run.max_staleness}; set one of the two to 0"
         )
     yield from _of_the_weights_gradient(config)
+    if method.decoupled_rewards:
+        yield from _of_decoupled_rewards(config)
     if method.opening == "reft":
         yield from _of_openers(config)
 
@@ -73,6 +75,25 @@ def _of_the_weights_gradient(config: "Config") -> Iterator[str]:
         yield (
             f"method.weight_gradient=true needs learner.inner_updates=1, not {learner.inner_updates}; "
             "change one of the two"
+        )
+
+
+def _of_decoupled_rewards(config: "Config") -> Iterator[str]:
+    method = config.method
+    if not config.task.rewards:
+        yield (
+            "method.decoupled_rewards=true needs the rewards that it is to normalise; set task.rewards, "
+            """such as '{"correct": 1.0, "format": 0.5}'"""
+        )
+    if method.overlong_buffer:
+        yield (
+            f"method.overlong_buffer={method.overlong_buffer} lowers the sum of the rewards, which "
+            "method.decoupled_rewards=true does not form; put a function of the length into task.rewards"
+        )
+    if method.advantage == "asymmetric":
+        yield (
+            "method.decoupled_rewards=true has no effect with method.advantage=asymmetric, which sees correct answers "
+            "alone; use group_std"
         )
 
 

@@ -18,8 +18,9 @@ def function(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
         found: Any = getattr(user_module(module), name)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: no such function ({error}); is its folder in PYTHONPATH?") from None
+    except Exception as error:  # noqa: BLE001 (a user's module may raise anything)
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: no such function ({reason}); is its folder in PYTHONPATH?") from None
     if not callable(found):
         raise ValueError(f"{path} is not a function")
     called: Callable[..., Any] = found
@@ -62,6 +63,9 @@ class Fields(Section):
     """asymmetric: the power for correct answers; with both powers 0.5 it equals group_std."""
     beta_neg: float = Field(0.5)
     """asymmetric: the power for incorrect answers."""
+    decoupled_rewards: bool = False
+    """Each reward of task.rewards becomes an advantage within its group before the weighted sum, which is standardised
+    over the step (GDPO, arXiv 2601.05242, Eq. 4-6): for rewards that differ in scale."""
     token_advantage: Literal["broadcast", "erpo-additive", "erpo-gated-outcome", "erpo-multiplicative"] = "broadcast"
     """How a rollout's advantage becomes token advantages; the three ERPO variants need a reference pass."""
     erpo_gate: float = Field(5.0)

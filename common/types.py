@@ -42,6 +42,7 @@ class Prompt:
     answer: str  # ground truth, in the form that the task's reward expects
     metadata: Mapping[str, Any] = field(default_factory=dict)  # further inputs of the reward; plain JSON values
     index: int = 0  # position in the run's prompt stream; the sampling seed derives from it
+    task: str | None = None  # the task that grades it; None: the run's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ class Score:
 
     total: float  # the reward
     correct: bool  # exactly correct: for Pass@1, and for methods with a binary reward
-    parts: Mapping[str, float]  # the terms of total
+    parts: Mapping[str, float]  # the terms of total, before the weights of task.rewards if there are any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,7 @@
 """Group advantages: pure functions rewards_PG -> advantages_PG, for P prompts with G rollouts each."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 EPSILON = 1e-6
@@ -22,6 +24,21 @@ def group_mean(rewards_PG: Tensor) -> Tensor:
 def leave_one_out(rewards_PG: Tensor) -> Tensor:
     """r_i - mean of the others' rewards = G / (G - 1) `group_mean` (RLOO, arXiv 2402.14740); 0 in a group of one."""
     return group_mean(rewards_PG) * (rewards_PG.shape[-1] / max(1, rewards_PG.shape[-1] - 1))
+
+
+def decoupled(rewards_KG: Tensor, weights_K: Tensor, advantage: Callable[[Tensor], Tensor] = group_std) -> Tensor:
+    """[G]: the sum over K rewards of weight times advantage, each reward's within the group (GDPO, arXiv 2601.05242,
+    Eq. 4 and 5). The weights come after the normalisation, which would cancel them.
+
+    `standardised` is its last part (Eq. 6). The paper divides by the sample standard deviation, ours is the
+    population's, as in `group_std`: in groups of one size Eq. 6 cancels the difference.
+    """
+    return weights_K @ advantage(rewards_KG)
+
+
+def standardised(advantages_B: Tensor) -> Tensor:
+    """(A_i - mean A) / (std A + 1e-6) over all rollouts of a step, population std (GDPO, arXiv 2601.05242, Eq. 6)."""
+    return group_std(advantages_B[None])[0]
 
 
 def asymmetric(correct_PG: Tensor, *, beta_pos: float, beta_neg: float) -> Tensor:

@@ -82,7 +82,12 @@ class Learner:
 
     def _update(self, groups: Sequence[Group]) -> UpdateResult:
         step, self.step = self.step, self.step + 1
-        selection = select(groups, self.objective.method, max_tokens=self.config.actor.max_tokens)
+        selection = select(
+            groups,
+            self.objective.method,
+            max_tokens=self.config.actor.max_tokens,
+            rewards=self.config.task.rewards,
+        )
         metrics = {"learner/rate": self.optimizer.rate(step)} | selection.metrics()
         num_rollouts = sum(len(group.rollouts) for group in groups)
         if not selection.groups:

@@ -34,10 +34,11 @@ class Selection:
         return {"groups/dropped": float(sum(self.dropped.values())), **by_reason}
 
 
-def select(groups: Sequence[Group], method: Fields, *, max_tokens: int) -> Selection:
+def select(groups: Sequence[Group], method: Fields, *, max_tokens: int, rewards: Mapping[str, float]) -> Selection:
     """Exclude rollouts without a reward and the groups that `method` drops, and compute the advantages of the rest.
 
-    The advantages of a group are computed from its scored rollouts alone. max_tokens is `actor.max_tokens`.
+    The advantages of a group are computed from its scored rollouts alone, and decoupled ones (GDPO) are standardised
+    over those of the step. max_tokens is `actor.max_tokens`, rewards `task.rewards`.
     """
     kept: list[Group] = []
     advantages: list[Tensor] = []
@@ -50,13 +51,14 @@ def select(groups: Sequence[Group], method: Fields, *, max_tokens: int) -> Selec
         else:
             scored = [i for i, rollout in enumerate(group.rollouts) if rollout.score is not None]
             kept.append(replace(group, rollouts=tuple(group.rollouts[i] for i in scored)))
-            advantages.append(_advantages(kept[-1], method, max_tokens))
+            advantages.append(_advantages(kept[-1], method, max_tokens, rewards))
             indices += [start + i for i in scored]
         start += len(group.rollouts)
     sizes = torch.tensor([len(group.rollouts) for group in kept], dtype=torch.int64)
+    advantages_B = torch.cat(advantages) if advantages else torch.empty(0, dtype=torch.float64)
     return Selection(
         groups=tuple(kept),
-        advantages_B=torch.cat(advantages) if advantages else torch.empty(0, dtype=torch.float64),
+        advantages_B=advantage.standardised(advantages_B) if method.decoupled_rewards else advantages_B,
         group_B=torch.repeat_interleave(torch.arange(len(kept)), sizes),
         index_B=tuple(indices),
         dropped=dropped,
@@ -72,11 +74,18 @@ def drop_reason(group: Group, method: Fields) -> str | None:
     if method.group_filter == "accuracy" and num_correct in (0, len(scores)):
         return "all-correct" if num_correct else "all-incorrect"
     std = torch.tensor([score.total for score in scores], dtype=torch.float64).std(correction=0).item()
-    if method.group_filter == "zero-variance" and std == 0:
+    if method.group_filter == "zero-variance" and _equal(scores, method):
         return "zero-variance"
     if std < method.reward_threshold:
         return "low-variance"
     return None
+
+
+def _equal(scores: Sequence[Score], method: Fields) -> bool:
+    """Whether the rewards of a group are equal: decoupled ones may differ where their sums are equal."""
+    if method.decoupled_rewards:
+        return all(score.parts == scores[0].parts for score in scores)
+    return len({score.total for score in scores}) == 1
 
 
 def overlong(num_tokens: int, method: Fields, *, max_tokens: int) -> float:
@@ -88,16 +97,20 @@ def overlong(num_tokens: int, method: Fields, *, max_tokens: int) -> float:
     return method.overlong_penalty * min(1.0, max(0.0, over / method.overlong_buffer))
 
 
-def _advantages(group: Group, method: Fields, max_tokens: int) -> Tensor:
+def _advantages(group: Group, method: Fields, max_tokens: int, weights: Mapping[str, float]) -> Tensor:
     """[G] float64, for a group whose rollouts are all scored."""
+    scores = [_score(rollout) for rollout in group.rollouts]
     if method.advantage == "asymmetric":
-        correct_1G = torch.tensor([[_score(rollout).correct for rollout in group.rollouts]], dtype=torch.float64)
+        correct_1G = torch.tensor([[score.correct for score in scores]], dtype=torch.float64)
         return advantage.asymmetric(correct_1G, beta_pos=method.beta_pos, beta_neg=method.beta_neg)[0]
+    compute = ADVANTAGES.get(method.advantage) or function(method.advantage)
+    if method.decoupled_rewards:
+        rewards_KG = torch.tensor([[score.parts[name] for score in scores] for name in weights], dtype=torch.float64)
+        return advantage.decoupled(rewards_KG, rewards_KG.new_tensor(list(weights.values())), compute)
     rewards = [
         _score(rollout).total - overlong(rollout.num_completion_tokens, method, max_tokens=max_tokens)
         for rollout in group.rollouts
     ]
-    compute = ADVANTAGES.get(method.advantage) or function(method.advantage)
     return compute(torch.tensor([rewards], dtype=torch.float64))[0]
 
 

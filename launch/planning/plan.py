@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from actor import rewards
 from actor.rollout import prompt_tokens
 from common.command_line import build, read
 from common.config import Config, dump, options, value_of, with_values
@@ -111,6 +112,7 @@ def make(config: Config, *, trains: bool = True, saved: Path | None = None) -> P
     model = check_model(config, folder)  # before the prompts, which take longer
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     checked = prompts.check(train, evaluation, config, tokenizer)
+    rewards.check(config, train[0])
     canary = prompt_tokens(tokenizer, train[0])[: min(CANARY_TOKENS, config.model.max_length - 1)]
     made = Plan(
         config=config,

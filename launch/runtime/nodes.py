@@ -64,9 +64,10 @@ def ask(made: Plan, alive: Sequence[Mapping[str, Any]]) -> list[Found]:
 
 
 def modules(plan: Plan) -> list[str]:
-    """Modules outside the repository that the run imports: a task, and functions of a method."""
+    """Modules outside the repository that the run imports: a task, and functions of rewards and of a method."""
     task, method = plan.config.task.name, plan.config.method
-    functions = [path.rpartition(".")[0] for path in (method.advantage, method.token_weight)]
+    paths = (*plan.config.task.rewards, method.advantage, method.token_weight)
+    functions = dict.fromkeys(path.rpartition(".")[0] for path in paths)
     return [name for name in ("" if task in TASKS else task, *functions) if name]
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from learner.advantage import asymmetric, group_mean, group_std
+from learner.advantage import asymmetric, decoupled, group_mean, group_std, standardised
 
 
 def test_group_std_uses_the_population_std():
@@ -41,3 +41,24 @@ def test_asymmetric_half_is_group_std_on_a_binary_reward():
     torch.testing.assert_close(
         asymmetric(correct_PG, beta_pos=0.5, beta_neg=0.5), group_std(correct_PG), rtol=1e-5, atol=1e-12
     )
+
+
+def test_decoupled_rewards_by_hand():
+    """GDPO's own example: two rewards of two rollouts. With the sum, both groups would have advantages -1 and 1."""
+    one, both = [[0.0, 1.0], [1.0, 1.0]], [[0.0, 1.0], [0.0, 2.0]]
+    equal = torch.ones(2, dtype=torch.float64)
+    sums = [decoupled(torch.tensor(rewards, dtype=torch.float64), equal) for rewards in (one, both)]
+    torch.testing.assert_close(torch.cat(sums).tolist(), [-1.0, 1.0, -2.0, 2.0], rtol=1e-5, atol=0)
+    # Eq. 6: mean 0, population variance (1 + 1 + 4 + 4) / 4
+    expected = [-1 / math.sqrt(2.5), 1 / math.sqrt(2.5), -2 / math.sqrt(2.5), 2 / math.sqrt(2.5)]
+    torch.testing.assert_close(standardised(torch.cat(sums)).tolist(), expected, rtol=1e-5, atol=0)
+
+
+def test_decoupled_rewards_are_weighted_after_they_are_normalised():
+    rewards_KG = torch.tensor([[0.0, 1.0, 1.0, 2.0], [300.0, 0.0, 100.0, 200.0]], dtype=torch.float64)
+    weights_K = torch.tensor([1.0, -0.25], dtype=torch.float64)
+    got = decoupled(rewards_KG, weights_K)
+    torch.testing.assert_close(got, group_std(rewards_KG)[0] - 0.25 * group_std(rewards_KG)[1], rtol=1e-14, atol=0)
+    scaled = decoupled(rewards_KG * torch.tensor([[1e3], [7.0]], dtype=torch.float64), weights_K)
+    torch.testing.assert_close(scaled, got, rtol=1e-5, atol=0)
+    torch.testing.assert_close(decoupled(rewards_KG, weights_K, group_mean), weights_K @ group_mean(rewards_KG))
