@@ -45,7 +45,7 @@ def evaluate(fleet: Fleet, problems: Problems, config: Config, *, step: int) -> 
 
 def _sampled(fleet: Fleet, prompts: Sequence[Prompt], config: Config) -> tuple[list[Group], list[Group]]:
     """A greedy completion of each prompt, and evaluation.num_samples sampled ones (no groups if that is 0)."""
-    # Sampling seeds derive from the index. A task alone grades: what task.rewards adds may fail, and costs a judge's time.
+    # Sampling seeds derive from the index. A task alone grades: a judge of task.rewards may fail, and takes time.
     own = config.task.name
     prompts = [replace(prompt, index=index, task=prompt.task or own) for index, prompt in enumerate(prompts)]
     sampling = replace(Sampling.of(config), fixed_length=False, opening=None)
