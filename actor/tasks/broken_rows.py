@@ -7,10 +7,9 @@ KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number
 
 
 def first_broken(path: Path) -> str | None:
-    """What is wrong with the first line of a JSONL file that is not an object like those before it, or with a file of no
-    lines; None for others.
+    """What is wrong with the first line of a JSONL file that is no object like those before it; or that there is none.
 
-    Called when the file could not be read, so that a good file is read once.
+    None for other files. Called when a file could not be read, so that a good one is read once.
     """
     if path.suffix != ".jsonl":
         return None

@@ -1,6 +1,7 @@
 """GSM8K: valid and invalid data, and the reward."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,10 +35,10 @@ def test_a_draw_is_repeatable_without_replacement_and_extends(tmp_path: Path) ->
     data = write(tmp_path, [row(n) for n in range(3000, 3400)], [row(n) for n in range(10)])
     train, evaluation = load(task(data, num_train=40), "train"), load(task(data), "eval")
     every = load(task(data, num_train=400), "train")
-    assert load(task(data, num_train=40), "train") == train == every[:40]
-    assert load(task(data, num_train=400), "eval") == evaluation
+    assert list(load(task(data, num_train=40), "train")) == list(train) == list(every[:40])
+    assert list(load(task(data, num_train=400), "eval")) == list(evaluation)
     assert sorted(p.answer for p in every) == [f"{n:,}" for n in range(3000, 3400)]
-    assert load(task(data, num_train=40, seed=7), "train") != train
+    assert list(load(task(data, num_train=40, seed=7), "train")) != list(train)
     assert [p.index for p in train] == list(range(40))
     assert train[0].messages[-1]["content"] == f"What is {train[0].answer.replace(',', '')}?"
 
@@ -63,21 +64,21 @@ def test_reward_is_the_score_and_correct_means_exact(tmp_path: Path) -> None:
     [
         ("{not json", "train.jsonl:2 is not JSON"),
         ("[" * 100_000, "train.jsonl:2 is not JSON"),
-        ("[1, 2]", "train.jsonl:2 has no question"),
-        ('{"answer": "#### 1"}', "train.jsonl:2 has no question"),
-        ('{"question": "q"}', "train.jsonl:2 has no answer"),
-        ('{"question": "q", "answer": 7}', "train.jsonl:2 has no answer"),
-        ('{"question": "q", "answer": "it is 7"}', "train.jsonl:2: the answer has no number after '####'"),
-        ('{"question": "7", "answer": "7 #### seven"}', "train.jsonl:2: the answer has no number after '####'"),
+        ("[1, 2]", "train.jsonl:2 is a list"),
+        ('{"answer": "#### 1"}', "train.jsonl row 2 has no question"),
+        ('{"question": "q"}', "train.jsonl row 2 has no answer"),
+        ('{"question": "q", "answer": 7}', "train.jsonl row 2 has no answer"),
+        ('{"question": "q", "answer": "it is 7"}', "train.jsonl row 2: the answer has no number after '####'"),
+        ('{"question": "7", "answer": "7 #### seven"}', "train.jsonl row 2: the answer has no number after '####'"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, line: str, words: str) -> None:
     with pytest.raises(UserError, match=r"^[^\n]*$") as error:
-        load(task(write(tmp_path, [row(1), line, row(3)], [])), "train")
+        list(load(task(write(tmp_path, [row(1), line, row(3)], []), num_train=3), "train"))
     assert words in str(error.value)
 
 
-def test_bad_data_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_data_is_one_line(tmp_path: Path) -> None:
     data = write(tmp_path, [row(1)], [])
 
     def message(config: TaskConfig, split: Literal["train", "eval"]) -> str:
@@ -85,29 +86,30 @@ def test_bad_data_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             load(config, split)
         return str(error.value)
 
-    assert "task.num_train=5 exceeds the 1 train problems" in message(task(data), "train")
+    assert "task.num_train=5 exceeds the 1 rows of" in message(task(data), "train")
     assert "test.jsonl is empty" in message(task(data), "eval")
     (tmp_path / "test.jsonl").unlink()
-    assert "test.jsonl cannot be read" in message(task(data), "eval")
+    assert "has no test.jsonl, .parquet or .csv; set task.eval_split" in message(task(data), "eval")
     assert "task.data is not set" in message(task(None), "train")
 
-    def offline(*_: object, **__: object) -> None:
-        raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr("datasets.load_dataset", offline)
-    assert "task.data=no/where is not a directory and could not be loaded from the hub (no)" in message(
-        task("no/where"), "train"
-    )
+def test_the_hubs_configuration_is_main(tmp_path: Path) -> None:
+    """Also in a folder that was downloaded from there."""
+    (tmp_path / "main").mkdir()
+    write(tmp_path / "main", [row(1)], [row(2)])
+    assert load(task(str(tmp_path), num_eval=1), "eval")[0].answer == "2"
 
 
-def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hub(name: str, config: str, *, split: str) -> list[dict[str, str]]:
-        assert (name, config) == ("openai/gsm8k", "main")
-        return [{"question": f"{split}?", "answer": "#### 7"}]
-
-    monkeypatch.setattr("datasets.load_dataset", hub)
-    prompts = load(task("openai/gsm8k", num_eval=1), "eval")
-    assert (prompts[0].messages[-1]["content"], prompts[0].answer) == ("test?", "7")
+@pytest.mark.parametrize("seed", [123, 7])
+def test_the_draw_is_that_of_earlier_versions(tmp_path: Path, seed: int) -> None:
+    """They shuffled the list of all rows, empty lines apart: runs that were begun with them resume."""
+    train, test = [row(n) for n in range(300)], [row(n) for n in range(1000, 1060)]
+    data = write(tmp_path, [*train[:5], "", *train[5:]], test)
+    for split, lines, num in (("train", train, 250), ("eval", test, 60)):
+        random.Random(seed).shuffle(lines)
+        drawn = load(task(data, num_train=250, num_eval=60, seed=seed), split)
+        assert [p.messages[-1]["content"] for p in drawn] == [json.loads(line)["question"] for line in lines[:num]]
+        assert [p.index for p in drawn] == list(range(num))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no GSM8K in {REAL}")

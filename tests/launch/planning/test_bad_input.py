@@ -57,6 +57,11 @@ def refuse(capsys, *options: str) -> str:
         (["--model.lora_targets", "lm_head"], ["lm_head"]),
         (["--task.name", "gsm9k"], ["gsm9k"]),
         (["--task.gym", "chain_summ"], ["chain_summ", "chain_sum"]),
+        (["--task.rewards", '{"formt": 1.0}'], ["task.rewards", "task.name=gym", "formt", "format"]),
+        (["--task.rewards", '{"no.such.judge": 1.0}'], ["task.rewards", "no.such.judge", "No module named 'no'"]),
+        (["--task.rewards", '{"judges.lenght": 1.0}'], ["task.rewards", "judges.lenght"]),
+        (["--task.rewards", '{"correct": "much"}'], ["task.rewards.correct", "much"]),
+        (["--method.decoupled_rewards", "true"], ["method.decoupled_rewards", "task.rewards"]),
         (["--evaluation.num_problems", "65"], ["65", "64"]),
         (["--run.resume"], ["--run.resume"]),
         (["--actor.tensor_parallel", "3"], ["actor.tensor_parallel=3", "cluster.layout=separate"]),
@@ -87,7 +92,9 @@ def test_data(capsys, tmp_path, data, rows, words):
         train.unlink()
     else:
         train.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-    line = refuse(capsys, "--run.dir", str(tmp_path / "run"), "--task.name", "gsm8k", "--task.data", str(data))
+    (data / "test.jsonl").write_text((json.dumps(QUESTION) + "\n") * 64)
+    few = ["--task.num_train", "2"] if rows and len(rows) > 1 else []
+    line = refuse(capsys, "--run.dir", str(tmp_path / "run"), "--task.name", "gsm8k", "--task.data", str(data), *few)
     for word in words:
         assert word in line
 
