@@ -8,16 +8,17 @@ task.question and task.answer name columns, or are templates of columns; "{rewar
 Of the answer's text the task takes what follows the last match of task.answer_pattern (or its group, if it has one),
 and of that the last `\boxed{}` if there is one, so that a solution can stand for its answer.
 
-Before the run each of the first CHECKED problems of a split is graded with its own answer, in processes with a
-time-out; one that is not found correct is named and left out. A number needs no check. Of a problem beyond CHECKED
-whose answer cannot be read each reward fails, which excludes its rollouts and is counted.
+Before the run a number is graded by each of the first CHECKED answers of a split, in processes with a time-out. Problems
+whose answer math-verify cannot read, or on which it hangs or raises, are named and left out. An answer that is a number
+needs no check. Beyond CHECKED the rewards of such a problem fail, which excludes its rollouts and is counted.
 """
 
 import os
 import re
 import string
 import sys
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
@@ -32,7 +33,8 @@ from common.types import Prompt, Score, UserError, suggest
 
 BOXED_SYSTEM = "Solve the problem step by step. Put only the final answer into \\boxed{}."
 CHECKED = 10_000  # problems; a formula takes some 10 ms, so these take a minute or two
-CHECK_SECONDS = 10.0  # to grade one of them
+CHECK_SECONDS = 10.0  # to grade by one of them
+PROBE = r"\boxed{1}"
 NAMED = 10  # of those that are left out
 _COLUMN = re.compile(r"[^.\[\]{}!:]+(\[[^.\[\]{}!:]+\])*")  # of a template; no attributes and no formats
 
@@ -72,7 +74,7 @@ def _partly(completion: str, answer: str) -> float:
 
 
 def load(task: TaskConfig, split: Literal["train", "eval"]) -> Problems:
-    """`task.num_train` (`task.num_eval`) problems, less those whose own answer is not found correct (see above).
+    """`task.num_train` (`task.num_eval`) problems, less those that cannot be graded (see above).
 
     Raises UserError for data that cannot be read, a column that is not there, an invalid task.answer_pattern, a row
     without a question, and if no problem is left.
@@ -82,13 +84,36 @@ def load(task: TaskConfig, split: Literal["train", "eval"]) -> Problems:
     except re.error as error:
         raise UserError(f"task.answer_pattern={task.answer_pattern} is no regular expression ({error})") from None
     question, answer = _template("question", task.question), _template("answer", task.answer)
-    drawn = problems(task, split, partial(_prompt, question, answer, pattern, _opening(task), task.reward))
+    drawn = problems(task, split, _Reader(question, answer, pattern, _opening(task), task.reward))
     known = drawn.table.column_names
     for option, template in (("question", question), ("answer", answer)):
         for column in _columns(template):
             if column not in known:
                 raise UserError(f"task.{option}: {place(task, split)} has no column {column}{suggest(column, known)}")
-    return _without_unreadable(drawn, split)
+    return _gradable(drawn, split)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Makes the prompt of a row."""
+
+    question: str  # template
+    answer: str  # template
+    pattern: "re.Pattern[str] | None"  # of task.answer_pattern
+    opening: tuple[dict[str, str], ...]  # the messages before the question
+    reward: str  # task.reward
+
+    def __call__(self, row: Row, where: str) -> Prompt:
+        """Raises UserError if the row has no question, or not the keys of a template; its answer may be empty."""
+        texts = {column: _text(value) for column, value in row.items()}
+        question = _filled("question", self.question, texts, where).strip()
+        if not question:
+            raise UserError(f"{where} has no question; remove the row")
+        return Prompt(
+            messages=(*self.opening, {"role": "user", "content": question}),
+            answer=_final(_filled("answer", self.answer, texts, where), self.pattern),
+            metadata={"reward": self.reward},
+        )
 
 
 def _template(option: str, text: str) -> str:
@@ -122,25 +147,11 @@ def _opening(task: TaskConfig) -> tuple[dict[str, str], ...]:
     return tuple(messages)
 
 
-def _prompt(
-    question: str,
-    answer: str,
-    pattern: "re.Pattern[str] | None",
-    opening: tuple[dict[str, str], ...],
-    reward_name: str,
-    row: Row,
-    where: str,
-) -> Prompt:
-    """The prompt of a row. Raises UserError if it has no question; the answer may be empty."""
-    texts = {column: _text(value) for column, value in row.items()}
-    asked, answered = question.format_map(texts).strip(), answer.format_map(texts)
-    if not asked:
-        raise UserError(f"{where} has no question")
-    return Prompt(
-        messages=(*opening, {"role": "user", "content": asked}),
-        answer=_final(answered, pattern),
-        metadata={"reward": reward_name},
-    )
+def _filled(option: str, template: str, texts: Mapping[str, Any], where: str) -> str:
+    try:
+        return template.format_map(texts)
+    except (LookupError, TypeError) as error:  # of a key in brackets
+        raise UserError(f"task.{option}={template} does not fit {where} ({type(error).__name__}: {error})") from None
 
 
 def _text(value: Any) -> Any:
@@ -158,8 +169,8 @@ def _final(text: str, pattern: "re.Pattern[str] | None") -> str:
     return (last_box(text) or "" if "\\boxed" in text else text).strip()
 
 
-def _without_unreadable(drawn: Problems, split: str) -> Problems:
-    """The problems but those among the first CHECKED whose own answer is not found correct, which are named."""
+def _gradable(drawn: Problems, split: str) -> Problems:
+    """The problems without those among the first CHECKED that cannot be graded, which are named."""
     from actor.reward_pool import RewardPool  # which imports the tasks
 
     checked = list(islice(drawn, CHECKED))
@@ -169,24 +180,22 @@ def _without_unreadable(drawn: Problems, split: str) -> Problems:
     workers = min(len(os.sched_getaffinity(0)), len(unsure))
     pool = RewardPool("math", workers=workers, timeout_seconds=CHECK_SECONDS)
     try:
-        scores = pool.finish(pool.start([(f"\\boxed{{{prompt.answer}}}", prompt) for prompt in unsure]))
+        scores = pool.finish(pool.start([(PROBE, prompt) for prompt in unsure]))
     finally:
         pool.close()
-    left_out = {
-        prompt.index: score if isinstance(score, str) else "it is not equal to itself"
-        for prompt, score in zip(unsure, scores, strict=True)
-        if isinstance(score, str) or not score.correct
-    }
-    if not left_out:
-        return drawn
+    left_out = {prompt.index: score for prompt, score in zip(unsure, scores, strict=True) if isinstance(score, str)}
     if len(left_out) == len(drawn):
         index, reason = next(iter(left_out.items()))
-        raise UserError(f"no answer of the {split} problems can be graded; {drawn.where(index)}: {reason}")
-    print(
-        f"{len(left_out)} of {len(checked)} {split} problems are left out, since their own answer cannot be graded:",
-        *(f"  {drawn.where(index)}: {reason}" for index, reason in islice(left_out.items(), NAMED)),
-        *(["  …"] if len(left_out) > NAMED else []),
-        sep="\n",
-        file=sys.stderr,
-    )
-    return drawn.at(np.array([index for index in range(len(drawn)) if index not in left_out]))
+        raise UserError(
+            f"no answer of the {split} problems can be graded ({drawn.where(index)}: {reason}); set task.answer "
+            "or task.answer_pattern to what is the final answer alone"
+        )
+    if left_out:
+        print(
+            f"{len(left_out)} of {len(checked)} {split} problems are left out, since their answer cannot be graded:",
+            *(f"  {drawn.where(index)}: {reason}" for index, reason in islice(left_out.items(), NAMED)),
+            *(["  …"] if len(left_out) > NAMED else []),
+            sep="\n",
+            file=sys.stderr,
+        )
+    return drawn.at(np.delete(np.arange(len(drawn)), list(left_out)))

@@ -52,6 +52,8 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BETWEEN_BOXES = re.compile(r"[\s$.,;]*(?:\\text\s*\{)?\s*(?:\b(?:and|or)\b)?[\s$}]*")
 _DELIMITERS = re.compile(r"(?<!\\)(?:\\[()\[\]]|\$)|\*\*")  # but not the \\[ between a matrix's rows
+_QUAD = re.compile(r"\\q?quad\b")
+_FULL_STOP = re.compile(r"(?<!\\right)\s*\.\Z")
 _THIN_SPACE = re.compile(r"(?<=\d)\\[,!]\s?(?=\d{3})")
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|textnormal|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 _UPRIGHT_CONSTANT = re.compile(r"\\(?:mathrm|text)\{([ei])\}")  # math-verify takes \mathrm{} for a unit
@@ -78,8 +80,7 @@ def answer_text(completion: str) -> str | None:
 def clean(text: str | None) -> str | None:
     """An answer without delimiters of formulas, stars and a full stop around it; None if nothing is left."""
     text = _DELIMITERS.sub(" ", _THIN_SPACE.sub("", text or ""))
-    text = re.sub(r"\\q?quad\b", ",", text).strip(" \t\n,;:").removesuffix(".").strip()
-    return text or None
+    return _FULL_STOP.sub("", _QUAD.sub(",", text).strip(" \t\n,;:")) or None
 
 
 def last_box(text: str) -> str | None:
