@@ -17,10 +17,11 @@ from common.methods import METHODS
 from common.metrics import read_lines
 from launch.loop import train
 from launch.planning import plan
+from launch.planning.prompts import PromptStream
 from launch.recording.console import Display
 from launch.recording.recorder import Recorder
 from launch.runtime import cluster, workers
-from launch.runtime.buffer import Buffer, PromptStream
+from launch.runtime.buffer import Buffer
 from launch.runtime.crew import Crew
 from launch.runtime.recovery import Losses
 from learner.learner import Learner
@@ -120,7 +121,7 @@ def test_five_steps(running, tmp_path, name):
     recorder = Recorder(tmp_path, checked.tokenizer, Display(name, steps=STEPS), config)
     buffer = Buffer(
         started.fleet,
-        PromptStream(checked.train_prompts, seed=3),
+        PromptStream(checked.prompts.train, seed=3),
         Sampling.of(config),
         prompts_per_step=2,
         num_steps=STEPS,

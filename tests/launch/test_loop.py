@@ -17,9 +17,10 @@ from common.metrics import read_lines
 from common.types import Prompt
 from launch import loop
 from launch.loop import train
+from launch.planning.prompts import PromptStream
 from launch.recording.console import Display
 from launch.recording.recorder import Recorder
-from launch.runtime.buffer import Buffer, PromptStream
+from launch.runtime.buffer import Buffer
 from launch.runtime.channel import AdapterMismatch, Channel
 from launch.runtime.fleet import Fleet
 from launch.runtime.recovery import RunFailed

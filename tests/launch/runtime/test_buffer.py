@@ -8,7 +8,8 @@ import tiny
 
 from actor.rollout import Sampling, prompt_seed
 from common.types import Prompt
-from launch.runtime.buffer import Buffer, PromptStream
+from launch.planning.prompts import PromptStream
+from launch.runtime.buffer import Buffer
 from launch.runtime.fleet import finished
 
 SAMPLING = Sampling(group_size=2, temperature=1.0, max_tokens=4, stop=(), seed=0)
@@ -60,6 +61,24 @@ def test_bounds_and_order(num_actors, max_staleness):
     assert stalest == max_staleness
     assert sum(len(r) for actor in actors for r in actor.requests) == 24  # none sampled in vain at the end
     assert buffer.prompt_cursor == 24
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_resumed_buffer_goes_on_after_prompts_that_are_left_out(max_staleness):
+    """The cursor counts positions of the stream, also those passed over, and not what was only prefetched."""
+    left_out = frozenset({1, 2})
+    expected = [p.index for p in PromptStream(PROMPTS, seed=1, left_out=left_out).draw(20)]
+    seen, cursor = [], 0
+    for _ in range(2):  # begun, and resumed after two steps
+        stream = PromptStream(PROMPTS, seed=1, cursor=cursor, left_out=left_out)
+        fleet = local_actor.fleet(FakeActor())
+        buffer = Buffer(fleet, stream, SAMPLING, prompts_per_step=4, num_steps=5, max_staleness=max_staleness)
+        buffer.start()
+        for _ in range(2):
+            seen += [group.prompt.index for group in buffer.take(4)]
+            buffer.release(4)
+        cursor = buffer.prompt_cursor
+    assert seen == expected[:16]
 
 
 def test_stream_depends_on_seed_and_position_alone():
