@@ -21,7 +21,7 @@ class SetRewards:
     def start(self, completions: Sequence[tuple[str, Prompt]]) -> tuple[Rewards, Any]:
         """Start to score the (completion, prompt) pairs of one group in the background."""
         task = completions[0][1].task
-        chosen = self._own if task is None else self._others[task]
+        chosen = self._own if task is None else self._others.get(task, self._own)  # an evaluation names the run's, too
         return chosen, chosen.start(completions)
 
     def finish(self, started: tuple[Rewards, Any]) -> list[Score | str]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import textwrap
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -286,3 +287,14 @@ def test_weights_are_finite() -> None:
     for weight in (math.nan, math.inf, "much"):
         with pytest.raises(UserError, match=r"task\.rewards\.correct"):
             build({"task": {"rewards": {"correct": weight}}})
+
+
+def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "actor/README.md").read_text()
+    code = textwrap.dedent(text[text.index("    # my/rewards.py") : text.index("The names of the parameters decide")])
+    (tmp_path / "readme_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    brevity, rank, judge = (find(f"readme_rewards.{name}") for name in ("brevity", "rank", "judge"))
+    assert brevity.called("x" * 100, PROMPT) == 0.1
+    assert rank.batched and rank.called(["aa", "a", "aaa"], [PROMPT] * 3) == [1, 0, 2]
+    assert judge.is_async and not judge.batched

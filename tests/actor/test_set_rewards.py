@@ -36,6 +36,8 @@ def test_a_prompt_is_scored_by_the_task_that_it_names():
     rewards = SetRewards(own, {"math": math, "gsm8k": gsm8k})
     started = [rewards.start([("4", prompt(task))] * 2) for task in ("gsm8k", None, "math")]
     assert [[score.total for score in rewards.finish(each)] for each in started] == [[2.0] * 2, [0.0] * 2, [1.0] * 2]
+    own_in_an_evaluation = rewards.start([("4", prompt("gym"))])  # no set's: the run's own task
+    assert [score.total for score in rewards.finish(own_in_an_evaluation)] == [0.0]
     rewards.close()
     assert own.closed and math.closed and gsm8k.closed
 

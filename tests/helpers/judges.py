@@ -23,8 +23,12 @@ _all_there = asyncio.Event()
 
 
 def load(task: TaskConfig, split: str) -> list[Prompt]:
+    """task.data is the address of the server that `judge` asks."""
     number = task.num_train if split == "train" else task.num_eval
-    return [Prompt(messages=({"role": "user", "content": f"Say {n}."},), answer=str(n)) for n in range(number)]
+    return [
+        Prompt(messages=({"role": "user", "content": f"Say {n}."},), answer=str(n), metadata={"judge": task.data})
+        for n in range(number)
+    ]
 
 
 def reward(completion: str, prompt: Prompt) -> Score:

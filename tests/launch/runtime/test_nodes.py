@@ -87,6 +87,8 @@ def test_modules_of_our_own_are_not_asked_for() -> None:
     assert nodes.modules(plan(Path("x"))) == []
     assert nodes.modules(plan(Path("x"), task__name="my.task", method__advantage="a.b.c")) == ["my.task", "a.b"]
     assert nodes.modules(plan(Path("x"), task__name="mine")) == ["mine"]
+    rewarded = plan(Path("x"), task__rewards={"correct": 1.0, "a.b.judge": 0.5, "a.b.length": 0.5, "c.rank": 1.0})
+    assert nodes.modules(rewarded) == ["a.b", "c"]
 
 
 class Elsewhere:
