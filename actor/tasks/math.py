@@ -8,9 +8,9 @@ task.question and task.answer name columns, or are templates of columns; "{rewar
 Of the answer's text the task takes what follows the last match of task.answer_pattern (or its group, if it has one),
 and of that the last `\boxed{}` if there is one, so that a solution can stand for its answer.
 
-Before the run a number is graded by each of the first CHECKED answers of a split, in processes with a time-out. Problems
-whose answer math-verify cannot read, or on which it hangs or raises, are named and left out. An answer that is a number
-needs no check. Beyond CHECKED the rewards of such a problem fail, which excludes its rollouts and is counted.
+Before the run a number is graded by each of the first CHECKED answers of a split, in processes with a time-out.
+Problems whose answer math-verify cannot read, or on which it hangs or raises, are named and left out. An answer that is
+a number needs no check. Beyond CHECKED the rewards of such a problem fail, which excludes its rollouts and is counted.
 """
 
 import os

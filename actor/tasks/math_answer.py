@@ -10,7 +10,8 @@ What is read as the answer, the first of these that the completion has:
 4. The words after the last "answer is" or "answer:".
 
 An answer counts as a whole: a list equals a list of the same length, so an answer that names several candidates is
-incorrect where one is asked for.
+incorrect where one is asked for. Of an equation, or a chain of them, the right side counts, unless the true answer is
+an equation, too.
 
 Two answers are equal if one of these holds:
 
@@ -43,7 +44,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
 _ITEM = (
-    r"(?:\$\$[^$]+\$\$|(?<![\\\d])\$[^$\n]+(?<!\\)\$|\\\([^\n]+?\\\)|\\\[.+?\\\]"
+    r"(?:\$\$[^$]+\$\$|(?<![\\\d])\$(?:\\\$|[^$\n])+(?<!\\)\$|\\\([^\n]+?\\\)|\\\[.+?\\\]"
     rf"|[-+−]?[$€£]?(?<![\w.])(?:{_DIGITS})(?:\s?/\s?\d+)?(?:\s?\\?%)?)"
 )
 _LIST = re.compile(rf"{_ITEM}(?:\s*(?:,|;|,?\s*\b(?:and|or)\b)\s*{_ITEM})*", re.DOTALL)
@@ -53,8 +54,10 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BETWEEN_BOXES = re.compile(r"[\s$.,;]*(?:\\text\s*\{)?\s*(?:\b(?:and|or)\b)?[\s$}]*")
 _DELIMITERS = re.compile(r"(?<!\\)(?:\\[()\[\]]|\$)|\*\*")  # but not the \\[ between a matrix's rows
 _QUAD = re.compile(r"\\q?quad\b")
+_LIST_SIGN = re.compile(r",(?!\d{3}(?!\d))|;|\b(?:and|or)\b")
+_PARENTHESES = re.compile(r"\([^()]*\)")
 _FULL_STOP = re.compile(r"(?<!\\right)\s*\.\Z")
-_THIN_SPACE = re.compile(r"(?<=\d)\\[,!]\s?(?=\d{3})")
+_THIN_SPACE = re.compile(r"(?<=\d)(?:,?\\!|\\,|\{,\})\s?(?=\d{3})")  # between thousands
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|textnormal|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 _UPRIGHT_CONSTANT = re.compile(r"\\(?:mathrm|text)\{([ei])\}")  # math-verify takes \mathrm{} for a unit
 _WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s-]+[^\W\d_]+)*")
@@ -118,6 +121,8 @@ def equal(given: str, truth: str) -> bool:
 
     Raises ValueError if the true answer cannot be read, and what math-verify raises while it compares. May not return.
     """
+    if "=" not in truth:
+        given = _right_side(given)
     if _plain(given).replace(" ", "") == _plain(truth).replace(" ", ""):
         return True
     number = read_as_number(truth)
@@ -131,6 +136,13 @@ def equal(given: str, truth: str) -> bool:
     if value is None or not verify_by_math_verify(true, value, timeout_seconds=None, raise_on_error=True):
         return False
     return not _differ(true, value)
+
+
+def _right_side(text: str) -> str:
+    """What an equation or a chain of them comes to; a list of equations stays as it is."""
+    left, sign, right = text.rpartition("=")
+    is_list = _LIST_SIGN.search(_PARENTHESES.sub("", left))
+    return text if not sign or left[-1:] in ("<", ">", "!", ":") or is_list else right.strip() or text
 
 
 def read_as_number(text: str) -> Decimal | None:

@@ -51,7 +51,8 @@ EQUAL = [
     (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty) \cup (-\infty,2)"), ("1,-2", r"\{-2, 1\}"), ("3, 5, 7", "7, 5 and 3"),
     (r"1\pm\sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}"), ("(3, \\frac{\\pi}{2})", r"\left(3,\pi/2\right)"),
     (r"\begin{pmatrix}1\\(2)\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"), (r"\text{Evelyn}", "evelyn"),
-    (r"\text{(C)}", "C"), (r"\text{east}", r"\mathrm{East}"),
+    (r"\text{(C)}", "C"), (r"\text{east}", r"\mathrm{East}"), ("240", r"2 \cdot 5! = 2 \cdot 120 = 240"),
+    ("58,500", r"26 \times 2,250=58,\!500"), ("(8,-2)", "P = (x, y) = (8, -2)"), ("x=5", "5 = x"), ("5", "x = y = 5"),
 ]  # fmt: skip
 
 UNEQUAL = [
@@ -62,6 +63,7 @@ UNEQUAL = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
     (r"1-\frac{1}{\mathrm{e}}", r"1-\frac{1}{\mathrm{2}}"), (r"\text{Evelyn}", "Eve"), ("stop", "post"),
     (r"\text{even}", "odd"), (r"\text{(C)}", "D"), ("3", r"\text{}"), ("3", "}{"),
+    ("5", "x = 1, y = 5"), ("5", "x = 1 or x = 5"), ("5", "x >= 5"), ("y=x", "z=x"), ("5", "5 ="), ("5", "x = "),
 ]  # fmt: skip
 
 
