@@ -7,6 +7,7 @@ import math
 import os
 from typing import Any
 
+from common.adapter import scale
 from common.config import ActorConfig, ModelConfig
 
 # Tokens per engine step, the default of vLLM's server on a GPU of 40 GB (get_batch_defaults in
@@ -33,7 +34,11 @@ def arguments(model_dir: str, model: ModelConfig, actor: ActorConfig, *, seed: i
         "distributed_executor_backend": "uni" if actor.tensor_parallel == 1 else "mp",
         "worker_cls": "actor.vllm_worker.AdapterWorker",
         "additional_config": {
-            "horizon": {"rank": model.lora_rank, "alpha": model.lora_alpha, "targets": list(model.lora_targets)}
+            "horizon": {
+                "rank": model.lora_rank,
+                "scale": scale(model.lora_rank, model.lora_alpha, model.lora_variant),
+                "targets": list(model.lora_targets),
+            }
         },
     }
     if actor.num_sequences is not None:

@@ -41,7 +41,7 @@ class VLLMEngine:
     def load(self, adapter: Adapter) -> str:
         """See Engine.load. Raises ValueError for an adapter that does not fit the engine's buffers."""
         checksums = self._llm.collective_rpc(
-            "write_adapter", args=(adapter.values, adapter.shapes, adapter.rank, adapter.alpha, adapter.dtype)
+            "write_adapter", args=(adapter.values, adapter.shapes, adapter.rank, adapter.scale, adapter.dtype)
         )
         return " and ".join(dict.fromkeys(checksums))  # of every tensor-parallel rank; one if they agree
 

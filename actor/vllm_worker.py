@@ -1,4 +1,4 @@
-"""vLLM's worker with a resident adapter: each adapted layer computes x W + alpha / rank (x A) B.
+"""vLLM's worker with a resident adapter: each adapted layer computes x W + s (x A) B.
 
 One adapter version serves all requests, so vLLM's machinery for several adapters is not needed. A and B are fixed
 buffers, allocated before vLLM profiles, compiles and captures graphs, and written in place at each version. The frozen
@@ -20,13 +20,14 @@ from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, Row
 from vllm.platforms import current_platform
 
 from common.adapter import LORA_A, LORA_B, PEFT_PREFIX, Shapes, checksum, split
+from common.config import ALL_LINEAR
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
 else:
     from vllm.v1.worker.gpu_worker import Worker
 
-OPTIONS = "horizon"  # key in vLLM's additional_config of the adapter's rank, alpha and targets
+OPTIONS = "horizon"  # key in vLLM's additional_config of the adapter's rank, scale and targets
 
 
 class ResidentAdapter:
@@ -71,28 +72,30 @@ class AdapterWorker(Worker):
         """As vLLM's; then allocate the buffers, filled with zeros: an adapter that changes nothing."""
         super().load_model(**options)
         chosen = self.vllm_config.additional_config[OPTIONS]
-        self.made_for = (chosen["rank"], chosen["alpha"], str(self.model_config.dtype).removeprefix("torch."))
+        targets = set(chosen["targets"])
+        self.made_for = (chosen["rank"], chosen["scale"], str(self.model_config.dtype).removeprefix("torch."))
         model = self.model_runner.get_model()
         self.adapted: list[Any] = []  # layers
         self.factors: dict[str, Factor] = {}
         for name, layer in list(model.named_modules()):
             if isinstance(layer, LinearBase):
                 parent, _, leaf = name.rpartition(".")
-                parts = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
-                adapted = {i: f"{parent}.{part}" for i, part in enumerate(parts) if part in chosen["targets"]}
+                fused = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
+                parts = [leaf] if leaf in targets else fused  # some models have one such module in transformers too
+                adapted = {i: f"{parent}.{part}" for i, part in enumerate(parts) if targets & {part, ALL_LINEAR}}
                 if adapted:
                     self.adapted.append(layer)
                     self.factors |= install(
                         layer, adapted, *self.made_for[:2], dtype=self.model_config.dtype, device=self.device
                     )
 
-    def write_adapter(self, values: np.ndarray, shapes: Shapes, rank: int, alpha: float, dtype: str) -> str:
+    def write_adapter(self, values: np.ndarray, shapes: Shapes, rank: int, scale: float, dtype: str) -> str:
         """Replace the buffers' values by this version's (common.adapter.Adapter); returns their checksum.
 
-        Raises ValueError if rank, alpha or dtype differ from the buffers', or a factor belongs to no adapted module.
+        Raises ValueError if rank, scale or dtype differ from the buffers', or a factor belongs to no adapted module.
         """
-        if (rank, alpha, dtype) != self.made_for:
-            raise ValueError(f"the adapter has (rank, alpha, dtype) {(rank, alpha, dtype)}, the engine {self.made_for}")
+        if (rank, scale, dtype) != self.made_for:
+            raise ValueError(f"the adapter has (rank, scale, dtype) {(rank, scale, dtype)}, the engine {self.made_for}")
         if unknown := [name for name in shapes if name not in self.factors]:
             raise ValueError(f"the adapter's {unknown[0]} belongs to no linear module that the engine adapts")
         flat = torch.tensor(values).view(self.model_config.dtype)
@@ -110,7 +113,7 @@ class AdapterWorker(Worker):
 
 
 def install(
-    layer: Any, adapted: Mapping[int, str], rank: int, alpha: float, *, dtype: torch.dtype, device: torch.device
+    layer: Any, adapted: Mapping[int, str], rank: int, scale: float, *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Factor]:
     """Allocate the buffers of vLLM's linear layer; returns its factors by PEFT's names.
 
@@ -132,7 +135,7 @@ def install(
             b[own, first : first + outputs[part]].T, (of_outputs, slice(None))
         )
     layer.adapter_a, layer.adapter_b = (torch.nn.Parameter(buffer, requires_grad=False) for buffer in (a, b))
-    layer.quant_method = ResidentAdapter(layer.quant_method, alpha / rank)
+    layer.quant_method = ResidentAdapter(layer.quant_method, scale)
     return factors
 
 

@@ -5,6 +5,7 @@ are rounded once, here; the transport and the engine round nothing.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class Adapter:
     """One version of the LoRA weights, as the learner publishes it.
 
     `shapes` has PEFT's own names (base_model.model...q_proj.lora_A.weight): lora_A [rank, in_features] and
-    lora_B [out_features, rank]. The weight change is alpha / rank * B A.
+    lora_B [out_features, rank]. The weight change is `scale` * B A.
     """
 
     version: int  # number of optimizer steps taken (at 0 every B is zero: the base model), or PROBE_VERSION
@@ -43,9 +44,15 @@ class Adapter:
     dtype: str  # bfloat16 or float32
     rank: int
     alpha: float
+    variant: str = "lora"  # model.lora_variant
     target_modules: tuple[str, ...]
     canary: Canary | None  # None: the checksum alone verifies this version
     checksum: str  # checksum(values, shapes, dtype), computed by the learner
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return scale(self.rank, self.alpha, self.variant)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], dtype: str, **fields: Any) -> "Adapter":
@@ -54,6 +61,12 @@ class Adapter:
         values = flat.to(getattr(torch, dtype)).view(torch.uint8).cpu().numpy()
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return cls(values=values, shapes=shapes, dtype=dtype, checksum=checksum(values, shapes, dtype), **fields)
+
+
+def scale(rank: int, alpha: float, variant: str) -> float:
+    """What the product B A is multiplied by, in learner and actor: alpha / rank, or alpha / sqrt(rank) of rsLoRA
+    (arXiv 2312.03732), whose updates do not shrink as the rank grows."""
+    return alpha / (math.sqrt(rank) if variant == "rslora" else rank)
 
 
 def split(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import pydantic_settings
 from pydantic import ValidationError
 
-from common.config import REMOVED, Config, dump, options, with_values
+from common.config import Config, dump, options, with_values
+from common.contradictions import REFUSED
 from common.files import is_run_folder, usable
 from common.methods import MethodConfig
 from common.types import UserError, suggest
@@ -145,8 +146,8 @@ def build(*layers: Mapping[str, Any]) -> Config:
 def _explain(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        if where in REMOVED:
-            return f"{where}={error['input']!r} was removed: {REMOVED[where]}"
+        if where in REFUSED:
+            return f"{where}={error['input']!r} {REFUSED[where]}"
         return f"unknown option {where}={error['input']!r}{suggest(where, options())}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
@@ -168,8 +169,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            if (name := unknown[1].removeprefix("--")) in REMOVED:
-                raise UserError(f"{unknown[1]} was removed: {REMOVED[name]}")
+            if (name := unknown[1].removeprefix("--")) in REFUSED:
+                raise UserError(f"{unknown[1]} {REFUSED[name]}")
             close = difflib.get_close_matches(unknown[1], [f"--{name}" for name in options()], n=1)
             raise UserError(f"unknown option {unknown[1]}; {f'did you mean {close[0]}?' if close else 'see --help'}")
         raise UserError(f"{' '.join(message.split())}; see --help for the options")

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from common.contradictions import contradictions
+from common.contradictions import OTHER_VARIANTS, contradictions
 from common.files import usable
 from common.method import function
 from common.methods import MethodConfig
 from common.section import COSMETIC, MACHINE, PLACEMENT, PLANNED, REPETITION, Role, Section
 
-REMOVED = {
-    "actor.publish": "every adapter is resident in vLLM's layers and written in place at each step; leave it out",
-}  # removed options, with the reason and what to do
+ALL_LINEAR = "all-linear"  # in model.lora_targets; PEFT's word
 
 
 class RunConfig(Section):
@@ -36,10 +34,17 @@ class RunConfig(Section):
     """Seed of prompt order, sampling and dropout."""
     checkpoint_every: Annotated[int, COSMETIC] = Field(15, ge=0)
     """Steps between checkpoints; 0: only after the last step, which always writes one."""
+    keep_checkpoints: Annotated[int | None, COSMETIC] = Field(None, ge=1)
+    """Most checkpoints that are kept besides checkpoints/best: the newest ones; None: all."""
     evaluate_every: Annotated[int, COSMETIC] = Field(30, ge=0)
     """Steps between evaluations, besides one before the first and one after the last step; 0: none at all."""
+    patience: Annotated[int | None, COSMETIC] = Field(None, ge=1)
+    """End the run after so many evaluations in a row without a better evaluation.best; None: after the last step."""
     sample_every: Annotated[int, COSMETIC] = Field(10, ge=0)
-    """Steps between printed sample completions; 0: none."""
+    """Steps between printed sample completions, and between sample tables of the trackers; 0: none."""
+    tracker: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], COSMETIC] = ("tensorboard",)
+    """Where the records go besides the run folder, as in '["tensorboard", "wandb"]'; the libraries' own environment
+    variables (WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI …) hold. One that fails is off, and the run goes on."""
     resume: Annotated[bool | Literal["auto"], COSMETIC] = False
     """Resume the run in run.dir from its last checkpoint; auto: if there is one, else start it."""
     gpu_memory_gib: Annotated[float | None, MACHINE] = Field(None, gt=0, le=1e6)
@@ -57,13 +62,20 @@ class ModelConfig(Section):
     lora_rank: int = Field(16, ge=1, le=4096)
     """r of the adapter's two factors, B (output, r) and A (r, input)."""
     lora_alpha: float = Field(32.0, gt=0)
-    """The adapter adds (lora_alpha / lora_rank) B A to a weight."""
+    """The adapter adds s B A to a weight, with s = lora_alpha / lora_rank."""
+    lora_variant: Literal["lora", "rslora"] = "lora"
+    """rslora: s = lora_alpha / sqrt(lora_rank), so that updates do not shrink as the rank grows (arXiv 2312.03732)."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     """Dropout of the adapter's input in training."""
-    lora_targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
-    )
-    """Names of the linear modules that get an adapter."""
+    lora_targets: Annotated[tuple[str, ...], PLANNED] = Field((ALL_LINEAR,), min_length=1)
+    """Names of the linear modules that get an adapter; all-linear: all that the model has below its output head."""
+
+    @field_validator("lora_variant", mode="before")
+    @classmethod
+    def _possible(cls, variant: Any) -> Any:
+        if reason := OTHER_VARIANTS.get(str(variant).lower()):
+            raise ValueError(f"model.lora_variant={variant} {reason}; use lora or rslora")
+        return variant
 
 
 class TaskConfig(Section):
@@ -178,9 +190,24 @@ class ClusterConfig(Section):
 
 class EvaluationConfig(Section):
     num_problems: int | None = Field(None, ge=1)
-    """Number of the task.num_eval problems that are evaluated; None: all."""
+    """Most problems of the task, and of each set, that are evaluated; None: all."""
     num_samples: int = Field(0, ge=0)
-    """k of pass@k, sampled at actor.temperature in addition to the greedy Pass@1; 0: no pass@k."""
+    """n of mean@n and of pass@k: completions of each problem, sampled at actor.temperature in addition to the greedy one
+    of Pass@1; 0: none."""
+    pass_at: tuple[Annotated[int, Field(ge=2)], ...] = ()
+    """k of pass@k, estimated without bias from the n samples; unset: the powers of two up to n, and n."""
+    sets: Annotated[tuple[str, ...], COSMETIC] = ()
+    """Benchmarks that are evaluated beside the task: NAME:DATA, such as math500:FOLDER; DATA as in task.data. The set
+    gsm8k is read and graded as by the task gsm8k, any other as by the task math."""
+    best: Annotated[str | None, COSMETIC] = None
+    """Keep the checkpoint for which this number of an evaluation is highest as checkpoints/best: pass_at_1, reward_mean,
+    mean_at_8, pass_at_4, or one of a set, such as math500/pass_at_1. The evaluation at step 0 does not count."""
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The k of pass@k, without 1: pass@1 of samples is their mean."""
+        n = self.num_samples
+        return self.pass_at or tuple(sorted({2**i for i in range(1, n.bit_length())} | ({n} if n > 1 else set())))
 
 
 class Config(BaseModel):
@@ -204,6 +231,8 @@ class Config(BaseModel):
                 function(path)
         for name in ("run.dir", "model.path", "task.data"):
             usable(Path(value_of(self, name) or ""))
+        for each in self.evaluation.sets:
+            usable(Path(each.partition(":")[2]))
         for problem in contradictions(self):
             raise ValueError(problem)
         return self

@@ -1,12 +1,36 @@
-"""Options that exclude one another: a line for each pair, with both values and what to change."""
+"""Options that exclude one another: a line for each pair, with both values and what to change; and refused ones."""
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from common.types import suggest
 
 if TYPE_CHECKING:  # config.py imports this file
     from common.config import Config
 
+_SET = re.compile(r"(?!task:)[A-Za-z0-9][\w.-]*:.+")  # "task" is what the records call the task's own problems
 MAX_ROLLOUTS = 65536  # of a step: the plan packs them all, in 3 s
+
+REFUSED = {
+    "actor.publish": "was removed: every adapter is resident in vLLM's layers and written in place at each step; leave "
+    "it out",
+    "model.use_rslora": "is PEFT's name; set model.lora_variant=rslora",
+    "model.use_dora": "is PEFT's name; see model.lora_variant",
+    "model.init_lora_weights": "is PEFT's name; see model.lora_variant",
+}  # removed options, and other libraries' names of ours, with what to do
+# Variants of LoRA whose update of a frozen weight W is not s B A, which is all that the resident adapters of
+# actor/vllm_worker.py compute; vLLM's own LoRA refuses them too (vllm/lora/peft_helper.py).
+CHANGES_THE_BASE = (
+    "takes a part of W into B A and leaves the rest of W as the base, so the frozen weights, which are also "
+    "the reference policy, would be neither the model's nor the actor's"
+)
+OTHER_VARIANTS = {
+    "dora": "scales each output of W + s B A by a learned magnitude over that output's norm; the actor's resident "
+    "adapters add s B A alone",
+    "pissa": CHANGES_THE_BASE,
+    "olora": CHANGES_THE_BASE,
+}
 
 
 def contradictions(config: "Config") -> Iterator[str]:
@@ -57,6 +81,7 @@ def contradictions(config: "Config") -> Iterator[str]:
         yield from _of_decoupled_rewards(config)
     if method.opening == "reft":
         yield from _of_openers(config)
+    yield from _of_evaluations(config)
 
 
 def _of_the_weights_gradient(config: "Config") -> Iterator[str]:
@@ -111,3 +136,31 @@ def _of_openers(config: "Config") -> Iterator[str]:
         )
     if actor.max_tokens == 1:
         yield "actor.max_tokens=1 leaves nothing to sample after the opener of opening=reft; raise it"
+
+
+def _of_evaluations(config: "Config") -> Iterator[str]:
+    run, evaluation = config.run, config.evaluation
+    names = [each.partition(":")[0] for each in evaluation.sets]
+    for each, name in zip(evaluation.sets, names, strict=True):
+        if not _SET.fullmatch(each):
+            yield f"evaluation.sets: {each} is not NAME:DATA; name a set and its data, such as math500:FOLDER"
+        if names.count(name) > 1:
+            yield f"evaluation.sets has {name} {names.count(name)} times; give each set a name of its own"
+    if beyond := [k for k in evaluation.pass_at if k > evaluation.num_samples]:
+        yield (
+            f"evaluation.pass_at={beyond[0]} exceeds evaluation.num_samples={evaluation.num_samples}; lower the one or "
+            "raise the other"
+        )
+    if evaluation.best is None:
+        if run.patience is not None:
+            yield f"run.patience={run.patience} needs the number that is to improve; set evaluation.best=pass_at_1"
+        return
+    if not run.evaluate_every:
+        yield f"evaluation.best={evaluation.best} needs evaluations; set run.evaluate_every"
+    name, slash, number = evaluation.best.rpartition("/")
+    numbers = ["pass_at_1", "reward_mean"]
+    if evaluation.num_samples:
+        numbers += [f"mean_at_{evaluation.num_samples}", *(f"pass_at_{k}" for k in evaluation.ks)]
+    if number not in numbers or (slash and name not in names):
+        known = [*numbers, *(f"{each}/{number}" for each in names for number in numbers)]
+        yield f"evaluation.best={evaluation.best} is no number of an evaluation{suggest(evaluation.best, known)}"

@@ -160,6 +160,7 @@ def main() -> None:
         lora_alpha=int(model.lora_alpha),
         lora_dropout=model.lora_dropout,
         lora_target_modules=list(model.lora_targets),
+        use_rslora=model.lora_variant == "rslora",
     )
     steps = StepOnRequest(protocol)
     with tempfile.TemporaryDirectory() as output_dir:

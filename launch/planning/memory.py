@@ -20,6 +20,7 @@ from learner.batch import pack
 from learner.head.interface import GPU_WORKSPACE_BYTES
 from learner.objective import demands
 from learner.policy.activations import Activations
+from learner.policy.base import targets
 
 GIB = 2**30
 KV_CACHE = "KV cache"
@@ -69,11 +70,11 @@ class Size:
     @classmethod
     def of(cls, model: PreTrainedModel, config: ModelConfig) -> "Size":
         """The size of `model`, which may be on the meta device."""
-        text = model.config.get_text_config()
+        text, names = model.config.get_text_config(), targets(model, config)
         adapted = [
             module
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and name.rsplit(".", 1)[-1] in config.lora_targets
+            if isinstance(module, torch.nn.Linear) and name.rsplit(".", 1)[-1] in names
         ]
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

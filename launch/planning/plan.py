@@ -21,9 +21,13 @@ from launch.planning import checks, devices, memory_fit, model_folder, prompts
 from launch.planning.devices import Gpu
 from launch.planning.memory import GIB, Memory, Size
 from launch.planning.prompts import Prompts, PromptStream
+from launch.recording import trackers
 from learner import checkpoint, head
 from learner.objective import demands
-from learner.policy.base import unsupported
+from learner.policy.base import not_trained, targets, unsupported
+
+# What transformers raises for a model's config.json that it does not know, or that contradicts itself.
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, AssertionError, ImportError)
 
 CANARY_TOKENS = 128  # at most; enough to average out the noise of bfloat16
 
@@ -104,12 +108,15 @@ def make(config: Config, *, trains: bool = True, saved: Path | None = None) -> P
     config = with_resume(with_importance(config))
     if reason := head.missing(config.learner.head_backend):
         raise UserError(f"learner.head_backend={config.learner.head_backend} {reason}; use auto")
+    if trains and (reason := trackers.missing(config.run.tracker)):
+        raise UserError(reason)
     check_started_elsewhere()
     resume_from = run_folder(config) if trains else saved
     config = _with_planned_options(config)
     train, evaluation = prompts.load(config)
     folder = model_folder.resolve(config.model.path)
     model = check_model(config, folder)  # before the prompts, which take longer
+    config = with_values(config, {"model.lora_targets": targets(model, config.model)})
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     checked = prompts.check(train, evaluation, config, tokenizer)
     rewards.check(config, train[0])
@@ -233,13 +240,17 @@ def check_model(config: Config, folder: Path) -> PreTrainedModel:
     """Check the target modules and the length against the model; returns it without weights."""
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask the terminal
+        if reason := not_trained(model_config):
+            raise UserError(f"model.path={config.model.path} {reason}; use another model")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except UNREADABLE as error:
         raise UserError(
-            f"model.path={config.model.path} is not a causal language model: {str(error).splitlines()[0]}"
+            f"model.path={config.model.path} is not a causal language model: {str(error).strip().splitlines()[0]}"
         ) from None
-    if reason := unsupported(model_config, config.model.max_length):
+    if reason := unsupported(model, config.model.max_length):
         raise UserError(f"model.path={config.model.path} {reason}; use another model")
     heads = model_config.get_text_config().num_attention_heads
     if heads % config.actor.tensor_parallel:
@@ -247,17 +258,9 @@ def check_model(config: Config, folder: Path) -> PreTrainedModel:
             f"actor.tensor_parallel={config.actor.tensor_parallel} does not divide the model's {heads} attention "
             "heads; choose one that does"
         )
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    head_layer = model.get_output_embeddings()
     softcap = getattr(model_config.get_text_config(), "final_logit_softcapping", None)
-    if config.learner.head_backend == "liger" and (softcap or head_layer.bias is not None):
+    if config.learner.head_backend == "liger" and (softcap or model.get_output_embeddings().bias is not None):
         raise UserError("learner.head_backend=liger has neither the model's softcap nor its bias; use auto")
-    names = {name.rsplit(".", 1)[-1] for name, module in linear.items() if module is not head_layer}
-    for target in config.model.lora_targets:
-        if target not in names:
-            raise UserError(
-                f"model.lora_targets: {target} is not a linear module of the model; it has {', '.join(sorted(names))}"
-            )
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions and config.model.max_length > positions:
         raise UserError(f"model.max_length={config.model.max_length} exceeds the model's {positions}; lower it")

@@ -1,5 +1,7 @@
 """Attention over packed sequences: a rollout attends to its prompt and its own past, and nothing else is computed.
 
+A layer with a sliding window attends to the last of these alone.
+
 It is registered with transformers under the name PACKED, and gets a micro-batch's `lengths` and `ends` as keywords.
 """
 
@@ -27,9 +29,10 @@ def packed_attention(
     query_1ALD: Tensor,
     key_1KLD: Tensor,
     value_1KLD: Tensor,
-    attention_mask: None,
+    attention_mask: Tensor | None,
     *,
     scaling: float,
+    sliding_window: int | None = None,
     lengths: Sequence[Sequence[int]] | None = None,
     ends: Ends | None = None,
     **others: Any,
@@ -37,17 +40,19 @@ def packed_attention(
     """Causal attention of A query heads over K key heads, output [1, L, A, D].
 
     `lengths` are those of learner.batch.MicroBatch, with sum L; None means one plain causal sequence. `ends` are made
-    from `lengths` once for all layers.
+    from `lengths` once for all layers. A token attends to at most `sliding_window` tokens, itself included.
     """
-    if lost := [name for name in ("s_aux", "softcap") if others.get(name) is not None]:
-        raise ValueError(f"the model's attention has {lost[0]}, which packed attention would leave out")
+    left_out = {"a mask": attention_mask} | {name: others.get(name) for name in ("s_aux", "softcap")}
+    for name, value in left_out.items():
+        if value is not None:
+            raise ValueError(f"the model's attention has {name}, which packed attention would leave out")
     lengths = lengths or ((query_1ALD.shape[2],),)
     pieces = _pieces(query_1ALD, key_1KLD, value_1KLD, lengths)
     half = query_1ALD.dtype in (torch.bfloat16, torch.float16)
     # The meta device stands for a GPU when learner/policy/activations.py measures memory.
     if (query_1ALD.is_cuda or query_1ALD.is_meta) and half:
-        return _attend_packed(pieces, ends or Ends.of(lengths, query_1ALD.device), scaling), None
-    return _attend_one_by_one(pieces, scaling), None
+        return _attend_packed(pieces, ends or Ends.of(lengths, query_1ALD.device), scaling, sliding_window), None
+    return _attend_one_by_one(pieces, scaling, sliding_window), None
 
 
 def _pieces(
@@ -65,21 +70,37 @@ def _pieces(
     return pieces
 
 
-def _attend_one_by_one(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], scaling: float) -> Tensor:
+def _attend_one_by_one(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], scaling: float, window: int | None) -> Tensor:
     """[1, L, A, D], by one causal SDPA call per piece: its last query attends to all of its keys."""
     outputs = []
     for query, key, value in pieces:
-        length, before = query.shape[2], key.shape[2] - query.shape[2]
-        mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril(before).to(query.device) if before else None
+        mask = _mask(query.shape[2], key.shape[2], window)
         outputs.append(
             scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=not before, scale=scaling, enable_gqa=True
+                query,
+                key,
+                value,
+                attn_mask=None if mask is None else mask.to(query.device),
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=True,
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _attend_packed(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], ends: Ends, scaling: float) -> Tensor:
+def _mask(queries: int, keys: int, window: int | None) -> Tensor | None:
+    """[queries, keys]: true where the last `queries` of a sequence's `keys` attend; None for a plainly causal one."""
+    before = keys - queries
+    if not before and (window is None or window >= keys):
+        return None
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(before)
+    return mask if window is None else mask.triu(before - window + 1)
+
+
+def _attend_packed(
+    pieces: Sequence[tuple[Tensor, Tensor, Tensor]], ends: Ends, scaling: float, window: int | None
+) -> Tensor:
     """The same by one call of FlashAttention's variable-length kernel, for 16 bits on a GPU."""
     query_MAD, key_MKD, value_MKD = [
         torch.cat(tensors, dim=2)[0].transpose(0, 1) for tensors in zip(*pieces, strict=True)
@@ -90,7 +111,8 @@ def _attend_packed(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], ends: Ends, 
         value_MKD,
         *ends,
         scale=scaling,
-        window_size=(-1, 0),  # causal; the last query of a piece attends to its last key
+        # Tokens before and after its own that a query attends to, -1 for all; the last query is at the last key.
+        window_size=(-1 if window is None else window - 1, 0),
         **GROUPED,
     )
     return output_LAD[None]

@@ -45,8 +45,9 @@ class SharedInput:
     """Peft's adapted layers of one input (learner/policy/policy.py): computes all of them when the first is called, and
     keeps each output until that layer is called."""
 
-    def __init__(self, layers: Sequence[Any]) -> None:
+    def __init__(self, layers: Sequence[Any], scale: float) -> None:
         self.layers = layers
+        self.scale = scale
         self.x: Tensor | None = None
         self.outputs: dict[Any, Tensor] = {}
 
@@ -57,7 +58,7 @@ class SharedInput:
             outputs = lora_linear(
                 x,
                 [each.projection() for each in self.layers],
-                scale=layer.scaling[name],
+                scale=self.scale,
                 dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,  # peft uses an Identity for 0
             )
             self.x, self.outputs = x, dict(zip(self.layers, outputs, strict=True))

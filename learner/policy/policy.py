@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-from common.adapter import Adapter, Canary
+from common.adapter import Adapter, Canary, scale
 from common.config import ModelConfig
 from common.types import UserError
 from learner.batch import MicroBatch, StepBatch
 from learner.checkpoint import load_tensors
 from learner.head import HeadStats, head_stats
-from learner.policy.base import load_base, unsupported
+from learner.policy.base import load_base, targets, unsupported
 from learner.policy.forward import Demands, ForwardOutput, empty, join
 from learner.policy.lora import Projection, SharedInput
 from learner.policy.sharding import gathered, shard
@@ -53,13 +53,13 @@ class _LoraLinear(lora.Linear):
         )
 
 
-def _share_inputs(model: torch.nn.Module) -> None:
+def _share_inputs(model: torch.nn.Module, scale: float) -> None:
     """Group the adapted projections of each block by their input; one without siblings is a group of its own."""
     for block in model.modules():
         adapted = {name: child for name, child in block.named_children() if isinstance(child, _LoraLinear)}
         groups = [[adapted.pop(name) for name in names if name in adapted] for names in SAME_INPUT]
         for group in [*groups, *([layer] for layer in adapted.values())]:
-            shared = SharedInput(group)
+            shared = SharedInput(group, scale)
             for layer in group:
                 layer.shared = shared
 
@@ -85,20 +85,22 @@ class Policy:
         assert config.dtype != "auto", "the plan resolves auto"
         assert recompute in ("none", "layer", "micro-batch"), "the memory plan resolves auto"
         base = load_base(model, config.dtype, torch.device("cpu") if sharded else device)
-        if reason := unsupported(base.config, config.max_length):
+        if reason := unsupported(base, config.max_length):
             raise UserError(f"model.path={config.path} {reason}; use another model")
+        self.targets = targets(base, config)
         self.device = device
         self.config = config
         lora_config = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=list(config.lora_targets),
+            use_rslora=config.lora_variant == "rslora",
+            target_modules=list(self.targets),
             task_type="CAUSAL_LM",
         )
         lora_config._register_custom_module({torch.nn.Linear: _LoraLinear})
         self.peft_model: PeftModel = get_peft_model(base, lora_config)
-        _share_inputs(self.peft_model)
+        _share_inputs(self.peft_model, scale(config.lora_rank, config.lora_alpha, config.lora_variant))
         if recompute == "layer":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.recompute = recompute
@@ -106,8 +108,6 @@ class Policy:
         self._training_mode()
         self.trunk = base.get_decoder()
         projection = base.get_output_embeddings()
-        if type(projection) is not torch.nn.Linear:
-            raise UserError(f"model.lora_targets={config.lora_targets} adapts the output head, which stays frozen")
         self.base = base
         self.head: torch.nn.Module = projection  # the module whose weight is the head's
         self.vocab_size, self.hidden_size = projection.weight.shape
@@ -236,7 +236,8 @@ class Policy:
             version=version,
             rank=self.config.lora_rank,
             alpha=self.config.lora_alpha,
-            target_modules=self.config.lora_targets,
+            variant=self.config.lora_variant,
+            target_modules=self.targets,
             canary=canary,
         )
 

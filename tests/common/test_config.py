@@ -58,8 +58,18 @@ def empty(tmp_path: Path) -> Path:
         ),
         ("--method.name reft --method.opening_candidates 2", "is less than method.opening_distinct=4"),
         ("--method.overlong_buffer 600", "method.overlong_buffer=600 exceeds actor.max_tokens=512"),
+        (
+            '--method.decoupled_rewards true --method.overlong_buffer 9 --task.rewards {"a.b":1}',
+            "a function of the length",
+        ),
+        ('--method.decoupled_rewards true --method.advantage asymmetric --task.rewards {"a.b":1}', "use group_std"),
         ("--evaluation.num_problems 600", "evaluation.num_problems=600 exceeds task.num_eval=500"),
         ("--task.gym_options {bad", "task.gym_options"),
+        ("--model.lora_variant dora", "model.lora_variant=dora scales each output of W + s B A by a learned magnitude"),
+        ("--model.lora_variant PiSSA", "model.lora_variant=PiSSA takes a part of W into B A"),
+        ("--model.lora_variant olora", "would be neither the model's nor the actor's; use lora or rslora"),
+        ("--model.lora_variant vera", "model.lora_variant='vera': Input should be 'lora' or 'rslora'"),
+        ("--model.use_rslora true", "--model.use_rslora is PEFT's name; set model.lora_variant=rslora"),
         ("--model.lora_targets []", "model.lora_targets=[]: Tuple should have at least 1 item"),
         ("--run.st\nps 3", "unknown option --run.st; did you mean --run.steps?"),
         ("--config nowhere.toml", "--config nowhere.toml: no such file"),
@@ -212,6 +222,7 @@ def test_roles_of_the_options() -> None:
         "run.checkpoint_every": 15,
         "run.evaluate_every": 30,
         "run.sample_every": 10,
+        "run.tracker": ("tensorboard",),
         "run.resume": False,
         "cluster.wait_seconds": 60.0,
         "cluster.node_wait_seconds": 1800.0,
@@ -233,4 +244,8 @@ def test_roles_of_the_options() -> None:
     }
     assert options(MACHINE, PLANNED) == unset_memory
     assert options(MACHINE) == unset_memory | {"run.gpu_memory_gib": None}
-    assert options(PLANNED) == unset_memory | {"model.dtype": "auto", "method.importance": "auto"}
+    assert options(PLANNED) == unset_memory | {
+        "model.dtype": "auto",
+        "model.lora_targets": ("all-linear",),
+        "method.importance": "auto",
+    }

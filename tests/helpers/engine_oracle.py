@@ -7,9 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from common.adapter import Adapter, Canary, tensors
-from common.config import ModelConfig
 
-ALL_TARGETS = ModelConfig().lora_targets
+ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA = 8, 24.0
 
 
@@ -40,7 +39,12 @@ def score(model: Any, token_ids: Any, *temperatures: float) -> list[np.ndarray]:
 
 
 def peft_score(reference: Any, adapter: Adapter, token_ids: np.ndarray) -> np.ndarray:
-    lora = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.target_modules))
+    lora = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        use_rslora=adapter.variant == "rslora",
+        target_modules=list(adapter.target_modules),
+    )
     model = get_peft_model(reference, lora).eval()
     state = {n.replace(".weight", ".default.weight"): t.float() for n, t in tensors(adapter).items()}
     assert not model.load_state_dict(state, strict=False).unexpected_keys

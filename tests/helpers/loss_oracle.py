@@ -38,7 +38,7 @@ def gradients(
     if method.group_filter == "accuracy":
         groups = [group for group in groups if len({rollout.score.correct for rollout in group.rollouts}) == 2]
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(config.lora_targets))
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(made.policy.targets))
     model = get_peft_model(base, lora).double()
     model.load_state_dict(old or state_of(made))
     with torch.no_grad():
