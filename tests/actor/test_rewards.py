@@ -19,7 +19,8 @@ from actor.reward_functions import Call, find
 from actor.reward_pool import RewardPool
 from actor.rewards import ComposedRewards, composed
 from actor.tasks import gsm8k
-from common.config import Config, with_values
+from common.command_line import build, load
+from common.config import Config, dump, with_values
 from common.types import Prompt, Score, UserError
 
 PROMPT = Prompt(messages=({"role": "user", "content": "?"},), answer="42")
@@ -145,6 +146,12 @@ def test_asynchronous_calls_wait_at_the_same_time() -> None:
         half = judges.TOGETHER // 2
         started = [scored.start([(str(n), PROMPT) for n in range(first, first + half)]) for first in (0, half)]
         assert [total for each in started for total in totals(scored.finish(each))] == list(range(judges.TOGETHER))
+
+
+def test_the_workers_of_the_pool_await_too_and_keep_their_event_loop() -> None:
+    """A client that a reward keeps belongs to the loop of its first call."""
+    with scoring({"judges.late": 1.0}, actor__reward_workers=1) as scored:
+        assert totals(score(scored, ["a", "b", "c"])) == [1.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -281,12 +288,18 @@ def test_a_module_that_raises_anything_is_one_line(tmp_path: Path, monkeypatch: 
 
 
 def test_weights_are_finite() -> None:
-    from common.command_line import build
-
-    assert build({"task": {"rewards": {"correct": -0.5, "a.b.c": 2}}}).task.rewards == {"correct": -0.5, "a.b.c": 2.0}
     for weight in (math.nan, math.inf, "much"):
         with pytest.raises(UserError, match=r"task\.rewards\.correct"):
             build({"task": {"rewards": {"correct": weight}}})
+
+
+def test_a_run_folder_keeps_names_weights_and_their_order(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.toml"
+    empty.touch()
+    given = load(["--task.rewards", '{"b.c.length": -0.5, "correct": 2, "a.b.judge": 0}'], empty)
+    (tmp_path / "config.toml").write_text(dump(given))
+    again = load(["--config", str(tmp_path / "config.toml")], tmp_path / "config.toml")
+    assert list(again.task.rewards.items()) == [("b.c.length", -0.5), ("correct", 2.0), ("a.b.judge", 0.0)]
 
 
 def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

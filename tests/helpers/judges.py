@@ -7,7 +7,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 import httpx
@@ -20,6 +20,7 @@ TOGETHER = 8  # calls that `together` waits for
 _client = httpx.AsyncClient(timeout=None)
 _arrived: list[str] = []
 _all_there = asyncio.Event()
+_loops: set[asyncio.AbstractEventLoop] = set()
 
 
 def load(task: TaskConfig, split: str) -> list[Prompt]:
@@ -37,7 +38,7 @@ def reward(completion: str, prompt: Prompt) -> Score:
 
 
 def length(completion: str, prompt: Prompt) -> float:
-    if len(completion) > 50:
+    if completion == "0" * 99:
         raise KeyError("too long")
     return len(completion) / 10
 
@@ -103,6 +104,16 @@ async def odd(completion: str, prompt: Prompt) -> float:
         return 1.0
     await asyncio.sleep(0.1)
     return float(completion)
+
+
+def late(completion: str, prompt: Prompt) -> Awaitable[float]:
+    """A plain function whose result is to be awaited, as a decorator makes of an asynchronous one."""
+    return _late()
+
+
+async def _late() -> float:
+    _loops.add(asyncio.get_running_loop())
+    return float(len(_loops))
 
 
 def judged_by_none(completion: str) -> float:
