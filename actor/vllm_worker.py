@@ -3,20 +3,21 @@
 One adapter version serves all requests, so vLLM's machinery for several adapters is not needed. A and B are fixed
 buffers, allocated before vLLM profiles, compiles and captures graphs, and written in place at each version. The frozen
 weights never change, so no update is lost to their rounding. The k projections that vLLM fuses into one layer (q, k, v;
-gate, up) share one A [inputs, k rank] and one block-diagonal B [k rank, outputs].
+gate, up) share one A [inputs, k rank] and one block-diagonal B [k rank, outputs]. Where the model itself has them as
+one projection (Phi-3), that has one A and one B.
 
 Tensor parallelism: a column-parallel layer holds B for its own outputs; a row-parallel one holds A for its own inputs,
 and adds the adapter's product before its all-reduce.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
-from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.platforms import current_platform
 
 from common.adapter import LORA_A, LORA_B, PEFT_PREFIX, Shapes, checksum, split
@@ -58,11 +59,14 @@ class ResidentAdapter:
         return y.add_(ops.onednn_mm(b, ops.onednn_mm(a, x, None), None), alpha=self.scale)
 
 
-class Factor(NamedTuple):
-    """Where one factor (A or B) of one projection is stored."""
+class Piece(NamedTuple):
+    """Where a part of one factor (A or B) of one projection is stored."""
 
     held: Tensor  # view of the buffer, transposed to PEFT's orientation
-    share: tuple[slice, slice]  # the part of the whole factor that this rank holds
+    share: tuple[slice, slice]  # that part of the whole factor
+
+
+Factors = dict[str, list[Piece]]  # by PEFT's names: the pieces that this rank holds
 
 
 class AdapterWorker(Worker):
@@ -76,13 +80,17 @@ class AdapterWorker(Worker):
         self.made_for = (chosen["rank"], chosen["scale"], str(self.model_config.dtype).removeprefix("torch."))
         model = self.model_runner.get_model()
         self.adapted: list[Any] = []  # layers
-        self.factors: dict[str, Factor] = {}
+        self.factors: Factors = {}
         for name, layer in list(model.named_modules()):
             if isinstance(layer, LinearBase):
                 parent, _, leaf = name.rpartition(".")
                 fused = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
-                parts = [leaf] if leaf in targets else fused  # some models have one such module in transformers too
-                adapted = {i: f"{parent}.{part}" for i, part in enumerate(parts) if targets & {part, ALL_LINEAR}}
+                names = [leaf] if leaf in targets else fused
+                adapted = {
+                    f"{parent}.{name}": outputs
+                    for name, outputs in projections(layer, names).items()
+                    if targets & {name, ALL_LINEAR}
+                }
                 if adapted:
                     self.adapted.append(layer)
                     self.factors |= install(
@@ -100,47 +108,66 @@ class AdapterWorker(Worker):
             raise ValueError(f"the adapter's {unknown[0]} belongs to no linear module that the engine adapts")
         flat = torch.tensor(values).view(self.model_config.dtype)
         given = split(flat, shapes)
-        for name, factor in self.factors.items():
-            if name in given:
-                factor.held.copy_(given[name][factor.share])
-            else:
-                factor.held.zero_()
+        for name, pieces in self.factors.items():
+            for held, share in pieces:
+                if name in given:
+                    held.copy_(given[name][share])
+                else:
+                    held.zero_()
         for layer in self.adapted:
             layer.quant_method.pack(layer)
         for name, whole in given.items():  # the checksum is of the values read back from the buffers
-            whole[self.factors[name].share].copy_(self.factors[name].held)
+            for held, share in self.factors[name]:
+                whole[share].copy_(held)
         return checksum(flat.view(torch.uint8).numpy(), shapes, dtype)
 
 
-def install(
-    layer: Any, adapted: Mapping[int, str], rank: int, scale: float, *, dtype: torch.dtype, device: torch.device
-) -> dict[str, Factor]:
-    """Allocate the buffers of vLLM's linear layer; returns its factors by PEFT's names.
+def projections(layer: Any, names: Sequence[str]) -> dict[str, list[int]]:
+    """The layer's outputs that each projection computes. vLLM fuses q, k, v and gate, up; so do some models (Phi-3),
+    where one projection has all outputs."""
+    outputs = range(len(layer.output_partition_sizes))
+    return {names[0]: list(outputs)} if len(names) == 1 else {name: [i] for i, name in zip(outputs, names, strict=True)}
 
-    `adapted`: the projections that get an adapter, by their index among those that the layer computes.
+
+def install(
+    layer: Any,
+    adapted: Mapping[str, Sequence[int]],
+    rank: int,
+    scale: float,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Factors:
+    """Allocate the buffers of vLLM's linear layer; returns its factors.
+
+    `adapted`: the projections that get an adapter, with the indices of the layer's outputs that they compute.
     """
-    row_parallel = isinstance(layer, RowParallelLinear)
     outputs = list(layer.output_partition_sizes)
-    inputs = layer.input_size_per_partition
+    inputs = getattr(layer, "input_size_per_partition", layer.input_size)
+    row_parallel = isinstance(layer, RowParallelLinear)
+    of_inputs = slice(layer.tp_rank * inputs, (layer.tp_rank + 1) * inputs) if row_parallel else slice(None)
     a = torch.zeros(inputs, len(adapted) * rank, dtype=dtype, device=device)
     b = torch.zeros(len(adapted) * rank, sum(outputs), dtype=dtype, device=device)
     factors = {}
-    for i, (part, projection) in enumerate(adapted.items()):
-        own, first = slice(i * rank, (i + 1) * rank), sum(outputs[:part])
-        share = _share(layer, part)
-        of_inputs = slice(share * inputs, (share + 1) * inputs) if row_parallel else slice(None)
-        of_outputs = slice(None) if row_parallel else slice(share * outputs[part], (share + 1) * outputs[part])
-        factors[f"{PEFT_PREFIX}{projection}{LORA_A}"] = Factor(a[:, own].T, (slice(None), of_inputs))
-        factors[f"{PEFT_PREFIX}{projection}{LORA_B}"] = Factor(
-            b[own, first : first + outputs[part]].T, (of_outputs, slice(None))
-        )
+    for number, (projection, indices) in enumerate(adapted.items()):
+        own = slice(number * rank, (number + 1) * rank)
+        factors[f"{PEFT_PREFIX}{projection}{LORA_A}"] = [Piece(a[:, own].T, (slice(None), of_inputs))]
+        of_b, before = [], 0  # `before`: the projection's rows that belong to its earlier outputs
+        for i in indices:
+            share, num_shares = _share(layer, i)
+            first, start = sum(outputs[:i]), before + share * outputs[i]
+            of_b.append(Piece(b[own, first : first + outputs[i]].T, (slice(start, start + outputs[i]), slice(None))))
+            before += num_shares * outputs[i]
+        factors[f"{PEFT_PREFIX}{projection}{LORA_B}"] = of_b
     layer.adapter_a, layer.adapter_b = (torch.nn.Parameter(buffer, requires_grad=False) for buffer in (a, b))
     layer.quant_method = ResidentAdapter(layer.quant_method, scale)
     return factors
 
 
-def _share(layer: Any, part: int) -> int:
-    """Which share of a projection this rank holds. Several ranks hold the same one of keys and values if these have
-    fewer heads than there are ranks."""
-    replicas = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and part else 1
-    return int(layer.tp_rank // replicas)
+def _share(layer: Any, output: int) -> tuple[int, int]:
+    """Which share of an output this rank computes, and how many there are. Several ranks compute the same one of keys
+    and values if these have fewer heads than there are ranks."""
+    if isinstance(layer, (RowParallelLinear, ReplicatedLinear)):
+        return 0, 1
+    replicas = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and output else 1
+    return layer.tp_rank // replicas, layer.tp_size // replicas

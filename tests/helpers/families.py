@@ -73,12 +73,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_model(folder: Path, family: str) -> Path:
-    """Save a model of `family` in float32; no weight has a value that a mistake could leave out unseen (0 or 1)."""
+def save_model(folder: Path, family: str, vocab_size: int | None = None) -> Path:
+    """Save a model of `family` in float32; no weight has a value that could be left out unseen (0 or 1)."""
     model_type, values = FAMILIES[family]
     tokenizer = AutoTokenizer.from_pretrained(model_folder.smollm2())
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **(SIZES | {"vocab_size": len(tokenizer)} | values))
+    config = AutoConfig.for_model(model_type, **(SIZES | {"vocab_size": vocab_size or len(tokenizer)} | values))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
