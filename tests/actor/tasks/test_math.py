@@ -1,6 +1,7 @@
 """The task math: columns and templates, prompts, rewards, and problems that cannot be graded."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,28 @@ def test_math_500() -> None:
     assert [row["unique_id"] for row in rows if not verify(row["solution"], row["answer"])] == []
     others = [(rows[n - 1], rows[n]) for n in range(0, 500, 5)]
     assert [b["answer"] for a, b in others if a["answer"] != b["answer"] and verify(a["solution"], b["answer"])] == []
+
+
+@pytest.mark.long
+def test_math_500_with_the_solutions_of_other_problems() -> None:
+    """Each answer against 40 solutions of others, in the pool; prints what RESULTS.md has. Use -s."""
+    rows = [json.loads(line) for line in real("math500/test.jsonl").read_text().splitlines()]
+    draw = random.Random(0)
+    pairs = [(other, n) for n in range(500) for other in draw.sample([other for other in range(500) if other != n], 40)]
+    prompts = [Prompt(messages=(), answer=row["answer"], metadata={"reward": "correct"}) for row in rows]
+    pool = RewardPool("math", workers=2, timeout_seconds=10.0)
+    try:
+        scores = pool.finish(pool.start([(rows[other]["solution"], prompts[n]) for other, n in pairs]))
+    finally:
+        pool.close()
+    failed = [(pair, score) for pair, score in zip(pairs, scores, strict=True) if isinstance(score, str)]
+    correct = [pair for pair, score in zip(pairs, scores, strict=True) if not isinstance(score, str) and score.correct]
+    named = {(rows[other]["answer"], rows[n]["answer"]) for other, n in correct}
+    different = [each for each in sorted(named) if each[0] != each[1]]
+    print(f"{len(pairs)} pairs, {len(correct)} correct, {len(failed)} failed: {failed[:10]}; not literally the same:")
+    print(*different, sep="\n")
+    assert len(correct) <= 0.01 * len(pairs)
+    assert len(failed) <= 0.001 * len(pairs)
 
 
 def test_svamp_and_gsm8k_by_options_alone() -> None:
