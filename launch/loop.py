@@ -1,18 +1,19 @@
 """The training loop: take groups, learn from them, publish the adapter, let new rollouts start."""
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.config import Config
 from common.metrics import is_count
-from common.types import Group, Prompt, UserError
-from launch.evaluate import evaluate
+from common.types import Group, UserError
+from launch.evaluation import best
+from launch.evaluation.measure import Problems, evaluate
 from launch.recording.recorder import Recorder
 from launch.recording.timeline import StepTimes
 from launch.runtime.buffer import Buffer
 from launch.runtime.recovery import RunFailed
+from launch.runtime.resize import Resized
 from launch.runtime.workers import Workers
 from learner import checkpoint
 
@@ -25,19 +26,23 @@ def train(
     buffer: Buffer,
     recorder: Recorder,
     *,
-    eval_prompts: Sequence[Prompt],
+    eval_prompts: Problems,
     first_step: int,
-) -> None:
+    can_grow: Callable[[], bool] = lambda: False,
+) -> str | None:
     """Run optimizer steps first_step + 1 .. run.steps, with the evaluations and checkpoints that are due.
+
+    Returns why it has stopped before the last step (run.patience); None after the last one.
 
     New rollouts start when `buffer` releases a step's groups. That happens only after the adapter that was learned from
     them is published, so that no rollout starts with an old adapter. Raises RunFailed after three steps in a row that
-    are skipped (not finite) or without any reward, and AdapterMismatch from the channel.
+    are skipped (not finite) or without any reward, AdapterMismatch from the channel, and Resized between two steps if
+    the run `can_grow`.
     """
     run = config.run
     num_without = 0  # steps in a row that trained nothing
-    if first_step == 0 and run.evaluate_every:
-        recorder.evaluation(evaluate(workers.fleet, eval_prompts, config, step=0))
+    if run.evaluate_every and due(first_step, run.evaluate_every, run.steps) and not recorder.has_evaluated(first_step):
+        recorder.evaluation(evaluate(workers.fleet, eval_prompts, config, step=first_step))
     buffer.start()
     for step in range(first_step + 1, run.steps + 1):
         started = time.perf_counter()
@@ -49,23 +54,27 @@ def train(
             drained = time.perf_counter()
             published = workers.channel.publish(workers.learner)
             loaded = time.perf_counter()
-            workers.learner.commit()  # nothing is sampled with a version that a loss could take back
+            # Nothing is sampled with a version that a loss could take back.
+            workers.learner.commit(step=step, **buffer.position())
             ended = time.perf_counter()
-        evaluation = None
-        if run.evaluate_every and due(step, run.evaluate_every, run.steps):  # before the next rollouts start
-            evaluation = evaluate(workers.fleet, eval_prompts, config, step=step)
-        buffer.release(len(groups))
         times = StepTimes(started=started, taken=taken, learned=learned, drained=drained, loaded=loaded, ended=ended)
         sampled, lost = workers.fleet.worked(), workers.losses.metrics()
         recorder.step(step, groups, result, published, times, sampled, lost, num_discarded=len(buffer.discarded))
-        if evaluation is not None:
-            recorder.evaluation(evaluation)
+        if run.evaluate_every and due(step, run.evaluate_every, run.steps):
+            recorder.evaluation(evaluate(workers.fleet, eval_prompts, config, step=step))
+        if (stopped := best.stopped(config, step)) is None:
+            buffer.release(len(groups))
         reason = result.skipped or every_reward_failed(groups)
         num_without = num_without + 1 if reason else 0
         if num_without == MAX_STEPS_WITHOUT_TRAINING:
             raise RunFailed(f"{num_without} steps in a row trained nothing; stopped at step {step}: {reason}")
-        if due(step, run.checkpoint_every, run.steps):
-            save(run.dir, workers, step=step, prompt_cursor=buffer.prompt_cursor)
+        if due(step, run.checkpoint_every, run.steps) or best.is_best(config, step) or stopped:
+            best.tidy(config, save(run.dir, workers))
+        if stopped:
+            return stopped
+        if can_grow():
+            raise Resized("the cluster has more devices again")
+    return None
 
 
 def every_reward_failed(groups: Sequence[Group]) -> str | None:
@@ -81,15 +90,19 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def save(folder: Path, workers: Workers, *, step: int, prompt_cursor: int) -> None:
-    """Write a checkpoint into the run folder, atomically."""
-    with checkpoint.written_whole(folder / "checkpoints" / checkpoint.name(step)) as whole:
-        workers.learner.save(whole.resolve())
-        (whole / "run_state.json").write_text(json.dumps({"step": step, "prompt_cursor": prompt_cursor}))
+def save(folder: Path, workers: Workers) -> Path:
+    """Write a checkpoint of the last committed step into the run folder, atomically, if there is none; returns it."""
+    saved = folder / "checkpoints" / checkpoint.name(workers.learner.position["step"])
+    if checkpoint.damage(saved):  # or there is none
+        with checkpoint.written_whole(saved) as whole:
+            workers.learner.save(whole.resolve())
+    return saved
 
 
-def position(folder: Path) -> tuple[int, int]:
-    """Step and prompt cursor of a checkpoint. Raises UserError for a file that `save` does not write."""
+def position(folder: Path | None) -> tuple[int, int]:
+    """Step and prompt cursor of a checkpoint; 0 without one. Raises UserError for a file that `save` does not write."""
+    if folder is None:
+        return 0, 0
     try:
         state = checkpoint.read_object(folder / "run_state.json")
     except (OSError, ValueError) as error:

@@ -9,8 +9,7 @@ python launch/run.py --help         every option
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,57 +23,95 @@ from common.command_line import load
 from common.config import dump
 from common.files import NotWritten, write_whole
 from common.types import UserError
-from launch.loop import position, train
+from launch.evaluation import best
+from launch.loop import position, save, train
 from launch.planning import plan
 from launch.planning.plan import Plan
 from launch.recording.console import Display
 from launch.recording.recorder import Recorder, rewind
-from launch.runtime import cluster, workers
+from launch.runtime import cluster, resize, workers
 from launch.runtime.buffer import Buffer
 from launch.runtime.channel import AdapterMismatch
-from launch.runtime.recovery import RunFailed
+from launch.runtime.recovery import Losses, RunFailed
+from launch.runtime.resize import Resized
+from launch.runtime.workers import Workers
 from learner import checkpoint
 from learner.selection import drop_reason
 
 
 def run(checked: Plan) -> None:
-    """Train as planned; everything is written to the run folder."""
+    """Train as planned; everything is written to the run folder. Starts again when the cluster's devices change."""
     folder = checked.config.run.dir
-    written = folder / "config.toml"
-    first_step, cursor = position(checked.resume_from) if checked.resume_from else (0, 0)
     display = Display(f"{checked.config.method.name} in {folder}", steps=checked.config.run.steps)
     try:
         for warning in checked.warnings():
             display.note(f"warning: {warning}")
-        if written.exists():
+        if (folder / "config.toml").exists():
             for problem in checkpoint.passed_over(folder / "checkpoints"):
                 display.note(f"warning: {problem}")
-            whole = "" if checked.resume_from else ": there is no checkpoint"
-            display.note(f"resuming at step {first_step}{whole}")
+            first_step = position(checked.resume_from)[0]
+            if stopped := best.stopped(checked.config, first_step):
+                display.note(f"{stopped}; run folder {folder}")
+                return
+            display.note(f"resuming at step {first_step}{'' if checked.resume_from else ': there is no checkpoint'}")
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
-        with cluster.connect(display.note), workers.start(checked, note=display.note) as started:
-            config = started.plan.config
-            if written.exists():
-                rewind(folder, first_step if checked.resume_from else -1)  # the evaluation at step 0 comes again
-            else:
-                write_whole(written, dump(config))  # only now: a start that fails leaves no folder
-            stream = checked.stream(cursor)
-            buffer = Buffer(
-                started.fleet,
-                stream,
-                Sampling.of(config),
-                prompts_per_step=config.run.prompts_per_step,
-                part_prompts=config.actor.part_prompts,
-                num_steps=config.run.steps - first_step,
-                max_staleness=config.run.max_staleness,
-                drop_reason=partial(drop_reason, method=config.method),
-                refill_rounds=config.method.refill_rounds,
-            )
-            with closing(Recorder(folder, checked.tokenizer, display, config)) as recorder:
-                train(config, started, buffer, recorder, eval_prompts=checked.eval_prompts, first_step=first_step)
-        display.note(f"finished {config.run.steps} steps; run folder {folder}")
+        losses = Losses(display.note, wait_seconds=checked.config.cluster.node_wait_seconds)
+        asked = None
+        with cluster.connect(display.note):
+            while True:
+                try:
+                    with workers.start(checked, losses=losses) as started:
+                        asked = asked or started.plan
+                        grow = partial(resize.can_grow, asked, started.plan.config)
+                        stopped = _train(started, display, can_grow=grow)
+                    break
+                except Resized as change:
+                    assert asked is not None, "it is raised once the workers have started"
+                    saved = save(folder, started) if started.learner.position else checked.resume_from
+                    checked = resize.resized(asked, saved)
+                    ranks, actors = checked.config.learner.num_ranks, checked.config.actor.num_actors
+                    display.note(
+                        f"{change}; going on after step {position(saved)[0]} with learner.num_ranks={ranks} and "
+                        f"actor.num_actors={actors}"
+                    )
+        display.note(f"{stopped or f'finished {checked.config.run.steps} steps'}; run folder {folder}")
     finally:
         display.close()
+
+
+def _train(started: Workers, display: Display, *, can_grow: Callable[[], bool]) -> str | None:
+    """Run the steps that are left, on workers that have started; as launch.loop.train."""
+    config, resume_from = started.plan.config, started.plan.resume_from
+    first_step, cursor = position(resume_from)
+    written = config.run.dir / "config.toml"
+    if written.exists():
+        rewind(config.run.dir, first_step if resume_from else -1)  # the evaluation at step 0 comes again
+        if resume_from:
+            best.tidy(config, resume_from)  # a crash may have come before it
+    else:
+        write_whole(written, dump(config))  # only now: a start that fails leaves no folder
+    stream = started.plan.stream(cursor)
+    buffer = Buffer(
+        started.fleet,
+        stream,
+        Sampling.of(config),
+        prompts_per_step=config.run.prompts_per_step,
+        part_prompts=config.actor.part_prompts,
+        num_steps=config.run.steps - first_step,
+        max_staleness=config.run.max_staleness,
+        drop_reason=partial(drop_reason, method=config.method),
+        refill_rounds=config.method.refill_rounds,
+    )
+    with Recorder(config.run.dir, started.plan.tokenizer, display, config) as recorder:
+        return train(
+            config,
+            started,
+            buffer,
+            recorder,
+            eval_prompts=started.plan.prompts.evaluation,
+            first_step=first_step,
+            can_grow=can_grow,
+        )
 
 
 def main(argv: Sequence[str]) -> int:

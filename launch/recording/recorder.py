@@ -3,29 +3,39 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
 from common.config import Config
-from common.metrics import JsonLines, MetricsWriter, keep_lines, mean
+from common.metrics import JsonLines, MetricsWriter, keep_lines, mean, read_lines
 from common.types import Group, Score, UpdateResult
+from launch.evaluation.measure import Evaluation
+from launch.recording import trackers
 from launch.recording.console import PART, Display
 from launch.recording.timeline import StepTimes, Timeline
 from launch.runtime.channel import Published
 from launch.runtime.fleet import Span
+from learner import checkpoint
+
+EVALUATIONS = "evaluations"  # the folder with a file for each evaluation: what became of each problem
 
 
 class Recorder:
-    """Writes the files of a run folder and updates the display."""
+    """Writes the files of a run folder, feeds the trackers and updates the display. A run that leaves its `with` block
+    without an exception is complete."""
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, display: Display, config: Config) -> None:
+        self.folder = folder
         self.tokenizer = tokenizer
         self.display = display
         self.sample_every = config.run.sample_every
-        self.metrics = MetricsWriter(folder, self._warn)
+        self.trackers = trackers.start(config, folder, warn=self._warn, note=display.note)
+        self.metrics = MetricsWriter(folder / "metrics.jsonl")
         self.rollouts = JsonLines(folder / "rollouts.jsonl", self._warn)
         self.timeline = Timeline(folder / "timeline.jsonl", config, self._warn)
+        self._evaluated = {record["step"] for record in read_lines(folder / "evaluations.jsonl")}
         self.evaluations = JsonLines(folder / "evaluations.jsonl")
 
     def step(
@@ -62,7 +72,10 @@ class Recorder:
             "throughput/tokens_per_second": num_completion_tokens(groups) / (times.ended - times.started),
         }
         self.metrics.write(step, metrics)
-        self.rollouts.write(*rollout_records(step, groups, result, self.tokenizer))
+        rollouts = rollout_records(step, groups, result, self.tokenizer)
+        self.rollouts.write(*rollouts)
+        for tracker in self.trackers:
+            tracker.step(step, metrics, rollouts)
         self.display.step(step, metrics)
         if result.skipped:
             self.display.note(f"step {step} skipped: {result.skipped}")
@@ -71,25 +84,54 @@ class Recorder:
         if self.sample_every and step % self.sample_every == 0:
             self.display.sample(step, groups[0])
 
-    def evaluation(self, record: dict[str, Any]) -> None:
-        """Record an evaluation (launch/evaluate.py)."""
+    def has_evaluated(self, step: int) -> bool:
+        """Whether the run folder has the evaluation of a step, from before this process."""
+        return step in self._evaluated
+
+    def evaluation(self, found: Evaluation) -> None:
+        """Record an evaluation, each problem of it in a file of its own."""
+        record = found.record
+        path = self.folder / EVALUATIONS / f"{checkpoint.name(record['step'])}.jsonl"
+        path.unlink(missing_ok=True)  # of a run that was cut off between this file and the record
+        problems = JsonLines(path, self._warn)
+        problems.write(*found.problems)
+        problems.close()
         self.evaluations.write(record)
+        for tracker in self.trackers:
+            tracker.evaluation(record)
         self.display.evaluation(record)
 
     def _warn(self, problem: str) -> None:
         self.display.note(f"warning: {problem}")
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close(complete=kind is None)
+
+    def close(self, *, complete: bool = False) -> None:
+        """Close the files, and wait for the trackers to send the rest."""
         self.metrics.close()
         self.rollouts.close()
         self.evaluations.close()
         self.timeline.close()
+        for tracker in self.trackers:
+            tracker.end(complete=complete)
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def rewind(folder: Path, step: int) -> None:
     """Remove the records of steps after `step` from a run folder: a resumed run writes them again."""
-    for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl", "timeline.jsonl"):
-        keep_lines(folder / name, lambda record: record["step"] <= step)
+    paths = [folder / name for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl", "timeline.jsonl")]
+    for path in paths:
+        read_lines(path)  # if one is damaged, all stay as they are
+    for path in paths:
+        keep_lines(path, lambda record: record["step"] <= step)
+    for path in (folder / EVALUATIONS).glob("*.jsonl"):
+        if checkpoint.step_of(path.with_suffix("")) > step:
+            path.unlink()
 
 
 def num_completion_tokens(groups: Sequence[Group]) -> int:
@@ -100,7 +142,7 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
     """The metrics of the rollouts alone. `version` is the adapter after the step: the one before it has staleness 0.
 
     reward/std is the population standard deviation over all rollouts of the step; reward/group_std is the mean over
-    groups of the standard deviation within each.
+    groups of the standard deviation within each. groups/signal_fraction is the share of groups whose rewards differ.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores = [rollout.score for rollout in rollouts if rollout.score is not None]
@@ -113,6 +155,7 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
         "reward/correct_fraction": mean(float(score.correct) for score in scores),
         "reward/num_failed": float(len(rollouts) - len(scores)),
         **part_metrics(scores),
+        "groups/signal_fraction": mean(float(len({r.score.total for r in g.rollouts if r.score}) > 1) for g in groups),
         "completion/length_mean": mean(lengths),
         "completion/length_max": float(max(lengths)),
         "completion/distinct_openers": mean(

@@ -1,5 +1,6 @@
 """The learner ranks as one learner: each is sent the same groups, and computes its part of the step."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Crew:
         self.ranks: list[Any] = []
         self._patience: dict[str, Patience] = {}  # by method
         self._state: dict[str, np.ndarray] | None = None  # a checkpoint's files, of the last committed step
+        self.position: dict[str, Any] = {}  # of the run at that step; empty before the first one
         self._later: list[Sequence[Group]] = []  # the groups of the steps after it
         self._snapshot: Any = None  # reference to the files of the step that is not committed
         self._begin()
@@ -40,10 +42,11 @@ class Crew:
         self._snapshot = None
         return result
 
-    def commit(self) -> None:
-        """Keep the state here, in the driver: no later loss goes back behind this step."""
+    def commit(self, **position: Any) -> None:
+        """Keep the state here, in the driver, with the run's position: no later loss goes back behind this step."""
         [files] = self._kept(lambda: self._get("files", [self._snapshot or self.ranks[0].files.remote()]))
         self._state = {name: np.array(content) for name, content in files.items()}  # a copy frees the object store
+        self.position = position
         self._later.clear()
         self._snapshot = None
         self.losses.committed()
@@ -78,6 +81,7 @@ class Crew:
         assert self._state is not None, "commit first"
         for name, content in self._state.items():
             (folder / name).write_bytes(content.data)
+        (folder / "run_state.json").write_text(json.dumps(self.position))
 
     def load(self, folder: Path) -> None:
         """The checkpoint in the driver's `folder`, on every rank."""

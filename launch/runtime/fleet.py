@@ -138,6 +138,8 @@ class Fleet:
                 ref = getattr(self.actors[index], method).remote(*arguments)
 
     def _replace(self, index: int) -> None:
+        if self._closed:
+            raise RuntimeError("the fleet is closed")
         ray.kill(self.actors[index])
         self.actors[index] = actor = self.makers[index]()
         self.losses.await_start([actor])

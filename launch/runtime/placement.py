@@ -32,6 +32,11 @@ class Places:
 
     learners: tuple[Place, ...]
     actors: tuple[Place, ...]
+    group: PlacementGroup | None = None  # None: one device, on the driver's node
+
+    def complete(self) -> bool:
+        """Whether the nodes of all places are there."""
+        return self.group is None or placement_group_table(self.group)["state"] == "CREATED"
 
 
 @contextlib.contextmanager
@@ -62,7 +67,9 @@ def placed(config: Config, *, gpus: bool) -> Iterator[Places]:
             return Place(options={"scheduling_strategy": there, "num_gpus": num_gpus})
 
         yield Places(
-            learners=tuple(place(i, learners) for i in learners), actors=tuple(place(i, actors) for i in actors)
+            learners=tuple(place(i, learners) for i in learners),
+            actors=tuple(place(i, actors) for i in actors),
+            group=group,
         )
 
 

@@ -34,6 +34,10 @@ class RunFailed(RuntimeError):
     """The run cannot continue; it ends with status 1."""
 
 
+class NotStarted(RunFailed):
+    """A lost worker's replacement has not started in time."""
+
+
 def full(error: Exception, remedy: str) -> RunFailed:
     """What a full GPU ends the run with: it would be full again."""
     return RunFailed(f"a GPU is full ({last_line(error)}); {remedy}")
@@ -125,13 +129,13 @@ class Losses:
             return
 
     def await_start(self, workers: Sequence[Any]) -> None:
-        """Return once these replacements have started. Raises RunFailed if no device is left for one."""
+        """Return once these replacements have started. Raises NotStarted if one has not in time."""
         try:
             ray.get([worker.__ray_ready__.remote() for worker in workers], timeout=self.wait_seconds)
         except ray.exceptions.GetTimeoutError:
-            raise RunFailed(
+            raise NotStarted(
                 f"a lost worker's replacement has not started within cluster.node_wait_seconds={self.wait_seconds:g}; "
-                "raise it for a slow start; if a device is gone, resume on fewer: --run.resume --learner.num_ranks N"
+                "raise it, and resume with --run.resume"
             ) from None
 
     def committed(self) -> None:

@@ -16,7 +16,8 @@ from launch.runtime.channel import Channel
 from launch.runtime.crew import Crew
 from launch.runtime.fleet import Fleet
 from launch.runtime.placement import Place, placed
-from launch.runtime.recovery import LOST, Losses, RunFailed, last_line
+from launch.runtime.recovery import LOST, Losses, NotStarted, RunFailed, last_line
+from launch.runtime.resize import Resized
 from learner.learner import Learner
 from learner.ranks import Ranks
 
@@ -36,16 +37,16 @@ class Workers:
 
 
 @contextlib.contextmanager
-def start(
-    plan: Plan, *, learner_class: type[Learner] = Learner, note: Callable[[str], None] | None = None
-) -> Iterator[Workers]:
+def start(plan: Plan, *, learner_class: type[Learner] = Learner, losses: Losses | None = None) -> Iterator[Workers]:
     """Run the learner and the actors for the duration of the block, after a verified start.
 
-    `note` is told each loss in a line. Raises UserError for what cannot be placed, and for what a node lacks.
+    `losses` replaces what is lost (None: as a new one does). Raises UserError for what cannot be placed, and for what a
+    node lacks; Resized for a loss that cannot be replaced because its node stays away.
     """
     plan = nodes.fitted(plan)
     config, folder = plan.config, plan.model_folder
-    losses = Losses(note, wait_seconds=config.cluster.node_wait_seconds)
+    losses = losses or Losses(wait_seconds=config.cluster.node_wait_seconds)
+    losses.started = False
     with placed(config, gpus=bool(plan.gpus)) as places, contextlib.ExitStack() as stack:
         actors, ranks = (
             [_remote(side, plan, place, half=half) for place in each]
@@ -70,7 +71,14 @@ def start(
         except LOST as error:
             raise RunFailed(f"a worker did not start: {last_line(error)}") from error
         losses.started = True
-        yield Workers(plan=plan, learner=crew, fleet=fleet, channel=channel, losses=losses, version=published.version)
+        try:
+            yield Workers(
+                plan=plan, learner=crew, fleet=fleet, channel=channel, losses=losses, version=published.version
+            )
+        except NotStarted:
+            if places.complete():
+                raise
+            raise Resized("a node is lost, and no other one has come in its place") from None
 
 
 def part(processors: Sequence[int], index: int, number: int) -> list[int]:

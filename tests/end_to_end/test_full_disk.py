@@ -15,6 +15,7 @@ from common import files
 from common.metrics import read_lines
 from launch import loop, run
 from launch.recording import recorder
+from launch.runtime.workers import Workers
 from learner import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -142,9 +143,11 @@ def test_full_in_a_metrics_line(disk, start, full_at, unbroken, monkeypatch, cou
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [long("rollouts.jsonl", 1), ("rollouts.jsonl", 2), ("tfevents", 1), long("tfevents", 2)]
+    ("name", "count", "step"),
+    [long("rollouts.jsonl", 1, 1), ("rollouts.jsonl", 2, 2), ("tfevents", 2, 1), long("tfevents", 3, 2)],
 )
-def test_full_in_rollouts_or_tensorboard_is_a_warning(disk, start, full_at, unbroken, name, count):
+def test_full_in_rollouts_or_tensorboard_is_a_warning(disk, start, full_at, unbroken, name, count, step):
+    """TensorBoard's first record is the evaluation at step 0."""
     folder = disk / "run"
     full_at(name, count, once=True)
     status, out, err = start(folder)
@@ -154,7 +157,7 @@ def test_full_in_rollouts_or_tensorboard_is_a_warning(disk, start, full_at, unbr
     assert warning.endswith("cannot be written (No space left on device): a part of it is missing")
     whole_lines(folder)
     assert_equal(folder, unbroken, "metrics.jsonl")
-    missing = [count]
+    missing = [step]
     rollouts = {record["step"] for record in read_lines(folder / "rollouts.jsonl")}
     assert sorted({1, 2, 3, 4} - rollouts) == (missing if name == "rollouts.jsonl" else [])
     assert sorted({1, 2, 3, 4} - shown(folder)) == (missing if name == "tfevents" else [])
@@ -172,12 +175,12 @@ def test_full_in_a_checkpoint(disk, start, unbroken, monkeypatch, step, free):
     """At once, and after a part of its files: the one before stands, the run resumes there."""
     folder, save = disk / "run", loop.save
 
-    def filling(folder: Path, workers: object, **position: int) -> None:
-        if position["step"] == step:
+    def filling(folder: Path, workers: Workers) -> None:
+        if workers.learner.position["step"] == step:
             (disk / "room").write_bytes(bytes(4096 * free))
             fill(disk)
             (disk / "room").unlink()
-        save(folder, workers, **position)
+        save(folder, workers)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save", filling)

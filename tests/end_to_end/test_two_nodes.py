@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import namespaces
@@ -17,6 +18,8 @@ import pytest
 from local_run import comparable
 from namespaces import ADDRESSES, JOB_SERVER, Nodes
 from small_model import save_model
+
+from common.metrics import read_lines
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -27,6 +30,15 @@ OPTIONS = [
     *("--learner.learning_rate", "1e-3"),
     *("--actor.group_size", "2", "--actor.max_tokens", "8", "--actor.part_prompts", "1"),
 ]
+SLOW = """
+import time
+import letters
+load = letters.load
+def reward(completion, prompt):
+    time.sleep(0.5)
+    return letters.reward(completion, prompt)
+"""  # leaves time for a node to come and go within a few steps
+STEPS = 24
 TWO = ["--learner.num_ranks", "2", "--actor.num_actors", "2"]
 
 
@@ -40,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("actor", "common", "launch", "learner"):
         shutil.copytree(ROOT / package, checkout / package)
     shutil.copy(Path(__file__).parents[1] / "helpers" / "letters.py", checkout)
+    (checkout / "slow_letters.py").write_text(SLOW)
     return folder
 
 
@@ -57,8 +70,18 @@ def submit(nodes: Nodes, folder: Path, *options: str) -> subprocess.CompletedPro
     return nodes.run(*command, "--", "python", "launch/run.py", *OPTIONS, *options)
 
 
+def lines(run: Path) -> list[dict[str, float]]:
+    return read_lines(run / "metrics.jsonl")
+
+
+def num_steps(run: Path) -> int:
+    return len(lines(run))
+
+
 def metrics(run: Path) -> list[dict[str, float]]:
-    return [comparable(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Without the counts of what was replaced."""
+    kept = (comparable(line) for line in lines(run))
+    return [{name: value for name, value in line.items() if not name.startswith("recovery/")} for line in kept]
 
 
 def test_a_run_on_two_nodes_has_the_numbers_of_one(nodes: Nodes, folder: Path, tmp_path: Path) -> None:
@@ -77,15 +100,50 @@ def test_a_run_on_two_nodes_has_the_numbers_of_one(nodes: Nodes, folder: Path, t
     }
     assert (run / "checkpoints" / "step-000003" / "adapter_model.safetensors").exists(), "on the driver's node"
 
-    command = [sys.executable, "launch/run.py", *OPTIONS, "--model.path", str(folder / "model")]
-    alone = {**os.environ, "RAY_ADDRESS": "local"}
-    subprocess.run(
-        [*command, "--run.dir", str(tmp_path / "run")], cwd=folder / "first" / "checkout", env=alone, check=True
-    )
-    expected, got = metrics(tmp_path / "run"), metrics(run)
+    assert_numbers_of_one_node(run, folder, tmp_path / "alone")
+
+
+def assert_numbers_of_one_node(run: Path, folder: Path, alone: Path, *options: str) -> None:
+    """The metrics of `run` are those of the same run with one rank and one actor, which is made in `alone`."""
+    command = [sys.executable, "launch/run.py", *OPTIONS, "--model.path", str(folder / "model"), *options]
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    checkout = folder / "first" / "checkout"
+    subprocess.run([*command, "--run.dir", str(alone)], cwd=checkout, env=environment, check=True)
+    expected, got = metrics(alone), metrics(run)
     assert expected[-1]["kl/mean"] > 1e-3, "the policy has moved"
     for one, two in zip(expected, got, strict=True):
         assert two == pytest.approx(one, rel=1e-4, abs=1e-4)
+
+
+def test_a_run_goes_on_without_a_lost_node_and_takes_it_in_again(nodes: Nodes, folder: Path, tmp_path: Path) -> None:
+    """Each step is taken once, and has the numbers of one node."""
+    run, log = folder / "first" / "elastic", tmp_path / "log"
+    options = ["--model.path", str(folder / "model"), "--run.dir", str(run), "--run.steps", str(STEPS), *TWO]
+    options += ["--cluster.node_wait_seconds", "5", "--task.name", "slow_letters"]
+    command = ["ray", "job", "submit", "--address", JOB_SERVER, "--working-dir", str(folder / "first" / "checkout")]
+    job = nodes.begin(*command, "--", "python", "launch/run.py", *OPTIONS, *options, output=log)
+    wait_for(lambda: num_steps(run) >= 2, job, log)
+    nodes.stop(1)
+    wait_for(lambda: "with learner.num_ranks=1 and actor.num_actors=1" in log.read_text(), job, log)
+    lost_at = num_steps(run)
+    wait_for(lambda: num_steps(run) >= lost_at + 1, job, log)
+    nodes.start(1)
+    wait_for(lambda: "with learner.num_ranks=2 and actor.num_actors=2" in log.read_text(), job, log)
+    assert num_steps(run) < STEPS
+    assert job.wait(300) == 0, log.read_text()
+    said = [line for line in log.read_text().splitlines() if "going on after step" in line]
+    assert len(said) == 2, said
+    assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1))
+    assert sum(line["recovery/learner"] for line in lines(run)) >= 1
+    assert_numbers_of_one_node(run, folder, tmp_path / "alone", "--run.steps", str(STEPS))
+
+
+def wait_for(done: Callable[[], bool], job: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not done():
+        assert job.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
 
 
 def test_a_model_that_one_node_lacks_is_named_with_the_node(nodes: Nodes, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """launch/run.py within one process: the real plan, loop and learner on a tiny model; Ray and vLLM are stood in for."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from launch import run
 from launch.planning import model_folder
 from launch.planning.plan import Plan
 from launch.runtime.channel import Channel
+from launch.runtime.recovery import Losses
 from learner.learner import Learner
 
 CLOCKS = ("time/", "throughput/", "memory/", "idle/", "adapter/canary", "seconds")  # differ between equal runs
@@ -35,7 +36,7 @@ class Actor:
         group = tiny.group(31 * prompt.index + self.version, [9, 30], [1.0 + prompt.index % 3, 0.0])
         parts = {f"part {'of a name that is long ' * 3}{i}": 0.1 * i for i in range(PARTS)}
         rollouts = (replace(r, version=self.version, score=replace(r.score, parts=parts)) for r in group.rollouts)
-        return replace(group, rollouts=tuple(rollouts))
+        return replace(group, prompt=prompt, rollouts=tuple(rollouts))
 
     def load(self, adapter):
         self.version = adapter.version
@@ -51,7 +52,7 @@ class Actor:
 
 
 @contextlib.contextmanager
-def start(plan: Plan, *, note: Callable[[str], None] | None = None) -> Iterator[SimpleNamespace]:
+def start(plan: Plan, *, losses: Losses | None = None) -> Iterator[SimpleNamespace]:
     """In the place of launch.runtime.workers.start."""
     crew = local_actor.crew(Local(Learner(plan.model_folder, plan.config, plan.canary_token_ids)))
     if plan.resume_from is not None:

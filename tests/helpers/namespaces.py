@@ -32,6 +32,26 @@ class Nodes:
 
     namespaces: tuple[str, str]
     environment: dict[str, str]  # of both nodes, the cluster's token included
+    folder: Path  # of the first node's Ray
+    hidden: tuple[Path, ...]  # from the second one
+
+    def start(self, index: int) -> None:
+        """Start a node's raylet; returns when it runs."""
+        if index == 0:
+            head = [f"--port={GCS.rpartition(':')[2]}", f"--dashboard-host={ADDRESSES[0]}"]
+            _start(self, 0, ["--head", *head, "--ray-client-server-port=8077"], hidden=())
+        else:
+            _start(self, index, [f"--address={GCS}"], hidden=[self.folder, *self.hidden])
+
+    def stop(self, index: int) -> None:
+        """Kill every process of a node."""
+        _kill(self.namespaces[index])
+
+    def begin(self, *command: str, output: Path) -> subprocess.Popen[bytes]:
+        """Start a command on the first node, which writes to the file `output`."""
+        command = ("ip", "netns", "exec", self.namespaces[0], *command)
+        with output.open("wb") as written:
+            return child(command, env=self.environment, stdout=written, stderr=written)
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command to its end on the first node, as a user there would; stdout has its stderr, too."""
@@ -65,10 +85,9 @@ def two_nodes(hidden: Sequence[Path]) -> Iterator[Nodes]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         names = stack.enter_context(_namespace("1")), stack.enter_context(_namespace("2"))
         _join(names)
-        nodes = Nodes(namespaces=names, environment=_environment(folder))
-        head = [f"--port={GCS.rpartition(':')[2]}", f"--dashboard-host={ADDRESSES[0]}", "--ray-client-server-port=8077"]
-        _start(nodes, 0, folder, ["--head", *head], hidden=())
-        _start(nodes, 1, folder, [f"--address={GCS}"], hidden=[folder, *hidden])
+        nodes = Nodes(namespaces=names, environment=_environment(folder), folder=folder, hidden=tuple(hidden))
+        for index in range(2):
+            nodes.start(index)
         yield nodes
 
 
@@ -80,12 +99,17 @@ def _namespace(name: str) -> Iterator[str]:
     try:
         yield name
     finally:
-        while pids := _ip("netns", "pids", name).split():
-            for pid in map(int, pids):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
+        _kill(name)
         _ip("netns", "delete", name)
+
+
+def _kill(name: str) -> None:
+    """Kill every process in a namespace; returns when they are gone."""
+    while pids := _ip("netns", "pids", name).split():
+        for pid in map(int, pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
 
 
 def _join(names: tuple[str, str]) -> None:
@@ -106,16 +130,18 @@ def _environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_failure_threshold": "3",
     }
 
 
-def _start(nodes: Nodes, index: int, folder: Path, options: list[str], hidden: Sequence[Path]) -> None:
-    """Start a raylet; returns when it runs. What is mounted over a hidden folder ends with the node's processes."""
+def _start(nodes: Nodes, index: int, options: list[str], hidden: Sequence[Path]) -> None:
+    """What is mounted over a hidden folder ends with the node's processes."""
     mount = 'for folder in $0; do mount -t tmpfs none "$folder" || exit; done; exec "$@"'
     command = ["ip", "netns", "exec", nodes.namespaces[index], "sh", "-c", mount, " ".join(map(str, hidden))]
     command += ["ray", "start", "--block", f"--node-ip-address={ADDRESSES[index]}", "--num-cpus=1"]
     command += ["--num-gpus=0", "--object-store-memory=200000000", *options]
-    log = folder / f"node-{index}.log"
+    log = nodes.folder / f"node-{index}.log"
     for _ in range(ATTEMPTS):
         with log.open("w") as output:
             process = child(command, env=nodes.environment, cwd="/", stdout=output, stderr=output)

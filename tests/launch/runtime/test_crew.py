@@ -171,10 +171,13 @@ def test_the_cause_is_told_and_not_that_another_ranks_sum_failed() -> None:
 def test_the_committed_state_is_saved_and_every_rank_loads_it(tmp_path: Path) -> None:
     made, _, _ = crew(Rank())
     made.update("a")  # type: ignore[arg-type]
-    made.commit()
+    made.commit(step=1, prompt_cursor=4)
     made.update("b")  # type: ignore[arg-type]
     made.save(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"state": b"a"}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "state": b"a",
+        "run_state.json": b'{"step": 1, "prompt_cursor": 4}',
+    }
     ranks = iter([Rank(), Rank()])
     two = Crew([lambda: Lazy(next(ranks))] * 2, Losses())
     two.load(tmp_path)
