@@ -109,6 +109,9 @@ class TaskConfig(Section):
     rewards: dict[str, float] = {}
     """Rewards and their weights, instead of the task's own total: names of its parts (correct, format, …), and dotted
     paths of your functions (README of actor/): '{"correct": 1.0, "my.module.length": 0.2}'. Weight 0: only logged."""
+    curriculum: tuple[float, float, float, float] | None = None
+    """Shares of the prompts that are drawn from solved, easy, normal and hard problems, such as 0.05, 0.15, 0.5, 0.3,
+    by the success rate of each so far; new problems are normal. None: every problem once in each pass."""
     num_train: int = Field(800, ge=1)
     """Problems that prompts are drawn from."""
     num_eval: int = Field(500, ge=1)
@@ -185,7 +188,8 @@ class ClusterConfig(Section):
     wait_seconds: Annotated[float, COSMETIC] = Field(60.0, gt=0, le=1e6)
     """How long the run waits for devices that others hold, before it ends."""
     node_wait_seconds: Annotated[float, COSMETIC] = Field(1800.0, gt=0, le=1e6)
-    """How long a lost worker's replacement may take to start, another node in the place of a lost one included."""
+    """How long a lost worker's replacement may take to start, another node in the place of a lost one included. After
+    it a run whose node is lost goes on with fewer ranks and actors."""
 
 
 class EvaluationConfig(Section):

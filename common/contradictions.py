@@ -71,6 +71,9 @@ def contradictions(config: "Config") -> Iterator[str]:
             f"evaluation.num_problems={config.evaluation.num_problems} exceeds task.num_eval={config.task.num_eval}; "
             "lower the one or raise the other"
         )
+    shares = config.task.curriculum
+    if shares and not (min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6):
+        yield f"task.curriculum={list(shares)} must be four shares from 0 to 1 that sum to 1; correct them"
     if method.refill_rounds and run.max_staleness:
         yield (
             f"method.refill_rounds={method.refill_rounds} cannot be combined with the prefetched rollouts of "

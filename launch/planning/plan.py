@@ -17,7 +17,8 @@ from common.config import Config, dump, options, value_of, with_values
 from common.files import check_own, check_started_elsewhere
 from common.section import COSMETIC, MACHINE, PLACEMENT, PLANNED
 from common.types import Prompt, UserError
-from launch.planning import checks, devices, memory_fit, model_folder, prompts
+from launch.planning import checks, curriculum, devices, memory_fit, model_folder, prompts
+from launch.planning.curriculum import Curriculum
 from launch.planning.devices import Gpu
 from launch.planning.memory import GIB, Memory, Size
 from launch.planning.prompts import Prompts, PromptStream
@@ -92,8 +93,12 @@ class Plan:
 
     def stream(self, cursor: int = 0) -> PromptStream:
         """The training prompts from position `cursor` on."""
-        train, left_out = self.prompts.train, self.prompts.left_out
-        return PromptStream(train, seed=self.config.run.seed, cursor=cursor, left_out=left_out)
+        train, left_out, seed = self.prompts.train, self.prompts.left_out, self.config.run.seed
+        shares = self.config.task.curriculum
+        if shares is None:
+            return PromptStream(train, seed=seed, cursor=cursor, left_out=left_out)
+        state = curriculum.saved(self.resume_from, len(train))
+        return Curriculum(train, seed=seed, shares=shares, cursor=cursor, left_out=left_out, state=state)
 
 
 def make(config: Config, *, trains: bool = True, saved: Path | None = None) -> Plan:

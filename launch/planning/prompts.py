@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -13,7 +14,7 @@ from actor.tasks import task_module
 from actor.tasks.sets import load_sets
 from actor.tasks.table import Problems
 from common.config import Config
-from common.types import Prompt, UserError
+from common.types import Group, Prompt, UserError
 from launch.planning.prompt_lengths import Lengths
 
 OWN = "task"  # the task's own evaluation prompts, beside the names of evaluation.sets
@@ -45,6 +46,13 @@ class PromptStream:
                 drawn.append(replace(self.prompts[index], index=self.cursor))
             self.cursor += 1
         return drawn
+
+    def learn(self, groups: Sequence[Group]) -> None:
+        """Told the results of drawn prompts, which change nothing here (curriculum.py)."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the cursor: nothing."""
+        return {}
 
 
 def order_of_pass(num_prompts: int, seed: int, number: int) -> np.ndarray:
@@ -111,6 +119,8 @@ def check(
         raise UserError(f"model.path={config.model.path} has no chat template; use an instruction-tuned model")
     drawn = config.run.steps * config.run.prompts_per_step * (1 + config.method.refill_rounds)
     order, wanted = order_of_pass(len(train), config.run.seed, 0), max(drawn, ALWAYS_CHECKED)
+    if config.task.curriculum:
+        wanted = len(train)  # it may draw any
     checked = _check(train, order, wanted, "training prompts", config, tokenizer)
     evaluated = {
         name: _check(prompts, np.arange(len(prompts)), len(prompts), f"evaluation prompts ({name})", config, tokenizer)
