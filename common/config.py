@@ -196,16 +196,16 @@ class EvaluationConfig(Section):
     num_problems: int | None = Field(None, ge=1)
     """Most problems of the task, and of each set, that are evaluated; None: all."""
     num_samples: int = Field(0, ge=0)
-    """n of mean@n and of pass@k: completions of each problem, sampled at actor.temperature in addition to the greedy one
-    of Pass@1; 0: none."""
+    """n of mean@n and of pass@k: completions of each problem, sampled at actor.temperature in addition to the greedy
+    one of Pass@1; 0: none."""
     pass_at: tuple[Annotated[int, Field(ge=2)], ...] = ()
     """k of pass@k, estimated without bias from the n samples; unset: the powers of two up to n, and n."""
     sets: Annotated[tuple[str, ...], COSMETIC] = ()
     """Benchmarks that are evaluated beside the task: NAME:DATA, such as math500:FOLDER; DATA as in task.data. The set
     gsm8k is read and graded as by the task gsm8k, any other as by the task math."""
     best: Annotated[str | None, COSMETIC] = None
-    """Keep the checkpoint for which this number of an evaluation is highest as checkpoints/best: pass_at_1, reward_mean,
-    mean_at_8, pass_at_4, or one of a set, such as math500/pass_at_1. The evaluation at step 0 does not count."""
+    """Keep the checkpoint for which this number of an evaluation is highest as checkpoints/best: pass_at_1,
+    reward_mean, mean_at_8, pass_at_4, or one of a set, such as math500/pass_at_1. Step 0 does not count."""
 
     @property
     def ks(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from common.types import UserError
 
-OWN_FOLDERS = ("checkpoints", "tensorboard")  # in a run folder; all else that a run writes are files in it
+OWN_FOLDERS = ("checkpoints", "evaluations", "tensorboard")  # in a run folder; all else in it are files
 Warn = Callable[[str], None]
 NEW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -30,10 +30,6 @@ from launch.runtime.recovery import RunFailed
 from learner import checkpoint
 
 
-def evaluate(fleet, prompts, config, *, step):  # type: ignore  # TEMPORARY, until the loop calls measure.evaluate
-    return measure.evaluate(fleet, {measure.OWN: prompts}, config, step=step).record
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see launch/evaluate.py without arguments")

@@ -38,7 +38,7 @@ def tidy(config: Config, saved: Path) -> None:
 
 
 def stopped(config: Config, step: int) -> str | None:
-    """Why a run ends after `step`, before its last one, in a few words; None if it goes on."""
+    """Why a run ends after `step` without its later steps, in a line; None if it goes on."""
     metric, patience = config.evaluation.best, config.run.patience
     if metric is None or patience is None:
         return None
@@ -48,7 +48,8 @@ def stopped(config: Config, step: int) -> str | None:
     if num_since < patience:
         return None
     reached = "none has one" if best is None else f"{_values(records, metric)[best]:.3f} at step {best} is the best"
-    return f"{num_since} evaluations without a better {metric}: {reached} (run.patience={patience})"
+    since = f"{num_since} evaluation{'s' if num_since > 1 else ''} without a better {metric}"
+    return f"stopped after step {step}: {since}, {reached} (run.patience={patience})"
 
 
 def best_step(records: Sequence[Record], metric: str) -> int | None:

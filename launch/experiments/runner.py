@@ -48,7 +48,7 @@ def unfinished(cells: Sequence[Cell]) -> list[Cell]:
     Raises UserError for any invalid cell, also for a finished one whose options differ from the grid's.
     """
     for cell in {cell.kind: cell for cell in cells}.values():
-        plan.make(cell.config, saved=cell.config.run.dir)  # checks all except the run folder, which differs by seed
+        plan.make(cell.config, trains=False)  # checks all except the run folder, which differs by seed
     todo = []
     for cell in cells:
         folder = cell.config.run.dir

@@ -82,7 +82,7 @@ def test_the_command_prints_lines_and_an_object(tmp_path, capsys):
         ('{"step": 0, "set": "svamp", "problem": "p0", "correct": 1}\n', "no problem of an evaluation"),
         ('{"step": 0, "set": "svamp", "problem": [], "correct": true}\n', "no problem of an evaluation"),
         (
-            '{"step": 0, "set": "svamp", "problem": "p", "correct": true, "num_samples": 0, "num_samples_correct": 0}\n',
+            '{"step": 0, "set": "s", "problem": "p", "correct": true, "num_samples": 0, "num_samples_correct": 0}\n',
             "no problem of an evaluation",
         ),
         ('{"step": 0, "set": "aime24", "problem": "p0", "correct": true}\n', "no problem in common"),
