@@ -32,7 +32,7 @@ from common.config import TaskConfig
 from common.types import Prompt, Score, UserError, suggest
 
 BOXED_SYSTEM = "Solve the problem step by step. Put only the final answer into \\boxed{}."
-CHECKED = 10_000  # problems; a formula takes some 10 ms, so these take a minute or two
+CHECKED = 3_000  # problems; a formula takes some 10 ms of a processor, so these take half a minute at most
 CHECK_SECONDS = 10.0  # to grade by one of them
 PROBE = r"\boxed{1}"
 NAMED = 10  # of those that are left out
@@ -70,7 +70,7 @@ def _partly(completion: str, answer: str) -> float:
     if given is None:
         return -0.5
     value, truth = read_as_number(given), read_as_number(answer)
-    return 0.0 if value is None or truth is None else min(correctness(value, truth), 1.5)
+    return 0.0 if value is None or truth is None else correctness(value, truth)
 
 
 def load(task: TaskConfig, split: Literal["train", "eval"]) -> Problems:
