@@ -32,7 +32,7 @@ def one(data: Path, row: dict[str, Any], **changes: Any) -> Prompt:
 
 def test_columns_templates_and_patterns(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
-    row = {"question": "2+3?", "answer": "2+3=5 #### 5", "Body": "I {eat}.", "number": 145.0, "in": {"truth": "7"}}
+    row = {"question": "2+3?", "answer": "1+1=2, 2+3=5 #### 5", "Body": "I {eat}.", "number": 145.0, "in": {"truth": "7"}}
     plain = one(data, row, answer_pattern="####")
     assert (plain.messages[-1]["content"], plain.answer) == ("2+3?", "5")
     assert one(data, row, answer_pattern=r"=(\d)").answer == "5"
