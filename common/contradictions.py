@@ -66,9 +66,10 @@ def contradictions(config: "Config") -> Iterator[str]:
         yield (
             f"method.entropy={method.entropy} is not supported by learner.head_backend={learner.head_backend}; use auto"
         )
-    if config.evaluation.num_problems and config.evaluation.num_problems > config.task.num_eval:
+    num_problems = config.evaluation.num_problems  # of sets, too, which have sizes of their own
+    if num_problems and num_problems > config.task.num_eval and not config.evaluation.sets:
         yield (
-            f"evaluation.num_problems={config.evaluation.num_problems} exceeds task.num_eval={config.task.num_eval}; "
+            f"evaluation.num_problems={num_problems} exceeds task.num_eval={config.task.num_eval}; "
             "lower the one or raise the other"
         )
     shares = config.task.curriculum

@@ -1,5 +1,6 @@
 """Records each step: metrics, rollouts, timeline and evaluations in the run folder, and a line on the display."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from common.config import Config
+from common.files import NotWritten, remove
 from common.metrics import JsonLines, MetricsWriter, keep_lines, mean, read_lines
 from common.types import Group, Score, UpdateResult
 from launch.evaluation.measure import Evaluation
@@ -92,7 +94,8 @@ class Recorder:
         """Record an evaluation, each problem of it in a file of its own."""
         record = found.record
         path = self.folder / EVALUATIONS / f"{checkpoint.name(record['step'])}.jsonl"
-        path.unlink(missing_ok=True)  # of a run that was cut off between this file and the record
+        with contextlib.suppress(OSError):  # which the write below reports
+            remove(path)  # of a run that was cut off between this file and the record
         problems = JsonLines(path, self._warn)
         problems.write(*found.problems)
         problems.close()
@@ -131,7 +134,10 @@ def rewind(folder: Path, step: int) -> None:
         keep_lines(path, lambda record: record["step"] <= step)
     for path in (folder / EVALUATIONS).glob("*.jsonl"):
         if checkpoint.step_of(path.with_suffix("")) > step:
-            path.unlink()
+            try:
+                remove(path)
+            except OSError as error:
+                raise NotWritten(path, error) from None
 
 
 def num_completion_tokens(groups: Sequence[Group]) -> int:
