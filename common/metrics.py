@@ -1,18 +1,10 @@
-"""Writers of a run's metrics (JSON lines and TensorBoard), and readers of JSON lines."""
+"""Writers and readers of JSON lines, such as a run's metrics."""
 
-import io
 import json
 import math
-import os
-import socket
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
-
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from common.files import Appended, Warn, write_whole
 from common.types import UserError
@@ -68,35 +60,17 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 class MetricsWriter:
-    """metrics.jsonl and the TensorBoard file of one run; `warn` gets a line where the latter cannot be written."""
+    """metrics.jsonl of one run."""
 
-    def __init__(self, folder: Path, warn: Warn) -> None:
-        path = folder / "metrics.jsonl"
-        next_step = max((record["step"] for record in read_lines(path)), default=0) + 1
+    def __init__(self, path: Path) -> None:
         self.lines = JsonLines(path)
-        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
-        self.board = Appended(folder / "tensorboard" / name, warn)
-        # TensorBoard then forgets the steps that a resumed run makes again.
-        session = _event(step=next_step, session_log=SessionLog(status=SessionLog.START))
-        self.start = _event(file_version="brain.Event:2") + session  # of the file, written with the first step
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Scalars of one step. A value that is not finite is written as null: JSON has no NaN. Raises NotWritten."""
         self.lines.write({"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()})
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        if self.board.append(self.start + _event(step=step, summary=Summary(value=values))):
-            self.start = b""
 
     def close(self) -> None:
         self.lines.close()
-        self.board.close()
-
-
-def _event(**fields: Any) -> bytes:
-    """One record of TensorBoard's format."""
-    record = io.BytesIO()
-    RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
-    return record.getvalue()
 
 
 def mean(values: Iterable[float]) -> float:

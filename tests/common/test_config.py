@@ -63,11 +63,6 @@ def empty(tmp_path: Path) -> Path:
             "a function of the length",
         ),
         ('--method.decoupled_rewards true --method.advantage asymmetric --task.rewards {"a.b":1}', "use group_std"),
-        (
-            '--method.decoupled_rewards true --method.overlong_buffer 9 --task.rewards {"a.b":1}',
-            "a function of the length",
-        ),
-        ('--method.decoupled_rewards true --method.advantage asymmetric --task.rewards {"a.b":1}', "use group_std"),
         ("--evaluation.num_problems 600", "evaluation.num_problems=600 exceeds task.num_eval=500"),
         ("--task.gym_options {bad", "task.gym_options"),
         ("--model.lora_variant dora", "model.lora_variant=dora scales each output of W + s B A by a learned magnitude"),

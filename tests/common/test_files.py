@@ -3,10 +3,8 @@
 import errno
 import json
 import os
-import socket
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import files
 from common.files import Appended, NotWritten, check_own, write_whole
@@ -133,23 +131,8 @@ def test_a_folder_of_ones_own(tmp_path):
         check_own(tmp_path)
 
 
-def test_tensorboard_shows_a_resumed_run_once(tmp_path, monkeypatch):
-    """Steps 3 and 4 were made, and then made again from step 2 on: what the first run had written is forgotten."""
-    for name, steps, value in (("first", (1, 2, 3, 4), 1.0), ("second", (3,), 2.0)):
-        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)  # so that the second file has another name
-        writer = MetricsWriter(tmp_path, pytest.fail)
-        for step in steps:
-            writer.write(step, {"reward/mean": value, "kl/mean": float("nan")})
-        writer.close()
-        keep_lines(tmp_path / "metrics.jsonl", lambda record: record["step"] <= 2)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
-    assert len(os.listdir(tmp_path / "tensorboard")) == 2
-
-
 def test_a_value_that_is_not_finite_is_null(tmp_path):
-    writer = MetricsWriter(tmp_path, pytest.fail)
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
     writer.write(1, {"a": float("nan"), "b": float("-inf"), "c": 0.5})
     writer.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": None, "b": None, "c": 0.5}
