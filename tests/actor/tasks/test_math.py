@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from actor.reward_pool import RewardPool
-from actor.tasks import math, task_module
+from actor.tasks import math, math_answer, task_module
 from actor.tasks.composite_reward import SOLUTION, SYSTEM, completion_of
 from actor.tasks.math import BOXED_SYSTEM, load, reward, verify
 from common.config import TaskConfig
@@ -32,7 +32,7 @@ def one(data: Path, row: dict[str, Any], **changes: Any) -> Prompt:
 
 def test_columns_templates_and_patterns(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
-    row = {"question": "2+3?", "answer": "1+1=2, 2+3=5 #### 5", "Body": "I {eat}.", "number": 145.0, "in": {"truth": "7"}}
+    row = {"question": "2+3?", "answer": "1=1, 2+3=5 #### 5", "Body": "I {eat}.", "number": 145.0, "in": {"truth": "7"}}
     plain = one(data, row, answer_pattern="####")
     assert (plain.messages[-1]["content"], plain.answer) == ("2+3?", "5")
     assert one(data, row, answer_pattern=r"=(\d)").answer == "5"
@@ -164,6 +164,8 @@ def test_math_500_with_the_solutions_of_other_problems() -> None:
         pool.close()
     failed = [(pair, score) for pair, score in zip(pairs, scores, strict=True) if isinstance(score, str)]
     correct = [pair for pair, score in zip(pairs, scores, strict=True) if not isinstance(score, str) and score.correct]
+    parsed = [math_answer._parsed(row["answer"]) for row in rows]
+    assert all(math_answer.verify_by_math_verify(each, each, timeout_seconds=None) for each in parsed)
     named = {(rows[other]["answer"], rows[n]["answer"]) for other, n in correct}
     different = [each for each in sorted(named) if each[0] != each[1]]
     print(f"{len(pairs)} pairs, {len(correct)} correct, {len(failed)} failed: {failed[:10]}; not literally the same:")
