@@ -102,5 +102,12 @@ def load_base(model: Path | PretrainedConfig, dtype: str, device: torch.device) 
     """The model of a folder; of a configuration alone its shapes, on the meta device."""
     if isinstance(model, PretrainedConfig):
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model, dtype=getattr(torch, dtype), attn_implementation=PACKED)
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=PACKED).to(device)
+            base = AutoModelForCausalLM.from_config(model, dtype=getattr(torch, dtype), attn_implementation=PACKED)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=PACKED).to(device)
+    for module in base.modules():
+        # transformers reads the positions in each pass to choose between short and long factors, which waits for a GPU
+        # and fails without data. `unsupported` has made sure that the short ones hold, which the module begins with.
+        if getattr(module, "rope_type", None) == "longrope":
+            module.rope_type = "short"
+    return base

@@ -5,11 +5,12 @@ import pytest
 import tiny
 import torch
 from engine_oracle import peft_score, score
-from families import FAMILIES, WINDOW, save_model
-from transformers import AutoModelForCausalLM
+from families import FAMILIES, SIZES, WINDOW, save_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.config import ModelConfig
 from learner.batch import pack
+from learner.policy.activations import measure
 from learner.policy.forward import Demands
 from learner.policy.policy import Policy
 
@@ -35,3 +36,14 @@ def test_it_computes_what_transformers_and_peft_compute(tmp_path, family):
         expected = peft_score(model, adapter, rollout.token_ids)[rollout.num_prompt_tokens - 1 :]
         np.testing.assert_allclose(logprobs, expected, atol=1e-3)
     assert np.abs(packed[0] - unmoved[GROUPS[0].rollouts[0].num_prompt_tokens - 1 :]).mean() > 0.5, "a strong adapter"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_activations_are_measured_without_data(family, gpu):
+    """So that the memory plan can be made; a rotary embedding that reads positions would fail."""
+    model_type, values = FAMILIES[family]
+    model = AutoConfig.for_model(model_type, **(SIZES | {"vocab_size": tiny.V} | values))
+    config = ModelConfig(dtype="bfloat16" if gpu else "float32", max_length=256)
+    none, layer = (measure(model, config, lengths=[[40, 30], [60]], recompute=r, gpu=gpu) for r in ("none", "layer"))
+    assert 0 < layer.kept < none.kept <= none.peak
