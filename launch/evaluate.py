@@ -52,6 +52,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def planned(target: str, sets: Sequence[str], options: Sequence[str]) -> Plan:
     """The plan for a checkpoint, with its run's options, or for a base model, which gets an adapter of zeros."""
     path = usable(Path(target))
+    options = [*options, "--evaluation.best", "null", "--run.patience", "null"]  # which may name other sets
     if sets:
         options = [*options, "--evaluation.sets", json.dumps(list(sets))]
     if (path / "adapter_model.safetensors").is_file() or (path.is_dir() and not (path / "config.json").is_file()):

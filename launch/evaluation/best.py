@@ -66,9 +66,11 @@ def _values(records: Sequence[Record], metric: str) -> dict[int, float]:
     name, _, number = metric.rpartition("/")
     found = {}
     for record in records:
-        value = (record.get("sets", {}).get(name, {}) if name else record).get(number)
-        if record["step"] > 0 and isinstance(value, int | float) and math.isfinite(value):
-            found[record["step"]] = float(value)
+        value: Any = record
+        for key in (*(("sets", name) if name else ()), number):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if record["step"] > 0 and isinstance(value, float) and math.isfinite(value):
+            found[record["step"]] = value
     return found
 
 

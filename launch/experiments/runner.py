@@ -17,6 +17,7 @@ from common.config import dump
 from common.files import check_own
 from common.metrics import mean, read_lines
 from common.types import UserError
+from launch.evaluation import best
 from launch.experiments import cell as cell_process
 from launch.experiments.board import Board, Progress
 from launch.experiments.grid import Cell
@@ -43,7 +44,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def unfinished(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that have not reached their last step, with run.resume set if they have a checkpoint.
+    """The cells that have not reached their last step, nor run.patience, with run.resume set if they have a checkpoint.
 
     Raises UserError for any invalid cell, also for a finished one whose options differ from the grid's.
     """
@@ -57,7 +58,8 @@ def unfinished(cells: Sequence[Cell]) -> list[Cell]:
         config = cell.config.model_copy(update={"run": section})
         if reached is not None or not _died_early(folder):
             plan.run_folder(config)
-        if reached is None or reached.name != checkpoint.name(config.run.steps):
+        step = 0 if reached is None else checkpoint.step_of(reached)
+        if step != config.run.steps and not best.stopped(config, step):
             todo.append(replace(cell, config=config))
     return todo
 

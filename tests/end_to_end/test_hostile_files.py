@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 LINKS = [
     *("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl", "timeline.jsonl", "config.toml"),
     *("metrics.jsonl.partial", "config.toml.partial", "checkpoints", "tensorboard", "tensorboard/events.out.x"),
+    *("evaluations", "evaluations/step-000004.jsonl"),
     *("checkpoints/step-000004", "checkpoints/step-000006.partial", "checkpoints/step-000002/run_state.json"),
 ]
 

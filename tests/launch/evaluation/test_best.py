@@ -61,6 +61,13 @@ def test_the_best_by_a_set():
     assert best_step(found, "svamp/pass_at_1") is None  # evaluated since the run was resumed, not yet
 
 
+def test_records_that_no_run_writes_have_no_value():
+    hostile = [3, None, [], "x", {"math500": 3}, {"math500": {"pass_at_1": 10**400}}, {"math500": {"pass_at_1": True}}]
+    found = [{"step": step, "sets": sets} for step, sets in enumerate(hostile, start=1)]
+    assert best_step(found, "math500/pass_at_1") is None
+    assert best_step([{"step": 1, "pass_at_1": 10**400}, {"step": 2, "pass_at_1": 0.1}], "pass_at_1") == 2
+
+
 def test_a_run_keeps_the_best_and_the_newest(tmp_path):
     """Steps 10 to 50, of which 20 is the best: at every moment the best and the newest two are there."""
     chosen = config(tmp_path, keep_checkpoints=2)

@@ -180,11 +180,18 @@ def test_the_command_evaluates_a_base_model_on_sets_alone(start, model, tmp_path
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["svamp"]["p_value"] == 1.0
 
 
-def test_the_command_evaluates_the_best(start, tmp_path, capsys):
-    start(tmp_path / "run")
-    assert evaluate.main([str(tmp_path / "run" / "checkpoints" / "best")]) == 0
+def test_the_command_evaluates_the_best(start, tmp_path, svamp, capsys):
+    start(tmp_path / "run", "--evaluation.sets", f"svamp:{svamp}", "--evaluation.num_samples", "2")
+    best = str(tmp_path / "run" / "checkpoints" / "best")
+    assert evaluate.main([best]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (record["step"], record["num_problems"]) == (2, 2)
+    assert (record["step"], record["num_problems"], list(record["sets"])) == (2, 2, ["svamp"])
+    # Neither the set nor the number by which the run chose it need be evaluated again.
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace('best = "pass_at_1"', 'best = "svamp/pass_at_2"'))
+    assert evaluate.main([best, "--sets", f"other:{svamp}", "--evaluation.num_samples", "0"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (record["step"], list(record["sets"])) == (2, ["other"])
 
 
 @pytest.mark.parametrize(
