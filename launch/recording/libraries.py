@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 PROJECT = "horizon"  # W&B's and trackio's project, MLflow's experiment
 MAX_PARAMS = 100  # of one of MLflow's calls
@@ -63,12 +63,12 @@ class Wandb:
             "WANDB_DIR": str(run.folder.resolve()),
         }.items():
             os.environ.setdefault(name, value)
-        offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
-        if offline:
+        mode: Literal["offline"] | None = None  # W&B decides
+        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+            mode = "offline"
             folder = Path(os.environ["WANDB_DIR"]) / "wandb"
             run.say(f"no API key, so the run stays in {folder}; wandb login and wandb sync send it later")
         settings = wandb.Settings(console="off", silent=True)
-        mode = "offline" if offline else None  # None: W&B decides
         self.run = wandb.init(id=run.id, config=dict(run.config), resume="allow", mode=mode, settings=settings)
         self.id = self.run.id
         self.run.define_metric("step")
