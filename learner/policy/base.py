@@ -70,8 +70,8 @@ def _varying_positions(config: PretrainedConfig, max_length: int) -> Iterator[st
             yield "has dynamic rotary embeddings, which the actor computes otherwise than the learner"
         if kind == "longrope" and original is not None and max_length > original:
             yield (
-                f"changes its rotary embeddings (longrope) for sequences of more than {original} tokens, but in the "
-                f"actor for all of them if model.max_length={max_length} is more; lower it to {original}"
+                f"needs model.max_length={original} or less, not {max_length}: its rotary embeddings (longrope) change "
+                "beyond, in the actor for all sequences, in the learner for longer ones alone"
             )
 
 
