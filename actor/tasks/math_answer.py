@@ -43,9 +43,9 @@ LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
-_ITEM = (
+_ITEM = (  # a formula, or a number that is no part of n-1 or 2x
     r"(?:\$\$[^$]+\$\$|(?<![\\\d])\$(?:\\\$|[^$\n])+(?<!\\)\$|\\\([^\n]+?\\\)|\\\[.+?\\\]"
-    rf"|[-+−]?[$€£]?(?<![\w.])(?:{_DIGITS})(?:\s?/\s?\d+)?(?:\s?\\?%)?)"
+    rf"|(?<![^\s=:*~≈,;{{>$])[-+−]?[$€£]?(?:{_DIGITS})(?:\s?/\s?\d+)?(?![\w^]|\.\d)(?:\s?\\?%)?)"
 )
 _LIST = re.compile(rf"{_ITEM}(?:\s*(?:,|;|,?\s*\b(?:and|or)\b)\s*{_ITEM})*", re.DOTALL)
 _ANNOUNCED = re.compile(r"\banswer(?:\s+is\b|\s*:)[\s:*]*", re.IGNORECASE)

@@ -33,6 +33,10 @@ S, S_ = SOLUTION
         ("1,234, 5", "1,234, 5"),
         ("After 3 tries **Answer:** Evelyn\nBye", "Evelyn"),
         ("The answer is\n\n**42**", "42"),
+        (r"that $f(n) = f(n-1) \cdot q(n-1", None),  # cut off
+        ("it is 8: not 2x, 1.5x, 2^5 or f(3)", "8"),
+        ("x=-3", "-3"),
+        ("**60**%", "60"),
         ("none at all", None),
         ("", None),
     ],
