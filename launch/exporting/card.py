@@ -86,7 +86,7 @@ def render(source: Source, name: str, merge: Merge | None) -> str:
         base=base,
         shell={"name": shlex.quote(plain(name)), "base": shlex.quote(base)},
         max_lora_rank=next((rank for rank in VLLM_RANKS if rank >= config.model.lora_rank), None),
-        remark=GGUF_REMARK if config.model.path == SMOLLM2 and merge is None else "",
+        remark=_remark(config, merged=merge is not None),
         method=config.method.name,
         step=source.step,
         steps=config.run.steps,
@@ -101,6 +101,15 @@ def render(source: Source, name: str, merge: Merge | None) -> str:
         + "".join(f" --{option} FOLDER" for option in FOLDERS if is_local(config, option)),
         versions=versions(),
     )
+
+
+def _remark(config: Config, merged: bool) -> str:
+    """What whoever loads an adapter must know of its base."""
+    if merged:
+        return ""
+    if is_local(config, "model.path"):
+        return f"{code(base_name(config))} is a folder of the machine that trained: put the path of yours in its place."
+    return GGUF_REMARK if config.model.path == SMOLLM2 else ""
 
 
 def front_matter(source: Source, name: str, found: Sequence[Result], *, merged: bool) -> ModelCardData:

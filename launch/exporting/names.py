@@ -11,14 +11,22 @@ FOLDERS = ("model.path", "task.data")  # options that are a hub name or a path o
 
 def is_local(config: Config, option: str) -> bool:
     """Whether the option's value is a path of this machine rather than a hub name."""
-    value = value_of(config, option)
-    return value is not None and (Path(value).is_absolute() or Path(value).exists())
+    return _is_path(value_of(config, option))
+
+
+def _is_path(value: str | None) -> bool:
+    return value is not None and value != "" and (Path(value).is_absolute() or Path(value).exists())
 
 
 def shared(config: Config) -> Config:
-    """The configuration as an export contains it: of a local folder only its name, and another run.dir."""
-    named = {option: Path(value_of(config, option)).resolve().name for option in FOLDERS if is_local(config, option)}
-    return with_values(config, named | {"run.dir": Path("runs/again"), "run.resume": False})
+    """The configuration as an export contains it: of local files only their names, and another run.dir."""
+    named = {option: _name(value_of(config, option)) for option in FOLDERS if is_local(config, option)}
+    sets = tuple(f"{name}:{_name(data)}" for name, _, data in (each.partition(":") for each in config.evaluation.sets))
+    return with_values(config, named | {"evaluation.sets": sets, "run.dir": Path("runs/again"), "run.resume": False})
+
+
+def _name(value: str) -> str:
+    return Path(value).resolve().name if _is_path(value) else value
 
 
 def base_name(config: Config) -> str:

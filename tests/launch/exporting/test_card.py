@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from stranger import rewrite
 
 from common.command_line import load
+from common.config import dump
 from launch.exporting import card, comparison, merge, names, source
 from launch.exporting.card import Merge
 from launch.planning import model_folder
@@ -102,12 +103,15 @@ def test_how_to_load_an_adapter_and_a_merged_model(run):
 
 
 def test_no_path_of_this_machine_is_in_an_export(run, tmp_path, trained):
-    rewrite(run, task={"name": "gsm8k", "data": str(tmp_path / "secret-project" / "data")})
+    data = str(tmp_path / "secret-project" / "data")
+    rewrite(run, task={"name": "gsm8k", "data": data})
+    rewrite(run, evaluation={"sets": [f"math500:{data}", "aime24:HuggingFaceH4/aime_2024"]})
     config = load(["--config", str(run / "config.toml")], trained_run.DEFAULT)
     shared = names.shared(config)
     assert (shared.model.path, shared.task.data, str(shared.run.dir)) == ("tiny", "data", "runs/again")
+    assert shared.evaluation.sets == ("math500:data", "aime24:HuggingFaceH4/aime_2024")
     text = rendered(run)
-    assert "secret-project" not in text and str(trained.parent) not in text
+    assert "secret-project" not in dump(shared) + text and str(trained.parent) not in text
     assert "--run.dir runs/again --model.path FOLDER --task.data FOLDER" in section(text, "Reproduce")
     assert ModelCard(text).data.datasets is None
 
