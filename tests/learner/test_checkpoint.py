@@ -266,3 +266,14 @@ def test_a_full_disk_leaves_the_best_as_it_was(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-000004", "step-000006"]
     assert checkpoint.damage(tmp_path / "best") is None
     assert (tmp_path / "best" / "state.json").read_text() == '{"step": 1}'
+
+
+def test_resuming_removes_what_became_of_problems_at_later_steps(tmp_path):
+    folder = tmp_path / "evaluations"
+    folder.mkdir()
+    for name in ("step-000000.jsonl", "step-000004.jsonl", "step-000006.jsonl", "mine.jsonl"):
+        (folder / name).write_text("")
+    rewind(tmp_path, 4)
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.jsonl", "step-000000.jsonl", "step-000004.jsonl"]
+    rewind(tmp_path, -1)
+    assert [path.name for path in folder.iterdir()] == ["mine.jsonl"]
