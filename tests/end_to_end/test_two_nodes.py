@@ -134,7 +134,7 @@ def test_a_run_goes_on_without_a_lost_node_and_takes_it_in_again(nodes: Nodes, f
     said = [line for line in log.read_text().splitlines() if "going on after step" in line]
     assert len(said) == 2, said
     assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1))
-    assert sum(line["recovery/learner"] for line in lines(run)) >= 1
+    assert sum(line["recovery/learner"] + line["recovery/actor"] for line in lines(run)) >= 1
     assert_numbers_of_one_node(run, folder, tmp_path / "alone", "--run.steps", str(STEPS))
 
 
