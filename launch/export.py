@@ -76,7 +76,8 @@ def check_loss(result: Merge) -> None:
         )
     what = f"--dtype {result.dtype} keeps {share:.0%} of the update and misses {lost:.0%} of the adapter's effect"
     if max(1 - share, lost) > MOST_LOST:
-        raise UserError(f"{what}, so most is lost to rounding; use --dtype float32, or leave out --merge")
+        finer = "float16 or float32" if result.dtype == "bfloat16" else "float32"
+        raise UserError(f"{what}, so most is lost to rounding; use --dtype {finer}, or leave out --merge")
     if max(1 - share, lost) > MUCH_LOST:
         print(f"warning: {what}; --dtype float32, and the adapter without --merge, keep all")
 

@@ -122,7 +122,7 @@ def test_an_update_below_the_steps_of_bfloat16_is_refused(model, tmp_path, capsy
     assert exported(run, tmp_path / "new" / "out", "--merge")[0] == 2
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1].startswith("--dtype bfloat16 keeps ")
-    assert captured.err.splitlines()[-1].endswith("use --dtype float32, or leave out --merge")
+    assert captured.err.splitlines()[-1].endswith("use --dtype float16 or float32, or leave out --merge")
     assert list((tmp_path / "new").iterdir()) == []
     assert exported(run, tmp_path / "new" / "out", "--merge", "--dtype", "float32")[0] == 0
 
