@@ -143,7 +143,7 @@ def install(
     `adapted`: the projections that get an adapter, with the indices of the layer's outputs that they compute.
     """
     outputs = list(layer.output_partition_sizes)
-    inputs = getattr(layer, "input_size_per_partition", layer.input_size)
+    inputs = layer.input_size if isinstance(layer, ReplicatedLinear) else layer.input_size_per_partition
     row_parallel = isinstance(layer, RowParallelLinear)
     of_inputs = slice(layer.tp_rank * inputs, (layer.tp_rank + 1) * inputs) if row_parallel else slice(None)
     a = torch.zeros(inputs, len(adapted) * rank, dtype=dtype, device=device)

@@ -225,7 +225,7 @@ def test_sampling_and_the_adapters_options_reach_the_engine(engines, name) -> No
     assert found["logprobs"] == ("processed_logprobs", -1)
     assert found["prefix caching"] is True
     assert found["chunked prefill"] is True
-    assert found["additional"] == {"horizon": {"rank": 8, "alpha": 24.0, "targets": ["q_proj", "down_proj"]}}
+    assert found["additional"] == {"horizon": {"rank": 8, "scale": 3.0, "targets": ["q_proj", "down_proj"]}}
 
 
 @pytest.mark.slow
