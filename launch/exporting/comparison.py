@@ -20,7 +20,7 @@ from launch.exporting.source import Source
 from learner.policy.policy import Policy
 
 NUM_PROMPTS, MAX_TOKENS = 8, 512  # of the comparison; a prompt is cut to MAX_TOKENS
-NOISE_NATS = 1e-4  # of float32: two orders of summation differ by 1e-6 to 3e-5 nats per token
+NOISE_NATS = 1e-4  # of float32: without any rounding of weights SmolLM2-135M differs by 8e-6 nats per token
 
 
 @dataclass(frozen=True, kw_only=True)
