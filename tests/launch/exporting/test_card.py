@@ -129,17 +129,17 @@ def test_hub_names_stay(run):
 def test_what_a_stranger_wrote_stays_code(run):
     """Neither Markdown nor HTML, nor another line of a command, comes of a setting."""
     evil = "x`\n```\n# owned <img src=x> | y\n---\n"
-    folder = run.parent / "a'; rm -rf b #\n```"
+    folder = run.parent / "a'; rm <img> #\n```"
     shutil.copytree(Path(load(["--config", str(run / "config.toml")], trained_run.DEFAULT).model.path), folder)
     rewrite(run, task={"gym": evil, "name": "gym"}, model={"path": str(folder)})
     text = rendered(run)
     assert not re.search(r"^# owned|^<img", text, re.MULTILINE)
     assert text.count("\n```") == 6  # three blocks
-    for line in text.splitlines():
+    for line in re.sub(r"^```\w+\n.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).splitlines():
         outside = re.sub(r"`[^`]*`", "", line)
         assert "<img" not in outside and "owned" not in outside, line
     [serve] = [line for line in text.splitlines() if line.startswith("vllm serve")]
-    assert serve.startswith("vllm serve 'a'\"'\"'; rm -rf b #\\n```' --enable-lora")
+    assert serve.startswith("vllm serve 'a'\"'\"'; rm <img> #\\n```' --enable-lora")
     assert len(ModelCard(text).data.eval_results) == 3
 
 
