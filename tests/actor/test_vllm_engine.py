@@ -214,8 +214,8 @@ def test_an_adapter_that_does_not_fit_is_rejected(engine: Remote, reference: Any
     shapes = {name.replace("layers.0.", "layers.99."): shape for name, shape in adapter.shapes.items()}
     with pytest.raises(ValueError, match=r"model\.layers\.99\.self_attn\.q_proj\S* belongs to no linear module"):
         engine.load(replace(adapter, shapes=shapes))
-    for change in ({"alpha": 8.0}, {"rank": 4}, {"dtype": "float16"}):
-        with pytest.raises(ValueError, match=r"the adapter has \(rank, alpha, dtype\)"):
+    for change in ({"alpha": 8.0}, {"variant": "rslora"}, {"rank": 4}, {"dtype": "float16"}):
+        with pytest.raises(ValueError, match=r"the adapter has \(rank, scale, dtype\)"):
             engine.load(replace(adapter, **change))
 
 

@@ -73,7 +73,7 @@ def test_actor_and_learner_agree_on_a_family(tmp_path: Path, process: ProcessPoo
     model = CONFIG.model.model_copy(update={"lora_targets": names})
     probe = Learner(folder, CONFIG.model_copy(update={"model": model}), TOKENS).probe()
     assert probe.canary is not None
-    assert np.abs(probe.canary.logprobs - probe.canary.base_logprobs).mean() > 1
+    assert np.abs(probe.canary.logprobs - probe.canary.base_logprobs).mean() > 0.5
 
     base, receipt, samples = process.submit(_in_engine, str(folder), model, probe).result()
     np.testing.assert_allclose(base, probe.canary.base_logprobs, atol=1e-4)

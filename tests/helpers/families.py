@@ -54,6 +54,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": WINDOW,
             "layer_types": ALTERNATING,
             "rope_parameters": GEMMA_ROPE,
+            "initializer_range": 0.1,  # with more, the scaled and tied embeddings repeat the last token
             "final_logit_softcapping": None,
             "tie_word_embeddings": True,
         },
