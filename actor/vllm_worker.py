@@ -51,12 +51,15 @@ class ResidentAdapter:
             self.packed = ops.create_onednn_mm(layer.adapter_a.data), ops.create_onednn_mm(layer.adapter_b.data)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[tokens, inputs] -> [tokens, outputs]."""
+        """[..., inputs] -> [..., outputs]; more than [tokens] before in models that vLLM takes from transformers."""
         y: Tensor = self.base.apply(layer, x, bias)
+        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if self.packed is None:
-            return y.addmm_(x @ layer.adapter_a, layer.adapter_b, alpha=self.scale)
-        a, b = self.packed
-        return y.add_(ops.onednn_mm(b, ops.onednn_mm(a, x, None), None), alpha=self.scale)
+            flat_y.addmm_(flat_x @ layer.adapter_a, layer.adapter_b, alpha=self.scale)
+        else:
+            a, b = self.packed
+            flat_y.add_(ops.onednn_mm(b, ops.onednn_mm(a, flat_x, None), None), alpha=self.scale)
+        return y
 
 
 class Piece(NamedTuple):

@@ -22,7 +22,7 @@ class Base:
     """Stands in for vLLM's quant_method. Its output is 0, so that only the adapter's product remains."""
 
     def apply(self, layer, x, bias=None):
-        return x.new_zeros(len(x), sum(layer.output_partition_sizes))
+        return x.new_zeros(*x.shape[:-1], sum(layer.output_partition_sizes))
 
 
 def layer(kind: type, rank: int, ranks: int, inputs: int, outputs: list[int]):
@@ -88,6 +88,8 @@ def test_the_ranks_together_compute_the_whole_product(name, ranks):
         assert held == adapter.checksum
         own = x.chunk(ranks, 1)[rank] if kind is RowParallelLinear else x
         parts.append(one.quant_method.apply(one, own).double())
+        of_a_batch = one.quant_method.apply(one, own[None]).double()  # as vLLM's models from transformers call it
+        torch.testing.assert_close(of_a_batch, parts[-1][None])
 
     whole = [
         SCALE * x.double() @ factors[f"base_model.model.layers.0.{p}.lora_A.weight"].double().T
