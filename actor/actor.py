@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from actor import set_rewards
+from actor import rewards
 from actor.rollout import Sampling, roll_out
 from common.adapter import Adapter
 from common.config import Config
@@ -36,7 +36,7 @@ class Actor:
 
         self.tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self.engine = VLLMEngine(str(model_folder), config.model, config.actor, seed=config.run.seed)
-        self.rewards = set_rewards.start(config)
+        self.rewards = rewards.start(config)
         self.max_length = config.model.max_length
         self.version: int | None = None  # None until the first load
 

@@ -2,6 +2,7 @@
 
 A function has the parameters (completion, prompt) and returns a number, or (completions, prompts), in the plural as
 TRL's and verifiers' have them, and returns one number for each; `**kwargs` may follow. Either may be `async`.
+Completions are texts, for chats too, and a None is a failure: TRL has lists of messages, and passes over a None.
 """
 
 import inspect

@@ -36,19 +36,31 @@ class _Interrupted(RuntimeError):
 
 
 class RewardPool:
-    """The reward of one task, in `workers` processes that stay warm.
+    """The reward of a task, or of the one that a prompt names, in `workers` processes that stay warm.
 
     Example: pool = RewardPool("gsm8k", workers=2, timeout_seconds=10.0); pool.finish(pool.start([("42", prompt)]))
     """
 
-    def __init__(self, task_name: str, *, workers: int, timeout_seconds: float, functions: Sequence[str] = ()) -> None:
-        """Return when every worker has imported the task, and the modules of the reward `functions` that `call` will
-        be asked for. Raises UserError for an unknown task or function."""
-        imports(task_name, functions)
+    def __init__(
+        self,
+        task_name: str,
+        *,
+        workers: int,
+        timeout_seconds: float,
+        graders: Sequence[str] = (),
+        functions: Sequence[str] = (),
+    ) -> None:
+        """Return when every worker has imported the task, the `graders` (other tasks, which prompts may name), and the
+        modules of the reward `functions` that `call` will be asked for: no import takes the time of a reward.
+
+        Raises UserError for an unknown task or function.
+        """
+        tasks = (task_name, *graders)
+        imports(tasks, functions)
         self._timeout_seconds = timeout_seconds
         # One thread per worker. It also starts its worker, since a child process dies with the thread that started it.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")
-        self._workers = list(self._threads.map(_Worker, [(task_name, *functions)] * workers))
+        self._workers = list(self._threads.map(_Worker, [(",".join(tasks), *functions)] * workers))
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -92,7 +104,7 @@ class _Worker:
     """A process that scores one call at a time. It is started again after it has ended."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """`names`: the task's, then the paths of reward functions."""
+        """`names`: the arguments of `_work`."""
         self.tries = TRIES
         self._names = names
         self._start()
@@ -173,17 +185,22 @@ def connected(descriptor: str) -> Connection:
     return Connection(int(descriptor))
 
 
-def imports(task_name: str, functions: Sequence[str]) -> None:
-    """Import a task and reward functions. Raises UserError for an unknown one."""
-    task_module(task_name)
+def imports(tasks: Sequence[str], functions: Sequence[str]) -> None:
+    """Import tasks and reward functions. Raises UserError for an unknown one."""
+    for name in tasks:
+        task_module(name)
     for path in functions:
         find(path)
 
 
-def _work(descriptor: str, task_name: str, *functions: str) -> None:
-    """The main loop of a worker, which runs until the process is killed."""
+def _work(descriptor: str, tasks: str, *functions: str) -> None:
+    """The main loop of a worker, which runs until the process is killed.
+
+    `tasks` are names with commas between them; the first grades the prompts that name none.
+    """
     connection = connected(descriptor)
-    imports(task_name, functions)
+    task_name, *_ = names = tasks.split(",")
+    imports(names, functions)
     connection.send(None)  # ready
     with asyncio.Runner() as runner:  # one event loop, since a client that a reward keeps belongs to its first one
         while True:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actor.async_rewards import AsyncRewards
 from actor.reward_functions import Call, Values, find
 from actor.reward_pool import RewardPool, Scoring
+from actor.tasks.sets import task_of
 from common.config import Config
 from common.types import Prompt, Score, UserError, suggest
 
@@ -32,7 +34,10 @@ class Rewards(Protocol):
 
 
 def start(config: Config) -> Rewards:
-    """The processes that score the completions of a run. Raises UserError for an unknown task or reward."""
+    """The processes that score the completions of a run, and of its evaluations.
+
+    Raises UserError for an unknown task or reward.
+    """
     return ComposedRewards(config) if config.task.rewards else _pool(config)
 
 
@@ -41,6 +46,7 @@ def _pool(config: Config, *, workers: int | None = None, functions: Sequence[str
         config.task.name,
         workers=workers or config.actor.reward_workers,
         timeout_seconds=config.actor.reward_timeout_seconds,
+        graders=sorted({task_of(each) for each in config.evaluation.sets}),
         functions=functions,
     )
 
@@ -48,6 +54,11 @@ def _pool(config: Config, *, workers: int | None = None, functions: Sequence[str
 def functions_of(config: Config) -> list[str]:
     """The names in task.rewards that are paths of functions: those with a dot. The others are parts of the task's."""
     return [name for name in config.task.rewards if "." in name]
+
+
+def seconds_of_a_rollout(config: Config) -> float:
+    """What the rewards of one rollout may take at most, the task's and each function's, over the number of workers."""
+    return (1 + len(functions_of(config))) * config.actor.reward_timeout_seconds / config.actor.reward_workers
 
 
 def check(config: Config, prompt: Prompt) -> None:
@@ -96,12 +107,15 @@ class ComposedRewards:
         """Return when all processes have started. Raises UserError for an unknown task or function."""
         self._weights = config.task.rewards
         self._functions = {path: find(path) for path in functions_of(config)}
-        self._pool = _pool(config, functions=list(self._functions))
         self._async: AsyncRewards | None = None
-        if paths := [path for path, function in self._functions.items() if function.is_async]:
-            self._async = AsyncRewards(
-                paths, timeout_seconds=config.actor.reward_timeout_seconds, alone=self._pool.call
-            )
+        with ExitStack() as stack:
+            self._pool = _pool(config, functions=list(self._functions))
+            stack.callback(self._pool.close)  # unless all processes start
+            if paths := [path for path, function in self._functions.items() if function.is_async]:
+                self._async = AsyncRewards(
+                    paths, timeout_seconds=config.actor.reward_timeout_seconds, alone=self._pool.call
+                )
+            stack.pop_all()
 
     def start(self, completions: Sequence[tuple[str, Prompt]]) -> Composing:
         """Start to score the (completion, prompt) pairs of one group in the background.
@@ -158,19 +172,30 @@ def composed(own: Score, others: Mapping[str, float | str], weights: Mapping[str
     """The sum of weight times reward over the rewards that `weights` names, or the text of the first failure.
 
     `own` is the task's Score and `others` has the rewards of functions. `parts` are the rewards without their weights,
-    in the order of `weights`, and `correct` is the task's. A reward that fails is never a 0.
+    in the order of `weights`, and `correct` is the task's. A reward that fails is never a 0. One of weight 0, which is
+    only logged, is then left out of `parts`, so that it changes nothing that is trained on.
     """
     parts: dict[str, float] = {}
-    for name in weights:
-        value = others[name] if name in others else own.parts.get(name)
-        if value is None and name == CORRECT:
-            value = float(own.correct)
-        if value is None:
-            return f"{name}: the task's reward has no such part"
-        if isinstance(value, str):
+    for name, weight in weights.items():
+        value = _reward(name, own, others)
+        if not isinstance(value, str):
+            parts[name] = value
+        elif weight:
             return f"{name}: {value}"
-        parts[name] = value
-    total = math.fsum(weight * parts[name] for name, weight in weights.items())
+    try:
+        total = math.fsum(weight * parts[name] for name, weight in weights.items() if weight)
+    except (OverflowError, ValueError):  # as of 1e308 + 1e308, and of inf - inf
+        total = math.nan
     if not math.isfinite(total):
         return f"the sum of the rewards is {total}, which is not finite"
     return Score(total=total, correct=own.correct, parts=parts)
+
+
+def _reward(name: str, own: Score, others: Mapping[str, float | str]) -> float | str:
+    """One of the rewards, which is finite, or the text of its failure."""
+    if name in others:
+        return others[name]
+    value = own.parts.get(name, float(own.correct) if name == CORRECT else None)
+    if value is None:
+        return "the task's reward has no such part"
+    return value if math.isfinite(value) else f"it is {value}, which is not finite"

@@ -109,7 +109,7 @@ def _of_the_weights_gradient(config: "Config") -> Iterator[str]:
 
 def _of_decoupled_rewards(config: "Config") -> Iterator[str]:
     method = config.method
-    if not config.task.rewards:
+    if not any(config.task.rewards.values()):
         yield (
             "method.decoupled_rewards=true needs the rewards that it is to normalise; set task.rewards, "
             """such as '{"correct": 1.0, "format": 0.5}'"""
@@ -118,6 +118,11 @@ def _of_decoupled_rewards(config: "Config") -> Iterator[str]:
         yield (
             f"method.overlong_buffer={method.overlong_buffer} lowers the sum of the rewards, which "
             "method.decoupled_rewards=true does not form; put a function of the length into task.rewards"
+        )
+    if method.reward_threshold:
+        yield (
+            f"method.reward_threshold={method.reward_threshold} is one of the sum of the rewards, which "
+            "method.decoupled_rewards=true does not form; use group_filter=zero-variance"
         )
     if method.advantage == "asymmetric":
         yield (

@@ -24,6 +24,7 @@ from common.types import UserError
 from launch.evaluation import compare, measure
 from launch.planning import plan
 from launch.planning.plan import Plan
+from launch.planning.prompts import OWN
 from launch.runtime import cluster, workers
 from launch.runtime.channel import AdapterMismatch
 from launch.runtime.recovery import RunFailed
@@ -53,6 +54,7 @@ def planned(target: str, sets: Sequence[str], options: Sequence[str]) -> Plan:
     """The plan for a checkpoint, with its run's options, or for a base model, which gets an adapter of zeros."""
     path = usable(Path(target))
     options = [*options, "--evaluation.best", "null", "--run.patience", "null"]  # which may name other sets
+    options += ["--task.rewards", "null", "--method.decoupled_rewards", "false"]  # judges, which grade no evaluation
     if sets:
         options = [*options, "--evaluation.sets", json.dumps(list(sets))]
     if (path / "adapter_model.safetensors").is_file() or (path.is_dir() and not (path / "config.json").is_file()):
@@ -78,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         if not options or options[0].startswith("-"):
             raise UserError("name a checkpoint or a model: launch/evaluate.py RUN/checkpoints/step-000030 [OPTIONS]")
         checked = planned(options[0], own.sets or (), options[1:])
-        problems = checked.eval_sets if own.sets else checked.prompts.evaluation
+        problems = {name: each for name, each in checked.prompts.evaluation.items() if not (own.sets and name == OWN)}
         with cluster.connect(), workers.start(checked) as started:
             found = measure.evaluate(started.fleet, problems, started.plan.config, step=started.version)
         print(*measure.lines(found.record), json.dumps(found.record), sep="\n")

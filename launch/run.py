@@ -99,7 +99,7 @@ def _train(started: Workers, display: Display, *, can_grow: Callable[[], bool]) 
         part_prompts=config.actor.part_prompts,
         num_steps=config.run.steps - first_step,
         max_staleness=config.run.max_staleness,
-        drop_reason=partial(drop_reason, method=config.method),
+        drop_reason=partial(drop_reason, method=config.method, rewards=config.task.rewards),
         refill_rounds=config.method.refill_rounds,
     )
     with Recorder(config.run.dir, started.plan.tokenizer, display, config) as recorder:

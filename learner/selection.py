@@ -46,7 +46,7 @@ def select(groups: Sequence[Group], method: Fields, *, max_tokens: int, rewards:
     dropped: Counter[str] = Counter()
     start = 0
     for group in groups:
-        if reason := drop_reason(group, method):
+        if reason := drop_reason(group, method, rewards):
             dropped[reason] += 1
         else:
             scored = [i for i, rollout in enumerate(group.rollouts) if rollout.score is not None]
@@ -65,8 +65,8 @@ def select(groups: Sequence[Group], method: Fields, *, max_tokens: int, rewards:
     )
 
 
-def drop_reason(group: Group, method: Fields) -> str | None:
-    """Why `method` excludes this group, in a word; None where it does not."""
+def drop_reason(group: Group, method: Fields, rewards: Mapping[str, float]) -> str | None:
+    """Why `method` excludes this group, in a word; None where it does not. rewards is `task.rewards`."""
     scores = [rollout.score for rollout in group.rollouts if rollout.score is not None]
     if not scores:
         return "unscored"
@@ -74,18 +74,23 @@ def drop_reason(group: Group, method: Fields) -> str | None:
     if method.group_filter == "accuracy" and num_correct in (0, len(scores)):
         return "all-correct" if num_correct else "all-incorrect"
     std = torch.tensor([score.total for score in scores], dtype=torch.float64).std(correction=0).item()
-    if method.group_filter == "zero-variance" and _equal(scores, method):
+    if method.group_filter == "zero-variance" and _equal(scores, method, rewards):
         return "zero-variance"
     if std < method.reward_threshold:
         return "low-variance"
     return None
 
 
-def _equal(scores: Sequence[Score], method: Fields) -> bool:
+def _equal(scores: Sequence[Score], method: Fields, rewards: Mapping[str, float]) -> bool:
     """Whether the rewards of a group are equal: decoupled ones may differ where their sums are equal."""
     if method.decoupled_rewards:
-        return all(score.parts == scores[0].parts for score in scores)
+        return all(score.parts[name] == scores[0].parts[name] for score in scores for name in _weighted(rewards))
     return len({score.total for score in scores}) == 1
+
+
+def _weighted(rewards: Mapping[str, float]) -> dict[str, float]:
+    """Without those of weight 0, which are only logged: a score lacks one that has failed."""
+    return {name: weight for name, weight in rewards.items() if weight}
 
 
 def overlong(num_tokens: int, method: Fields, *, max_tokens: int) -> float:
@@ -105,6 +110,7 @@ def _advantages(group: Group, method: Fields, max_tokens: int, weights: Mapping[
         return advantage.asymmetric(correct_1G, beta_pos=method.beta_pos, beta_neg=method.beta_neg)[0]
     compute = ADVANTAGES.get(method.advantage) or function(method.advantage)
     if method.decoupled_rewards:
+        weights = _weighted(weights)
         rewards_KG = torch.tensor([[score.parts[name] for score in scores] for name in weights], dtype=torch.float64)
         return advantage.decoupled(rewards_KG, rewards_KG.new_tensor(list(weights.values())), compute)
     rewards = [

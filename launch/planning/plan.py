@@ -16,7 +16,7 @@ from common.command_line import build, read
 from common.config import Config, dump, options, value_of, with_values
 from common.files import check_own, check_started_elsewhere
 from common.section import COSMETIC, MACHINE, PLACEMENT, PLANNED
-from common.types import Prompt, UserError
+from common.types import UserError
 from launch.planning import checks, curriculum, devices, memory_fit, model_folder, prompts
 from launch.planning.curriculum import Curriculum
 from launch.planning.devices import Gpu
@@ -53,16 +53,6 @@ class Plan:
     num_adapter_parameters: int
     dtype_reason: str  # why model.dtype is what it is
     memory: Memory | None  # None on a CPU
-
-    @property
-    def eval_prompts(self) -> Sequence[Prompt]:
-        """The task's own evaluation prompts."""
-        return self.prompts.evaluation[prompts.OWN]
-
-    @property
-    def eval_sets(self) -> dict[str, Sequence[Prompt]]:
-        """The prompts of evaluation.sets, by the set's name."""
-        return {name: each for name, each in self.prompts.evaluation.items() if name != prompts.OWN}
 
     def refuse_absent_gpu(self) -> None:
         """Raise UserError if the plan is for a GPU and there is none: its choices do not suit a CPU."""

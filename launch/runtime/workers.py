@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from actor import rewards
 from actor.actor import Actor
 from launch.planning.plan import Plan
 from launch.runtime import nodes
@@ -52,7 +53,6 @@ def start(plan: Plan, *, learner_class: type[Learner] = Learner, losses: Losses 
             [_remote(side, plan, place, half=half) for place in each]
             for half, (side, each) in enumerate(((Actor, places.actors), (learner_class, places.learners)))
         )
-        reward_seconds = config.actor.reward_timeout_seconds / config.actor.reward_workers
         number = len(ranks)
         rank_makers = [
             partial(rank.remote, folder, config, plan.canary_token_ids, ranks=Ranks(index, number))
@@ -60,7 +60,7 @@ def start(plan: Plan, *, learner_class: type[Learner] = Learner, losses: Losses 
         ]
         try:
             actor_makers = [partial(actor.remote, folder, config) for actor in actors]
-            fleet = Fleet(actor_makers, losses, reward_seconds=reward_seconds)
+            fleet = Fleet(actor_makers, losses, reward_seconds=rewards.seconds_of_a_rollout(config))
             stack.callback(fleet.close)
             crew = Crew(rank_makers, losses)
             stack.callback(crew.close)

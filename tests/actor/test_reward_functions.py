@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from actor import rewards
-from actor.reward_functions import find
+from actor.reward_functions import Call, find, values_of
 from common.command_line import build, load
 from common.config import Config, dump, with_values
 from common.types import Prompt, UserError
@@ -50,11 +50,22 @@ def test_rewards_that_exist_pass_the_check() -> None:
     }
 
 
+def test_a_function_of_trls_form_gets_texts_and_fails_where_it_returns_none() -> None:
+    call = Call("judges.like_trl", ("a", "pass over", "b"), (PROMPT,) * 3)
+    assert values_of(call, lambda _: None) == [1.0, "the reward returned None, not a finite number", 1.0]
+
+
 def test_a_module_that_raises_anything_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "raising.py").write_text("raise KeyError('a\\nb')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=r"task\.rewards: raising\.f: no such function \(KeyError: 'a\\nb'\)"):
         rewards.check(config({"raising.f": 1.0}), PROMPT)
+
+
+def test_each_function_and_the_task_may_take_their_time_for_a_rollout() -> None:
+    times = {"actor.reward_timeout_seconds": 6.0, "actor.reward_workers": 4}
+    given = [{}, {"correct": 1.0, "words": 0.0}, {"words": 1.0, "judges.rank": 0.0, "judges.odd": 2.0}]
+    assert [rewards.seconds_of_a_rollout(with_values(config(each), times)) for each in given] == [1.5, 1.5, 4.5]
 
 
 def test_weights_are_finite() -> None:

@@ -1,5 +1,6 @@
 """The reward pool: one failing reward does not affect the others or their order; no worker outlives its owner."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -196,6 +197,18 @@ def test_a_prompt_that_cannot_be_pickled_costs_its_own_rollout_only(pool: Reward
     odd = Prompt(messages=(), answer=lambda: 42)  # type: ignore[arg-type]
     failure, score = score_all(pool, [("ok", odd), ("ok", PROMPT)])
     assert "pickle" in str(failure) and isinstance(score, Score)
+
+
+def test_a_prompt_is_graded_by_the_task_that_it_names(path: Path) -> None:
+    """Its module, which takes longer than a reward may, is imported before the first call, by every worker."""
+    slow = "import sys, time\nif '-P' in sys.orig_argv: time.sleep(1.5)\n" + textwrap.dedent(TASK)
+    (path / "slow_task.py").write_text(slow.replace("float(number or 1)", "float(number or 1) + 100"))
+    named = Prompt(messages=(), answer="42", task="slow_task")
+    with contextlib.closing(RewardPool("rough_task", workers=2, timeout_seconds=1, graders=["slow_task"])) as pool:
+        first = score_all(pool, [("ok 1", named), ("ok 2", PROMPT), ("ok 3", named), ("exit", named), ("ok 4", named)])
+        assert [s.total if isinstance(s, Score) else s for s in first] == [
+            *(101, 2, 103, "the reward ended its process (exit code 3)", 104),
+        ]
 
 
 def test_an_unknown_task_is_rejected_before_a_process_starts() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import judges
+import psutil
 import pytest
 
 from actor import rewards
@@ -62,9 +64,24 @@ def test_weighted_sum_by_hand() -> None:
 
 def test_a_reward_that_fails_is_named_and_never_a_zero() -> None:
     own = Score(total=1.0, correct=True, parts={})
-    assert composed(own, {"a.b": "it broke", "a.c": "too"}, {"correct": 1.0, "a.c": 0.0, "a.b": 1.0}) == "a.c: too"
+    assert composed(own, {"a.b": "it broke", "a.c": "too"}, {"correct": 1.0, "a.c": -2.0, "a.b": 1.0}) == "a.c: too"
     assert composed(own, {}, {"format": 1.0}) == "format: the task's reward has no such part"
-    assert "not finite" in str(composed(own, {"a.b": 1e308}, {"a.b": 1e308}))
+    nan = Score(total=1.0, correct=True, parts={"format": math.nan})
+    assert composed(nan, {}, {"format": 1.0}) == "format: it is nan, which is not finite"
+
+
+@pytest.mark.parametrize("weights", [{"a.b": 1e308}, {"a.b": 1.0, "a.c": 1.0}, {"a.b": 1e308, "a.c": -1e308}])
+def test_a_sum_that_is_not_finite_is_a_failure(weights: dict[str, float]) -> None:
+    own = Score(total=1.0, correct=True, parts={})
+    assert "not finite" in str(composed(own, {"a.b": 1e308, "a.c": 1e308}, weights))
+
+
+def test_a_reward_of_weight_0_that_fails_changes_nothing_that_is_trained_on() -> None:
+    """It is left out of the parts; the others count as without it."""
+    own = Score(total=1.0, correct=True, parts={"format": math.nan})
+    weights = {"a.b": 0.0, "correct": 2.0, "format": 0.0, "steps": 0.0, "a.c": 1.0, "a.d": 0.0}
+    got = composed(own, {"a.b": "it broke", "a.c": 3.0, "a.d": 4.0}, weights)
+    assert got == Score(total=5.0, correct=True, parts={"correct": 1.0, "a.c": 3.0, "a.d": 4.0})
 
 
 def test_the_parts_of_gsm8k_with_weight_1_are_its_reward() -> None:
@@ -130,14 +147,47 @@ def test_a_failure_costs_its_own_rollout_only(mixed: rewards.Rewards) -> None:
 def test_a_batch_that_fails_costs_its_group(mixed: rewards.Rewards) -> None:
     less = "judges.rank: ValueError: 2 rewards for 3 completions"
     assert totals(score(mixed, ["1", "1111", "3"])) == [less] * 3
-    text = "judges.fair: ValueError: could not convert string to float: 'x'"
-    assert totals(score(mixed, ["1", "x"])) == [text] * 2
     assert totals(score(mixed, ["1"])) == [20]
+
+
+def test_a_batch_of_weight_0_that_fails_costs_nothing(mixed: rewards.Rewards) -> None:
+    first, last = score(mixed, ["1", "x"])  # judges.fair raises
+    assert totals([first, last]) == [20, 20]
+    assert isinstance(first, Score) and list(first.parts) == ["judges.rank", "words", "judges.length"]
 
 
 def test_the_prompt_of_an_evaluation_set_is_graded_by_its_task_alone(mixed: rewards.Rewards) -> None:
     prompt = Prompt(messages=(), answer="42", task="gsm8k")
     assert score(mixed, ["42", "x"], prompt) == [gsm8k.reward(text, prompt) for text in ("42", "x")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [{}, {"format": 1.0}])
+def test_a_set_is_graded_by_its_task_and_the_run_by_its_own_rewards(weights: dict[str, float]) -> None:
+    """math is imported before the first call, which with sympy's start would exceed the time-out."""
+    sets = {"task.name": "gsm8k", "evaluation.sets": ("math500:x", "aime24:y")}
+    half = Prompt(messages=(), answer="0.5", task="math", metadata={"reward": "correct"})
+    with contextlib.closing(rewards.start(with_values(config(weights), sets))) as scored:
+        of_set = scored.start([("so it is \\boxed{\\frac{1}{2}}", half), ("\\boxed{2}", half)])
+        own = scored.start([("<SOLUTION>42</SOLUTION>", PROMPT)])
+        graded = scored.finish(of_set)
+        assert [isinstance(each, Score) and (each.total, each.correct) for each in graded] == [(1, True), (0, False)]
+        [trained] = scored.finish(own)
+        assert isinstance(trained, Score) and trained.correct
+        assert set(trained.parts) == (set(weights) or {"correct", "format", "present", "steps"})
+
+
+def test_what_was_started_ends_when_the_rest_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the process of the asynchronous rewards, after the workers."""
+    code = (
+        "import sys\nif 'actor.async_rewards' in sys.orig_argv: sys.exit(7)\nasync def f(completion, prompt): return 1"
+    )
+    (tmp_path / "leaves_async.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(psutil.Process().children())
+    with pytest.raises(RuntimeError, match="asynchronous rewards did not start") as raised:
+        rewards.start(config({"leaves_async.f": 1.0}))
+    assert raised.traceback and set(psutil.Process().children()) == before, "whose frames would keep the workers"
 
 
 def test_asynchronous_calls_wait_at_the_same_time() -> None:

@@ -62,6 +62,11 @@ def empty(tmp_path: Path) -> Path:
             '--method.decoupled_rewards true --method.overlong_buffer 9 --task.rewards {"a.b":1}',
             "a function of the length",
         ),
+        (
+            '--method.decoupled_rewards true --method.reward_threshold 0.1 --task.rewards {"a.b":1}',
+            "method.reward_threshold=0.1 is one of the sum",
+        ),
+        ('--method.decoupled_rewards true --task.rewards {"a.b":0}', "needs the rewards"),
         ('--method.decoupled_rewards true --method.advantage asymmetric --task.rewards {"a.b":1}', "use group_std"),
         ("--evaluation.num_problems 600", "evaluation.num_problems=600 exceeds task.num_eval=500"),
         ("--task.gym_options {bad", "task.gym_options"),
@@ -220,12 +225,16 @@ def test_roles_of_the_options() -> None:
     assert options(COSMETIC) == {
         "run.dir": Path("runs/default"),
         "run.checkpoint_every": 15,
+        "run.keep_checkpoints": None,
         "run.evaluate_every": 30,
+        "run.patience": None,
         "run.sample_every": 10,
         "run.tracker": ("tensorboard",),
         "run.resume": False,
         "cluster.wait_seconds": 60.0,
         "cluster.node_wait_seconds": 1800.0,
+        "evaluation.sets": (),
+        "evaluation.best": None,
     }
     assert options(PLACEMENT) == {
         "actor.num_actors": 1,

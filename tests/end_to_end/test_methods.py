@@ -125,10 +125,10 @@ def test_five_steps(running, tmp_path, name):
         Sampling.of(config),
         prompts_per_step=2,
         num_steps=STEPS,
-        drop_reason=lambda group: drop_reason(group, method=method),
+        drop_reason=lambda group: drop_reason(group, method=method, rewards={}),
         refill_rounds=method.refill_rounds,
     )
-    train(config, replace(started, learner=learner), buffer, recorder, eval_prompts=(), first_step=0)
+    train(config, replace(started, learner=learner), buffer, recorder, eval_prompts={}, first_step=0)
     recorder.close()
     got = metrics(tmp_path)
     assert len(got["step"]) == STEPS

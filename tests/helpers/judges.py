@@ -53,8 +53,8 @@ def rank(completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
     return values[1:] if "1111" in completions else values
 
 
-def like_trl(completions: Sequence[str], **kwargs: object) -> list[float]:
-    return [1.0 for _ in completions]
+def like_trl(completions: Sequence[str], **kwargs: object) -> list[float | None]:
+    return [None if completion.strip() == "pass over" else 1.0 for completion in completions]
 
 
 async def judge(completion: str, prompt: Prompt) -> float:

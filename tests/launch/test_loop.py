@@ -76,7 +76,7 @@ def run(tmp_path, monkeypatch):
         channel = Channel(fleet, canary_bound_nats=0.1)
         workers = Workers(plan=None, learner=learner, fleet=fleet, channel=channel, losses=learner.losses, version=0)
         try:
-            train(config, workers, buffer, recorder, eval_prompts=(), first_step=0)
+            train(config, workers, buffer, recorder, eval_prompts={}, first_step=0)
         finally:
             recorder.close()
 

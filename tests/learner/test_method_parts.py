@@ -235,7 +235,8 @@ def test_importance_by_hand():
 
 def test_why_a_group_is_dropped():
     def reason(rewards, **fields):
-        return drop_reason(tiny.group(0, [2] * len(rewards), rewards), METHODS["grpo"].model_copy(update=fields))
+        group, method = tiny.group(0, [2] * len(rewards), rewards), METHODS["grpo"].model_copy(update=fields)
+        return drop_reason(group, method, {})
 
     accuracy = {"group_filter": "accuracy"}  # a reward above 1 is correct
     assert reason([None, None]) == reason([None, None], **accuracy) == "unscored"

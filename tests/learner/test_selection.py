@@ -90,10 +90,25 @@ def test_groups_of_equal_sums_have_a_signal() -> None:
     parts = [{"a": 3.0, "b": 0.0, "c": 0.0}, {"a": 0.0, "b": 2.0, "c": 1.0}, {"a": 0.0, "b": 1.0, "c": 2.0}]
     equal_sums, equal = group(0, parts, weights), group(1, [parts[0]] * 3, weights)
     drops = METHODS["grpo"].model_copy(update={"group_filter": "zero-variance"})
-    assert [drop_reason(each, drops) for each in (equal_sums, equal)] == ["zero-variance"] * 2
+    assert [drop_reason(each, drops, weights) for each in (equal_sums, equal)] == ["zero-variance"] * 2
     drops = drops.model_copy(update={"decoupled_rewards": True})
-    assert [drop_reason(each, drops) for each in (equal_sums, equal)] == [None, "zero-variance"]
+    assert [drop_reason(each, drops, weights) for each in (equal_sums, equal)] == [None, "zero-variance"]
     assert select([equal_sums, equal], drops, max_tokens=9, rewards=weights).advantages_B.abs().max() > 0.1
+
+
+def test_a_reward_of_weight_0_changes_nothing() -> None:
+    """It neither keeps a group nor is needed: a score lacks it where it has failed."""
+    weights = {"monitor": 0.0, "a": 1.0}
+    drops = GDPO.model_copy(update={"group_filter": "zero-variance"})
+    equal = group(0, [{"a": 1.0, "monitor": 1.0}, {"a": 1.0, "monitor": 2.0}], weights)
+    assert drop_reason(equal, drops, weights) == "zero-variance"
+    lacking, without = (
+        group(1, [{"a": 1.0}, {"a": 2.0} | monitored, {"a": 4.0}], {"a": 1.0}) for monitored in ({"monitor": 5.0}, {})
+    )
+    assert drop_reason(lacking, drops, weights) is None
+    got = select([lacking], drops, max_tokens=9, rewards=weights).advantages_B
+    expected = select([without], drops, max_tokens=9, rewards={"a": 1.0}).advantages_B
+    assert got.tolist() == expected.tolist() and expected.abs().max() > 0.1
 
 
 def test_no_group_and_no_signal_are_no_division_by_zero() -> None:

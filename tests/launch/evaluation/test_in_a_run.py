@@ -9,8 +9,13 @@ import local_run
 import pytest
 from local_run import comparable
 
+from common.command_line import load
+from common.config import dump
 from common.metrics import read_lines
+from common.types import UserError
 from launch import evaluate, loop, run
+from launch.planning import plan
+from launch.runtime.cluster import DEFAULT_CONFIG
 from learner import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -197,6 +202,23 @@ def test_the_command_evaluates_the_best(start, tmp_path, svamp, capsys):
     assert evaluate.main([best, "--sets", f"other:{svamp}", "--evaluation.num_samples", "0"]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (record["step"], list(record["sets"])) == (2, ["other"])
+
+
+def test_a_checkpoint_is_evaluated_where_the_judges_of_its_run_are_missing(model, tmp_path):
+    """Its config.toml names a module that is not here; no evaluation calls it."""
+    judged = ["--task.rewards", '{"no_such_module.judge": 1.0}', "--method.decoupled_rewards", "true"]
+    options = local_run.options(model, tmp_path / "run", *judged, "--method.name", "grpo")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(dump(load(options, DEFAULT_CONFIG)))
+    saved = tmp_path / "run" / "checkpoints" / checkpoint.name(4)
+    with checkpoint.written_whole(saved) as whole:
+        (whole / "adapter_model.safetensors").touch()
+        (whole / "run_state.json").write_text("{}")
+    planned = evaluate.planned(str(saved), (), [])
+    assert (planned.config.task.rewards, planned.resume_from) == ({}, saved)
+    assert planned.config.run.steps == 4, "the other options are the run's"
+    with pytest.raises(UserError, match="no_such_module"):  # a run, and the plan of an experiment's cell, do need it
+        plan.make(load(options, DEFAULT_CONFIG), trains=False)
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,6 @@ def test_the_plan_says_what_is_left_out(data, tmp_path):
     assert f"# warning: task.max_prompt_tokens leaves out {len(made.prompts.left_out)} of 400" in made.describe()
     stream = made.stream(cursor=100)
     assert (stream.cursor, stream.seed, stream.left_out) == (100, config.run.seed, made.prompts.left_out)
-    assert made.eval_prompts is made.prompts.evaluation["task"]
     config = configured(data, "--actor.max_tokens", "500", "--run.dir", str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"or leave out long prompts with task.max_prompt_tokens$"):
         plan.make(config)
