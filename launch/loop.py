@@ -43,6 +43,8 @@ def train(
     num_without = 0  # steps in a row that trained nothing
     if run.evaluate_every and due(first_step, run.evaluate_every, run.steps) and not recorder.has_evaluated(first_step):
         recorder.evaluation(evaluate(workers.fleet, eval_prompts, config, step=first_step))
+        if early := best.stopped(config, first_step):
+            return early
     buffer.start()
     for step in range(first_step + 1, run.steps + 1):
         started = time.perf_counter()
@@ -55,15 +57,19 @@ def train(
             published = workers.channel.publish(workers.learner)
             loaded = time.perf_counter()
             # Nothing is sampled with a version that a loss could take back.
-            workers.learner.commit(step=step, **buffer.position())
+            workers.learner.commit(buffer.stream.files(), step=step, prompt_cursor=buffer.prompt_cursor)
             ended = time.perf_counter()
         times = StepTimes(started=started, taken=taken, learned=learned, drained=drained, loaded=loaded, ended=ended)
         sampled, lost = workers.fleet.worked(), workers.losses.metrics()
+        evaluates = run.evaluate_every and due(step, run.evaluate_every, run.steps)
+        stopped: str | None = None
+        if not evaluates:
+            buffer.release(len(groups))  # the actors do not wait for the record
         recorder.step(step, groups, result, published, times, sampled, lost, num_discarded=len(buffer.discarded))
-        if run.evaluate_every and due(step, run.evaluate_every, run.steps):
+        if evaluates:
             recorder.evaluation(evaluate(workers.fleet, eval_prompts, config, step=step))
-        if (stopped := best.stopped(config, step)) is None:
-            buffer.release(len(groups))
+            if (stopped := best.stopped(config, step)) is None:
+                buffer.release(len(groups))
         reason = result.skipped or every_reward_failed(groups)
         num_without = num_without + 1 if reason else 0
         if num_without == MAX_STEPS_WITHOUT_TRAINING:
@@ -72,8 +78,8 @@ def train(
             best.tidy(config, save(run.dir, workers))
         if stopped:
             return stopped
-        if can_grow():
-            raise Resized("the cluster has more devices again")
+        if step < run.steps and can_grow():
+            raise Resized("the cluster has more devices again", grows=True)
     return None
 
 

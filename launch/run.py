@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -55,28 +56,38 @@ def run(checked: Plan) -> None:
                 return
             display.note(f"resuming at step {first_step}{'' if checked.resume_from else ': there is no checkpoint'}")
         display.note(f"starting vLLM and the learner on {checked.model_folder.name}; run folder {folder}")
-        losses = Losses(display.note, wait_seconds=checked.config.cluster.node_wait_seconds)
-        asked = None
         with cluster.connect(display.note):
-            while True:
-                try:
-                    with workers.start(checked, losses=losses) as started:
-                        asked = asked or started.plan
-                        grow = partial(resize.can_grow, asked, started.plan.config)
-                        stopped = _train(started, display, can_grow=grow)
-                    break
-                except Resized as change:
-                    assert asked is not None, "it is raised once the workers have started"
-                    saved = save(folder, started) if started.learner.position else checked.resume_from
-                    checked = resize.resized(asked, saved)
-                    ranks, actors = checked.config.learner.num_ranks, checked.config.actor.num_actors
-                    display.note(
-                        f"{change}; going on after step {position(saved)[0]} with learner.num_ranks={ranks} and "
-                        f"actor.num_actors={actors}"
-                    )
+            stopped = _attempts(checked, display)
         display.note(f"{stopped or f'finished {checked.config.run.steps} steps'}; run folder {folder}")
     finally:
         display.close()
+
+
+def _attempts(checked: Plan, display: Display) -> str | None:
+    """Start the workers and train; again when the cluster's devices change. As launch.loop.train."""
+    losses = Losses(display.note, wait_seconds=checked.config.cluster.node_wait_seconds)
+    asked: Plan | None = None
+    smaller: Plan | None = None  # to go back to if a larger run does not start
+    while True:
+        try:
+            with workers.start(checked, losses=losses) as started:
+                asked, smaller, now = asked or started.plan, None, started.plan.config
+                return _train(started, display, can_grow=partial(resize.can_grow, asked, now))
+        except Resized as change:
+            assert asked is not None, "it is raised once the workers have started"
+            saved = save(now.run.dir, started) if started.learner.position else checked.resume_from
+            smaller = replace(checked, resume_from=saved) if change.grows else None
+            checked = resize.resized(asked, saved)
+            ranks, actors = checked.config.learner.num_ranks, checked.config.actor.num_actors
+            display.note(
+                f"{change}; going on after step {position(saved)[0]} with learner.num_ranks={ranks} and "
+                f"actor.num_actors={actors}"
+            )
+        except (UserError, RunFailed) as error:
+            if smaller is None:
+                raise
+            display.note(f"{error}; going on as before")
+            asked = checked = smaller  # what was asked for is not to be had
 
 
 def _train(started: Workers, display: Display, *, can_grow: Callable[[], bool]) -> str | None:

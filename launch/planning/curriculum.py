@@ -11,28 +11,49 @@ The running success rate of a problem is the mean of its last group's fraction o
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from common.types import Group, Prompt, UserError
 from launch.planning.prompts import PromptStream, order_of_pass
-from learner import checkpoint
 
 SOLVED, EASY, HARD = 0.95, 0.75, 0.25
 
 
-class State(BaseModel):
-    """What a checkpoint keeps: of the problems that were drawn, and of the positions whose results are not known."""
+FILE = "curriculum.safetensors"  # in a checkpoint
 
-    model_config = ConfigDict(extra="forbid")
 
-    rates: dict[int, Annotated[float, Field(ge=0, le=1)]] = {}  # running success rate, by problem
-    positions: dict[int, Annotated[int, Field(ge=0, lt=2**62)]] = {}  # where each problem was drawn last
-    drawn: dict[int, int] = {}  # problem, by position
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What a checkpoint keeps."""
+
+    rates: np.ndarray  # float64 [problems], running success rate; NaN before the first result
+    last: np.ndarray  # int64 [problems], where each was drawn last; negative before, in the order of the first draws
+    drawn: np.ndarray  # int64 [D, 2], position and problem of those whose result is not known
+
+    @classmethod
+    def new(cls, num_problems: int, seed: int) -> "State":
+        """Nothing is known, and the first draws come in a shuffled order."""
+        last = np.empty(num_problems, dtype=np.int64)
+        last[order_of_pass(num_problems, seed, 0)] = np.arange(-num_problems, 0)
+        return cls(rates=np.full(num_problems, np.nan), last=last, drawn=np.empty((0, 2), dtype=np.int64))
+
+    def problem(self, num_problems: int) -> str | None:
+        """Why this is no state that a run has written, or None."""
+        sizes = {"rates": (num_problems,), "last": (num_problems,), "drawn": (len(self.drawn), 2)}
+        for name, size in sizes.items():
+            array, dtype = getattr(self, name), np.dtype(np.float64 if name == "rates" else np.int64)
+            if (array.shape, array.dtype) != (size, dtype):
+                return f"{name} is {array.dtype} {list(array.shape)}, not {dtype} {list(size)}"
+        if np.any((self.rates < 0) | (self.rates > 1)) or np.any(
+            (self.drawn < 0) | (self.drawn >= [2**62, num_problems])
+        ):
+            return "a rate or a problem is out of range"
+        return None
 
 
 class Curriculum(PromptStream):
@@ -53,27 +74,27 @@ class Curriculum(PromptStream):
         left_out: frozenset[int] = frozenset(),
         state: State | None = None,
     ) -> None:
-        """`shares` are those of solved, easy, normal and hard problems; they sum to 1."""
+        """`shares` are those of solved, easy, normal and hard problems; they sum to 1. `state` None: of a new run."""
         super().__init__(prompts, seed=seed, cursor=cursor, left_out=left_out)
-        state = state or State()
-        size = len(prompts)
+        state = state or State.new(len(prompts), seed)
         self.shares = np.asarray(shares)
-        self._rate = np.full(size, np.nan)
-        self._last = np.empty(size, dtype=np.int64)  # position; negative before the first draw, in a shuffled order
-        self._last[order_of_pass(size, seed, 0)] = np.arange(-size, 0)
-        self._usable = np.ones(size, dtype=bool)
+        self._rate, self._last = state.rates.copy(), state.last.copy()
+        self._drawn = dict(state.drawn.tolist())  # problem, by position
+        self._usable = np.ones(len(prompts), dtype=bool)
         self._usable[list(left_out)] = False
-        for array, values in ((self._rate, state.rates), (self._last, state.positions)):
-            array[list(values)] = list(values.values())
-        self._drawn = dict(state.drawn)
 
     def draw(self, count: int) -> list[Prompt]:
         drawn = []
+        pools = np.where(self._usable, self.pools(), -1)
+        pools[list(self._drawn.values())] = -1
         for position in range(self.cursor, self.cursor + count):
             problem = self._drawn.get(position)  # before the run was resumed
             if problem is None:
-                problem = self._drawn[position] = self._choose(position)
+                if pools.max() < 0:  # all wait for their results
+                    pools = np.where(self._usable, self.pools(), -1)
+                problem = self._drawn[position] = self._choose(position, pools)
                 self._last[problem] = position
+                pools[problem] = -1
             drawn.append(replace(self.prompts[problem], index=position))
         self.cursor += count
         return drawn
@@ -86,43 +107,32 @@ class Curriculum(PromptStream):
                 before, now = self._rate[problem], float(np.mean(correct))
                 self._rate[problem] = now if np.isnan(before) else (before + now) / 2
 
-    def state(self) -> dict[str, Any]:
-        seen, drawn = np.flatnonzero(~np.isnan(self._rate)), np.flatnonzero(self._last >= 0)
-        state = State(
-            rates=dict(zip(seen.tolist(), self._rate[seen].tolist(), strict=True)),
-            positions=dict(zip(drawn.tolist(), self._last[drawn].tolist(), strict=True)),
-            drawn=self._drawn,
-        )
-        return {"curriculum": state.model_dump()}
+    def files(self) -> dict[str, np.ndarray]:
+        drawn = np.array(list(self._drawn.items()), dtype=np.int64).reshape(-1, 2)
+        return {FILE: np.frombuffer(save({"rates": self._rate, "last": self._last, "drawn": drawn}), np.uint8)}
 
     def pools(self) -> np.ndarray:
         """int64 [problems]: 0 solved, 1 easy, 2 normal, 3 hard."""
         return np.select([self._rate >= SOLVED, self._rate >= EASY, self._rate <= HARD], [0, 1, 3], default=2)
 
-    def _choose(self, position: int) -> int:
-        waiting = self._usable.copy()
-        waiting[list(self._drawn.values())] = False
-        free = waiting if waiting.any() else self._usable
-        pools = np.where(free, self.pools(), -1)
+    def _choose(self, position: int, pools: np.ndarray) -> int:
+        """A problem of a pool (-1: none that may be drawn)."""
         shares = self.shares * [np.any(pools == pool) for pool in range(len(self.shares))]
-        if not shares.any():  # no pool with a share has a problem
-            candidates = np.flatnonzero(free)
-        else:
+        if shares.any():
             pool = np.random.default_rng([self.seed, position, 0]).choice(len(shares), p=shares / shares.sum())
             candidates = np.flatnonzero(pools == pool)
+        else:  # no pool with a share has a problem
+            candidates = np.flatnonzero(pools >= 0)
         return int(candidates[self._last[candidates].argmin()])
 
 
-def saved(folder: Path | None, num_prompts: int) -> State:
-    """The state in a checkpoint; that of a new run without one. Raises UserError for what no run writes."""
-    if folder is None:
-        return State()
+def saved(folder: Path, num_problems: int) -> State:
+    """The state in a checkpoint. Raises UserError for what no run writes."""
     try:
-        state = State.model_validate(checkpoint.read_object(folder / "run_state.json").get("curriculum"))
-        for problem in (*state.rates, *state.positions, *state.drawn.values()):
-            if not 0 <= problem < num_prompts:
-                raise ValueError(f"there is no problem {problem}")
-    except (OSError, ValueError) as error:  # a ValidationError, too
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}/run_state.json has no curriculum ({reason}); use another checkpoint") from None
+        state = State(**load_file(folder / FILE))
+        problem = state.problem(num_problems)
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        raise UserError(f"{folder}/{FILE} cannot be resumed from: {problem}; use another checkpoint")
     return state

@@ -87,7 +87,7 @@ class Plan:
         shares = self.config.task.curriculum
         if shares is None:
             return PromptStream(train, seed=seed, cursor=cursor, left_out=left_out)
-        state = curriculum.saved(self.resume_from, len(train))
+        state = curriculum.saved(self.resume_from, len(train)) if self.resume_from else None
         return Curriculum(train, seed=seed, shares=shares, cursor=cursor, left_out=left_out, state=state)
 
 

@@ -78,12 +78,15 @@ class Lengths:
 def num_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[int]:
     """Lengths of what `prompt_tokens` makes, on all processors. Raises UserError if the chat template refuses one."""
     chats = [[dict(message) for message in prompt.messages] for prompt in prompts]
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the commands set false, which keeps later child processes quiet
     try:
         tokens = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=False)
     except TemplateError as error:
         raise UserError(
             f"the chat template of model.path refuses the task's messages ({error}); use another model or task"
         ) from None
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return [len(each) for each in tokens]
 
 

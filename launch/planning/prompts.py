@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -50,8 +49,8 @@ class PromptStream:
     def learn(self, groups: Sequence[Group]) -> None:
         """Told the results of drawn prompts, which change nothing here (curriculum.py)."""
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the cursor: nothing."""
+    def files(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps beside the cursor, as bytes by file name: nothing."""
         return {}
 
 

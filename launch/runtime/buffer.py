@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from actor.rollout import Sampling
 from common.types import Group
@@ -70,10 +69,6 @@ class Buffer:
         self.prompt_cursor = 1 + max(group.prompt.index for group in [*groups, *self.discarded])
         self.stream.learn([*groups, *self.discarded])
         return groups
-
-    def position(self) -> dict[str, Any]:
-        """Where a run that is resumed after the taken groups begins."""
-        return {"prompt_cursor": self.prompt_cursor, **self.stream.state()}
 
     def release(self, count: int) -> None:
         """Free the capacity of `count` taken groups: as many new ones start, with the adapter that the actors hold."""

@@ -1,7 +1,7 @@
 """The learner ranks as one learner: each is sent the same groups, and computes its part of the step."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Crew:
         self.ranks: list[Any] = []
         self._patience: dict[str, Patience] = {}  # by method
         self._state: dict[str, np.ndarray] | None = None  # a checkpoint's files, of the last committed step
-        self.position: dict[str, Any] = {}  # of the run at that step; empty before the first one
+        self.position: dict[str, int] = {}  # of the run at that step; empty before the first one
         self._later: list[Sequence[Group]] = []  # the groups of the steps after it
         self._snapshot: Any = None  # reference to the files of the step that is not committed
         self._begin()
@@ -42,11 +42,14 @@ class Crew:
         self._snapshot = None
         return result
 
-    def commit(self, **position: Any) -> None:
-        """Keep the state here, in the driver, with the run's position: no later loss goes back behind this step."""
+    def commit(self, run_files: Mapping[str, np.ndarray] | None = None, **position: int) -> None:
+        """Keep the state here, in the driver, with the run's position: no later loss goes back behind this step.
+
+        `run_files` are the bytes of further files of a checkpoint.
+        """
         [files] = self._kept(lambda: self._get("files", [self._snapshot or self.ranks[0].files.remote()]))
-        self._state = {name: np.array(content) for name, content in files.items()}  # a copy frees the object store
-        self.position = position
+        copies = {name: np.array(content) for name, content in files.items()}  # a copy frees the object store
+        self._state, self.position = {**copies, **(run_files or {})}, position
         self._later.clear()
         self._snapshot = None
         self.losses.committed()

@@ -104,6 +104,24 @@ def test_a_closed_fleet_drops_what_has_not_started() -> None:
     assert len(actor.parts) == 1
 
 
+def test_a_replacement_that_is_lost_with_the_fleet_is_not_replaced() -> None:
+    """It waits for a node when the run is resized: the fleet that is closed then starts no other actor."""
+    fleet = fleet_of(Timed())
+    fleet.losses.started = True
+    made: list[int] = []
+
+    def make() -> object:
+        made.append(1)
+        fleet.close()
+        raise ray.exceptions.ActorDiedError
+
+    fleet.makers = [make]
+    fleet._get = lambda *_: (_ for _ in ()).throw(ray.exceptions.ActorDiedError())  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="the fleet is closed"):
+        fleet.sample(PROMPTS, SAMPLING)
+    assert made == [1]
+
+
 def test_what_ends_with_a_closed_fleet_is_not_replaced() -> None:
     class Killed(Timed):
         def remote(self, prompts: list[Prompt], sampling: Sampling) -> list[Group]:

@@ -12,6 +12,7 @@ import tiny
 
 from common.config import Config, with_values
 from common.metrics import read_lines
+from common.types import UserError
 from launch import run
 from launch.planning.plan import Plan
 from launch.runtime import resize
@@ -121,3 +122,51 @@ def test_too_few_devices_end_the_run_in_one_line(tmp_path, monkeypatch, capsys):
         "run failed: 0 devices are too few to go on; resume with --run.resume when there are more\n"
     )
     assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir(), "nothing is lost"
+
+
+def test_a_larger_run_that_does_not_start_goes_on_as_before(tmp_path, monkeypatch, capsys):
+    """It has lost nothing, and does not try again."""
+    local_run.install(monkeypatch)
+    cluster = Lost(monkeypatch)
+    start = cluster.start
+
+    def failing(plan: Plan, *, losses: Losses | None = None):
+        if len(cluster.started) == 2:
+            cluster.started.append((plan.config.learner.num_ranks, plan.config.actor.num_actors, "fails"))
+            raise UserError("node 10.77.0.2: model.path=x has no config.json")
+        return start(plan, losses=losses)
+
+    monkeypatch.setattr(run.workers, "start", failing)
+    options = local_run.options(local_run.save_model(tmp_path / "model"), tmp_path / "run", "--run.steps", "6")
+    assert run.main([*options, "--learner.num_ranks", "2", "--actor.num_actors", "2"]) == 0
+    assert cluster.started == [(2, 2, ""), (1, 1, "step-000002"), (2, 2, "fails"), (1, 1, "step-000004")]
+    assert "node 10.77.0.2: model.path=x has no config.json; going on as before" in capsys.readouterr().out
+    assert [record["step"] for record in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_does_not_grow_after_its_last_step(tmp_path, monkeypatch):
+    local_run.install(monkeypatch)
+    cluster = Lost(monkeypatch)
+    options = local_run.options(local_run.save_model(tmp_path / "model"), tmp_path / "run")  # of four steps
+    assert run.main([*options, "--learner.num_ranks", "2", "--actor.num_actors", "2"]) == 0
+    assert cluster.started == [(2, 2, ""), (1, 1, "step-000002")]
+
+
+@pytest.mark.parametrize(
+    ("layout", "free", "grows"), [("colocated", 1, True), ("separate", 1, True), ("separate", 0, False)]
+)
+def test_gpus_that_other_jobs_hold_are_no_room(monkeypatch, layout, free, grows):
+    wanted = asked(2, 2, **{"cluster.layout": layout})
+    plan = SimpleNamespace(config=wanted, gpus=("a", "b"))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"GPU": float(free)})
+    assert resize.can_grow(plan, asked(1, 1, **{"cluster.layout": layout})) == grows
+
+
+def test_it_grows_to_what_is_worth_more_even_with_fewer_workers(monkeypatch):
+    """11 GPUs, actors of four: (3, 2) instead of (4, 1), which leaves half of the actors."""
+    separate = {"cluster.layout": "separate", "actor.tensor_parallel": 4}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 11.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"GPU": 3.0})
+    plan = SimpleNamespace(config=asked(4, 2, **separate), gpus=("a",))
+    assert resize.can_grow(plan, asked(4, 1, **separate))

@@ -1,5 +1,6 @@
 """Which GPU and processors a worker gets, on a Ray that is told of three GPUs; and which starts are refused."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -13,8 +14,10 @@ import torch
 from common.config import Config, with_values
 from common.types import UserError
 from launch.planning.devices import Gpu
-from launch.runtime import workers
-from launch.runtime.placement import placed
+from launch.runtime import placement, workers
+from launch.runtime.placement import Place, Places, placed
+from launch.runtime.recovery import NotStarted
+from launch.runtime.resize import Resized
 from launch.runtime.workers import part
 from learner.ranks import Ranks
 
@@ -63,14 +66,18 @@ def options(**values: Any) -> Config:
     return with_values(Config(), {name.replace("__", "."): value for name, value in values.items()})
 
 
-def started(monkeypatch: pytest.MonkeyPatch, config: Config, *, gpus: bool) -> tuple[list[Any], list[Any], list[float]]:
-    """What the actors and the learner ranks see, and what the ranks make of a sum over them."""
+def started(
+    monkeypatch: pytest.MonkeyPatch, config: Config, *, gpus: bool, body: Exception | None = None
+) -> tuple[list[Any], list[Any], list[float]]:
+    """What the actors and the learner ranks see, and what the ranks make of a sum over them; or `body` is raised."""
     monkeypatch.setattr(workers, "Actor", Side)
     monkeypatch.setattr(workers, "Channel", Unverified)
     seen = (Gpu(name="a GPU", capability=(8, 0), total_bytes=1),) * 3 if gpus else ()
     plan = SimpleNamespace(config=config, gpus=seen, model_folder=None, canary_token_ids=None, resume_from=None)
     plan.refuse_absent_gpu = lambda: None
     with workers.start(plan, learner_class=Side) as made:
+        if body is not None:
+            raise body
         sides = made.fleet.actors, made.learner.ranks
         assert all(repr(worker).startswith("Actor(Side, ") for side in sides for worker in side)
         actors, learners = (ray.get([each.seen.remote() for each in side], timeout=60) for side in sides)
@@ -91,6 +98,18 @@ def test_colocated_workers_share_a_gpu_in_pairs(monkeypatch: pytest.MonkeyPatch,
     both = min(ranks, actors)
     assert gpus(seen_actors)[:both] == gpus(seen_ranks)[:both]
     assert sums == ([] if ranks == 1 else [sum(range(1, ranks + 1))] * ranks)
+
+
+@pytest.mark.parametrize(("state", "raised"), [("CREATED", NotStarted), ("RESCHEDULING", Resized)])
+def test_a_replacement_that_does_not_start_is_a_lost_node_if_a_place_is_gone(
+    monkeypatch: pytest.MonkeyPatch, state: str, raised: type[Exception]
+) -> None:
+    monkeypatch.setattr(placement, "placement_group_table", lambda group: {"state": state})
+    places = Places(learners=(Place(options={}),), actors=(Place(options={}),), group=object())  # type: ignore[arg-type]
+    monkeypatch.setattr(workers, "placed", lambda config, gpus: contextlib.nullcontext(places))
+    with pytest.raises(raised) as caught:
+        started(monkeypatch, options(), gpus=False, body=NotStarted("too slow"))
+    assert type(caught.value) is raised
 
 
 def test_separate_workers_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
