@@ -1,6 +1,6 @@
 """Tasks: each is a module with two functions.
 
-load(task: TaskConfig, split: "train" | "eval") -> list[Prompt]
+load(task: TaskConfig, split: "train" | "eval") -> Sequence[Prompt]
 reward(completion: str, prompt: Prompt) -> Score
 """
 

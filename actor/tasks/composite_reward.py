@@ -29,6 +29,16 @@ SYSTEM = (
     "</start_working_out>. Then write only the final answer between <SOLUTION> and </SOLUTION>."
 )
 
+EXAMPLE = (
+    (
+        "A box holds 12 pens. Mia buys 3 boxes, gives 8 pens away and shares the rest among 4 friends. "
+        "Then each friend loses 2 pens and finds 1. How many pens has each friend?"
+    ),
+    "3 * 12 = 36\n36 - 8 = 28\n28 / 4 = 7\n7 - 2 = 5\n5 + 1 = 6",
+    "6",
+)
+"""The worked example of the tasks gsm8k and math: question, working, answer."""
+
 # Every pattern is linear in the text: no two neighbouring repeats can match the same character.
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}])(?P<sign>[-+]))?[$€£]?(?P<inner>(?<=[$€£])-)?"

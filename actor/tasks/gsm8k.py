@@ -2,20 +2,10 @@
 
 from typing import Literal
 
-from actor.tasks.composite_reward import chat, read_number, score
+from actor.tasks.composite_reward import EXAMPLE, chat, read_number, score
 from actor.tasks.table import Problems, Row, problems
 from common.config import TaskConfig
 from common.types import Prompt, Score, UserError
-
-EXAMPLE = (
-    (
-        "A box holds 12 pens. Mia buys 3 boxes, gives 8 pens away and shares the rest among 4 friends. "
-        "Then each friend loses 2 pens and finds 1. How many pens has each friend?"
-    ),
-    "3 * 12 = 36\n36 - 8 = 28\n28 / 4 = 7\n7 - 2 = 5\n5 + 1 = 6",
-    "6",
-)
-"""The worked example: question, working, answer."""
 
 
 def reward(completion: str, prompt: Prompt) -> Score:

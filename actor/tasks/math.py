@@ -9,8 +9,10 @@ Of the answer's text the task takes what follows the last match of task.answer_p
 and of that the last `\boxed{}` if there is one, so that a solution can stand for its answer.
 
 Before the run a number is graded by each of the first CHECKED answers of a split, in processes with a time-out.
-Problems whose answer math-verify cannot read, or on which it hangs or raises, are named and left out. An answer that is
-a number needs no check. Beyond CHECKED the rewards of such a problem fail, which excludes its rollouts and is counted.
+Problems whose answer cannot be read are named and left out. Nothing else is a reason for that: what takes too long may
+depend on the machine, and a problem that is left out moves all after it, which a resumed run would not survive. So a
+problem on which math-verify hangs or raises is named and stays. The rewards of such a problem, and of one beyond
+CHECKED, fail, which excludes its rollouts and is counted. An answer that is a number needs no check.
 """
 
 import os
@@ -24,8 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from actor.tasks.composite_reward import SYSTEM, completion_of, correctness, style
-from actor.tasks.gsm8k import EXAMPLE
+from actor.tasks.composite_reward import EXAMPLE, SYSTEM, completion_of, correctness, style
 from actor.tasks.math_answer import answer_text, clean, equal, last_box, read_as_number
 from actor.tasks.table import Problems, Row, place, problems
 from common.config import TaskConfig
@@ -35,7 +36,8 @@ BOXED_SYSTEM = "Solve the problem step by step. Put only the final answer into \
 CHECKED = 3_000  # problems; a formula takes some 10 ms of a processor, so these take half a minute at most
 CHECK_SECONDS = 10.0  # to grade by one of them
 PROBE = r"\boxed{1}"
-NAMED = 10  # of those that are left out
+UNREADABLE = "ValueError: "  # how the failure of a reward begins whose true answer cannot be read: see verify
+NAMED = 10  # of those that are left out or fail
 _COLUMN = re.compile(r"[^.\[\]{}!:]+(\[[^.\[\]{}!:]+\])*")  # of a template; no attributes and no formats
 
 
@@ -170,32 +172,50 @@ def _final(text: str, pattern: "re.Pattern[str] | None") -> str:
 
 
 def _gradable(drawn: Problems, split: str) -> Problems:
-    """The problems without those among the first CHECKED that cannot be graded, which are named."""
-    from actor.reward_pool import RewardPool  # which imports the tasks
-
+    """The problems without those among the first CHECKED whose answer cannot be read, which are named."""
     checked = list(islice(drawn, CHECKED))
-    unsure = [prompt for prompt in checked if read_as_number(prompt.answer) is None]
-    if not unsure:
-        return drawn
-    workers = min(len(os.sched_getaffinity(0)), len(unsure))
-    pool = RewardPool("math", workers=workers, timeout_seconds=CHECK_SECONDS)
-    try:
-        scores = pool.finish(pool.start([(PROBE, prompt) for prompt in unsure]))
-    finally:
-        pool.close()
-    left_out = {prompt.index: score for prompt, score in zip(unsure, scores, strict=True) if isinstance(score, str)}
-    if len(left_out) == len(drawn):
-        index, reason = next(iter(left_out.items()))
+    failed = _failures([prompt for prompt in checked if read_as_number(prompt.answer) is None], split)
+    if failed and len(failed) == len(checked):
+        index, reason = next(iter(failed.items()))
         raise UserError(
             f"no answer of the {split} problems can be graded ({drawn.where(index)}: {reason}); set task.answer "
             "or task.answer_pattern to what is the final answer alone"
         )
-    if left_out:
-        print(
-            f"{len(left_out)} of {len(checked)} {split} problems are left out, since their answer cannot be graded:",
-            *(f"  {drawn.where(index)}: {reason}" for index, reason in islice(left_out.items(), NAMED)),
-            *(["  …"] if len(left_out) > NAMED else []),
-            sep="\n",
-            file=sys.stderr,
-        )
+    left_out = {index: reason for index, reason in failed.items() if reason.startswith(UNREADABLE)}
+    kept = {index: reason for index, reason in failed.items() if index not in left_out}
+    for what, named in (("are left out, since their answer cannot be read", left_out), ("fail to be graded", kept)):
+        if named:
+            print(
+                f"{len(named)} of {len(checked)} {split} problems {what}:",
+                *(f"  {drawn.where(index)}: {reason}" for index, reason in islice(named.items(), NAMED)),
+                *(["  …"] if len(named) > NAMED else []),
+                sep="\n",
+                file=sys.stderr,
+            )
     return drawn.at(np.delete(np.arange(len(drawn)), list(left_out)))
+
+
+def _failures(prompts: list[Prompt], split: str) -> dict[int, str]:
+    """Why a probe could not be graded, by the index of its prompt; whatever but an unreadable answer is tried twice."""
+    from actor.reward_pool import RewardPool  # which imports the tasks
+
+    if not prompts:
+        return {}
+    workers = min(len(os.sched_getaffinity(0)), len(prompts))
+    try:
+        pool = RewardPool("math", workers=workers, timeout_seconds=CHECK_SECONDS)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"the answers of the {split} problems cannot be checked ({error}); start the run again"
+        ) from None
+
+    def failures(tried: list[Prompt]) -> dict[int, str]:
+        scores = pool.finish(pool.start([(PROBE, prompt) for prompt in tried]))
+        return {prompt.index: score for prompt, score in zip(tried, scores, strict=True) if isinstance(score, str)}
+
+    try:
+        first = failures(prompts)
+        unreadable = {index: reason for index, reason in first.items() if reason.startswith(UNREADABLE)}
+        return unreadable | failures([prompt for prompt in prompts if prompt.index in first.keys() - unreadable.keys()])
+    finally:
+        pool.close()

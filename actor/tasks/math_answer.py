@@ -16,10 +16,12 @@ an equation, too.
 Two answers are equal if one of these holds:
 
 - They are the same number, whatever currency sign, thousands separators and unit they have.
-- They are the same text, but for case, spaces and `\text{}`. A word is compared in this way alone.
+- They are the same text, but for case, spaces (those between the digits of two numbers count) and `\text{}`. A word is
+  compared in this way alone.
 - math-verify finds them equal: numbers to six decimals (1/3 and 0.333333), expressions after simplifying, sets,
   intervals, tuples, equations, matrices. It ignores units and case, and takes 50 % for 50 and for 0.5. Numbers must
-  also agree to RELATIVE_TOLERANCE, since it takes any two tiny ones for equal.
+  also agree to RELATIVE_TOLERANCE, since it takes any two tiny ones for equal. 1 1/2 is a mixed number; other numbers
+  side by side cannot be read.
 
 math-verify hangs on towers of powers and raises on some inputs. Its own time-outs use signals, which work in a main
 thread alone, so they are off: call it in a process that has a time-out (actor/reward_pool.py).
@@ -45,24 +47,31 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
 _ITEM = (  # a formula, or a number that is no part of n-1 or 2x
     r"(?:\$\$[^$]+\$\$|(?<![\\\d])\$(?:\\\$|[^$\n])+(?<!\\)\$|\\\([^\n]+?\\\)|\\\[.+?\\\]"
-    rf"|(?<![^\s=:*~≈,;{{>$])[-+−]?[$€£]?(?:{_DIGITS})(?:\s?/\s?\d+)?(?![\w^]|\.\d)(?:\s?\\?%)?)"
+    rf"|(?<![^\s=:*~≈,;{{>$])[-+−]?[$€£]?(?:\d+\s(?=\d+\s?/))?(?:{_DIGITS})(?:\s?/\s?\d+)?(?![\w^]|\.\d)(?:\s?\\?%)?)"
 )
 _LIST = re.compile(rf"{_ITEM}(?:\s*(?:,|;|,?\s*\b(?:and|or)\b)\s*{_ITEM})*", re.DOTALL)
 _ANNOUNCED = re.compile(r"\banswer(?:\s+is\b|\s*:)[\s:*]*", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_BETWEEN_BOXES = re.compile(r"[\s$.,;]*(?:\\text\s*\{)?\s*(?:\b(?:and|or)\b)?[\s$}]*")
+_BETWEEN_BOXES = re.compile(r"[\s$.,;]*+(?:\\text\s*+\{\s*+)?+(?:\b(?:and|or)\b)?+[\s$}]*+")
 _DELIMITERS = re.compile(r"(?<!\\)(?:\\[()\[\]]|\$)|\*\*")  # but not the \\[ between a matrix's rows
 _QUAD = re.compile(r"\\q?quad\b")
 _LIST_SIGN = re.compile(r",(?!\d{3}(?!\d))|;|\b(?:and|or)\b")
 _PARENTHESES = re.compile(r"\([^()]*\)")
-_FULL_STOP = re.compile(r"(?<!\\right)\s*\.\Z")
 _THIN_SPACE = re.compile(r"(?<=\d)(?:,?\\!|\\,|\{,\})\s?(?=\d{3})")  # between thousands
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|textnormal|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 _UPRIGHT_CONSTANT = re.compile(r"\\(?:mathrm|text)\{([ei])\}")  # math-verify takes \mathrm{} for a unit
+_SPACE = re.compile(r"(?<!\d) | (?!\d)")  # but not the one in 2 3 or 1 1/2
+_THOUSANDS = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
+_SIDE_BY_SIDE = re.compile(r"\d\s+\.?\d")
+_MIXED = re.compile(r"(?<![\w.,/^{])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\w.^])")
 _WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s-]+[^\W\d_]+)*")
 _NUMBER = re.compile(rf"[-+−]?(?:\\?[$€£])?[-−]?(?:{_DIGITS})(?:[eE][-+]?\d+)?(?P<unit>(?:\s+[^\W\d_]{{3,}}){{0,3}})")
-_NO_UNITS = {"and", "hundred", "thousand", "million", "billion", "trillion", "dozen", "percent", "sqrt", "factorial"}
+_NO_UNITS = {  # nor with an s at the end
+    *("and", "plus", "minus", "percent", "sqrt", "squared", "cubed", "factorial", "dozen"),
+    *("hundred", "thousand", "million", "billion", "trillion", "hundredth", "thousandth"),
+    *("half", "halves", "third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"),
+}
 
 
 def answer_text(completion: str) -> str | None:
@@ -82,8 +91,9 @@ def answer_text(completion: str) -> str | None:
 
 def clean(text: str | None) -> str | None:
     """An answer without delimiters of formulas, stars and a full stop around it; None if nothing is left."""
-    text = _DELIMITERS.sub(" ", _THIN_SPACE.sub("", text or ""))
-    return _FULL_STOP.sub("", _QUAD.sub(",", text).strip(" \t\n,;:")) or None
+    text = _QUAD.sub(",", _DELIMITERS.sub(" ", _THIN_SPACE.sub("", text or ""))).strip(" \t\n,;:")
+    stopped = text[:-1].rstrip() if text.endswith(".") else text
+    return (text if stopped.endswith("\\right") else stopped) or None
 
 
 def last_box(text: str) -> str | None:
@@ -123,7 +133,7 @@ def equal(given: str, truth: str) -> bool:
     """
     if "=" not in truth:
         given = _right_side(given)
-    if _plain(given).replace(" ", "") == _plain(truth).replace(" ", ""):
+    if _SPACE.sub("", _plain(given)) == _SPACE.sub("", _plain(truth)):
         return True
     number = read_as_number(truth)
     if number is not None and read_as_number(given) == number:
@@ -147,8 +157,9 @@ def _right_side(text: str) -> str:
 
 def read_as_number(text: str) -> Decimal | None:
     """The number that `text` is, without currency sign and unit; None for anything else, a percentage included."""
-    match = _NUMBER.fullmatch(_plain(text))
-    if match is None or _NO_UNITS.intersection(match["unit"].split()):
+    match = _NUMBER.fullmatch(_THOUSANDS.sub("", _plain(text)))
+    units = match["unit"].split() if match else []
+    if match is None or "times" in units[:-1] or any(_NO_UNITS & {unit, unit.removesuffix("s")} for unit in units):
         return None
     return read_number(match[0])
 
@@ -160,7 +171,9 @@ def _plain(text: str) -> str:
 
 def _parsed(text: str) -> Basic | MatrixBase | None:
     """What math-verify reads; None if it can read nothing, or something undefined, as the division in 12:00."""
-    text = _UPRIGHT_CONSTANT.sub(r"\1", text)
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", _UPRIGHT_CONSTANT.sub(r"\1", text))
+    if "\\" not in text and _SIDE_BY_SIDE.search(text):  # math-verify takes 2 3 for 5
+        return None
     found = parse_by_math_verify(f"\\boxed{{{text}}}", LATEX, "no_fallback", "first_match", None, raise_on_error=True)
     return None if not found or found[0].has(nan, zoo) else found[0]
 

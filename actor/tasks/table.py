@@ -1,7 +1,8 @@
 """Data sets of any size: a memory-mapped table of rows, and prompts that are built only when they are read.
 
 `datasets` reads a file once, writes it as Arrow into its own cache (HF_DATASETS_CACHE) and maps that into memory. Only
-its readers of JSON, CSV and Parquet are used: a data set cannot bring code.
+its readers of JSON, CSV and Parquet are used: a data set cannot bring code. Columns of images, sound and the like are
+left out, since to read them opens whatever file or address a row names.
 """
 
 import random
@@ -38,16 +39,11 @@ def open_table(task: TaskConfig, split: Split) -> "datasets.Dataset":
     if not task.data:
         raise UserError("task.data is not set; name a file (.jsonl, .parquet, .csv), a folder or a hub data set")
     _quiet_unless_watched()
-    path = Path(task.data)
-    if path.is_dir():
-        table = _local(_files_of(path, task, split))
-    elif path.exists() or path.suffix in READERS:
-        table = _local([path])
-    else:
-        table = _hub(task, _split_name(task, split))
+    files = _files(Path(task.data), task, split)
+    table = _local(files) if files else _hub(task, _split_name(task, split))
     if not len(table):
         raise UserError(f"{place(task, split)} is empty; task.data needs a row for each problem")
-    return table
+    return table.remove_columns([name for name, feature in table.features.items() if _is_opened(feature)])
 
 
 def place(task: TaskConfig, split: Split) -> str:
@@ -151,6 +147,16 @@ def _split_name(task: TaskConfig, split: Split) -> str:
     return task.train_split if split == "train" else task.eval_split
 
 
+def _files(path: Path, task: TaskConfig, split: Split) -> list[Path]:
+    """The files that task.data names; none for a hub name."""
+    try:
+        if path.is_dir():
+            return _files_of(path, task, split)
+        return [path] if path.exists() or path.suffix in READERS else []
+    except OSError as error:
+        raise UserError(f"task.data={path} cannot be read ({error.strerror}); name a file or folder that can") from None
+
+
 def _files_of(folder: Path, task: TaskConfig, split: Split) -> list[Path]:
     """The files of a split: train.jsonl, or train-00000-of-00002.parquet and so on, as the hub names them."""
     name = _split_name(task, split)
@@ -211,6 +217,19 @@ def _hub(task: TaskConfig, split_name: str) -> "datasets.Dataset":
             "several, task.configuration"
         ) from None
     raise UserError(f"task.data={task.data} is read by {reader}; only data of {', '.join(READERS)} is read")
+
+
+def _is_opened(feature: Any) -> bool:
+    """Whether to read a column of this type opens what its rows name, a file or an address, as an image's does."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return any(map(_is_opened, feature.values()))
+    if isinstance(feature, list):
+        return any(map(_is_opened, feature))
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _is_opened(feature.feature)
+    return hasattr(feature, "decode_example") and not isinstance(feature, datasets.Json)
 
 
 def _reason(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from actor.tasks import gsm8k, task_module
-from actor.tasks.composite_reward import SOLUTION, TAGS, completion_of
+from actor.tasks.composite_reward import EXAMPLE, SOLUTION, TAGS, completion_of
 from actor.tasks.gsm8k import load, reward, score
 from common.config import TaskConfig
 from common.types import UserError
@@ -49,7 +49,7 @@ def test_the_prompt_names_the_tags_and_its_example_earns_everything(tmp_path: Pa
     assert [m["role"] for m in plain.messages] == ["system", "user"]
     assert [m["role"] for m in shown.messages] == ["system", "user", "assistant", "user"]
     assert all(tag in plain.messages[0]["content"] for tag in TAGS)
-    assert score(shown.messages[2]["content"], gsm8k.EXAMPLE[2])["total"] == 7.5
+    assert score(shown.messages[2]["content"], EXAMPLE[2])["total"] == 7.5
 
 
 def test_reward_is_the_score_and_correct_means_exact(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from actor.reward_pool import RewardPool
+from actor.reward_pool import RewardPool, describe
 from actor.tasks import math, math_answer, task_module
 from actor.tasks.composite_reward import SOLUTION, SYSTEM, completion_of
 from actor.tasks.math import BOXED_SYSTEM, load, reward, verify
 from common.config import TaskConfig
-from common.types import Prompt, UserError
+from common.types import Prompt, Score, UserError
 
 REAL = Path(__file__).parents[4] / "shared/data"
 S, S_ = SOLUTION
@@ -101,7 +101,7 @@ def test_a_row_without_a_question_is_named(tmp_path: Path) -> None:
         load(task(tmp_path / "rows.jsonl", rows), "train")
 
 
-def test_problems_that_cannot_be_graded_are_named_and_left_out(
+def test_problems_whose_answer_cannot_be_read_are_left_out_and_those_that_hang_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(math, "CHECK_SECONDS", 3.0)
@@ -110,16 +110,76 @@ def test_problems_that_cannot_be_graded_are_named_and_left_out(
     for split in ("train", "eval"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = load(task(tmp_path, num_train=6, num_eval=2, eval_split="eval"), "train")
-    assert sorted(prompt.answer for prompt in kept) == ["5", r"\frac{1}{2}", "x+1"]
-    assert [prompt.index for prompt in kept] == [0, 1, 2]
+    assert sorted(prompt.answer for prompt in kept) == ["5", HANGS, r"\frac{1}{2}", "x+1"]
+    assert [prompt.index for prompt in kept] == [0, 1, 2, 3]
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "3 of 6 train problems are left out, since their answer cannot be graded:"
-    named = dict(line.strip().partition(": ")[::2] for line in lines[1:])
-    assert named == {
+    assert lines.pop(0) == "2 of 6 train problems are left out, since their answer cannot be read:"
+    assert lines.pop(2) == "1 of 6 train problems fail to be graded:"
+    assert dict(line.strip().partition(": ")[::2] for line in lines) == {
         f"{tmp_path}/train.jsonl row 2": "ValueError: math-verify cannot read the true answer 12:00",
         f"{tmp_path}/train.jsonl row 3": "ValueError: the true answer is empty",
         f"{tmp_path}/train.jsonl row 5": "time-out: no reward within 3 s",
     }
+
+
+class Pool:
+    """Grades here what the worker processes would, but the calls up to `troubled` fail with `trouble`."""
+
+    trouble, troubled = "", 0
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.calls = 0
+
+    def start(self, pairs: list[tuple[str, Prompt]]) -> list[tuple[str, Prompt]]:
+        return pairs
+
+    def finish(self, pairs: list[tuple[str, Prompt]]) -> list[Score | str]:
+        return [self.graded(*pair) for pair in pairs]
+
+    def graded(self, completion: str, prompt: Prompt) -> Score | str:
+        self.calls += 1
+        try:
+            return self.trouble if self.calls <= self.troubled else reward(completion, prompt)
+        except ValueError as error:
+            return describe(error)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("trouble", ["time-out: no reward within 3 s", "the reward ended its process (exit code -9)"])
+def test_what_the_machine_does_leaves_the_same_problems_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: str
+) -> None:
+    """Else a run that is resumed on a busy machine would train in another order than it counts in."""
+    monkeypatch.setattr("actor.reward_pool.RewardPool", Pool)
+    monkeypatch.setattr(Pool, "trouble", trouble)
+    rows = [{"question": str(n), "answer": r"\frac{1}{2}" if n % 3 else "12:00"} for n in range(12)]
+    config = task(tmp_path / "rows.jsonl", rows, num_train=11)
+    calm, said = list(load(config, "train")), capsys.readouterr()
+    assert "3 of 11 train problems are left out" in said.err
+    for troubled in (1, 5, 11):  # of the first calls; those are tried again
+        monkeypatch.setattr(Pool, "troubled", troubled)
+        assert list(load(config, "train")) == calm
+        assert capsys.readouterr().err.splitlines()[0] == said.err.splitlines()[0]
+
+
+def test_a_wrong_column_is_an_error_though_more_problems_than_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actor.reward_pool.RewardPool", Pool)
+    monkeypatch.setattr(math, "CHECKED", 2)
+    with pytest.raises(UserError, match=r"^no answer of the train problems can be graded [^\n]*$"):
+        load(task(tmp_path / "rows.jsonl", [{"question": "q", "answer": " "}] * 5, num_train=4), "train")
+
+
+def test_workers_that_do_not_start_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a reward worker did not start; see its output above")
+
+    monkeypatch.setattr("actor.reward_pool.RewardPool", broken)
+    with pytest.raises(UserError, match=r"^the answers of the train problems cannot be checked \(a reward worker did"):
+        load(task(tmp_path / "rows.jsonl", [{"question": "q", "answer": "x+1"}] * 2), "train")
 
 
 def test_what_hangs_or_raises_fails_in_the_pool_and_the_others_are_scored() -> None:

@@ -5,7 +5,7 @@ import pytest
 from actor.tasks import math_answer
 from actor.tasks.composite_reward import SOLUTION
 from actor.tasks.math import verify
-from actor.tasks.math_answer import answer_text, last_box
+from actor.tasks.math_answer import answer_text, clean, last_box, read_as_number
 
 S, S_ = SOLUTION
 
@@ -36,6 +36,9 @@ S, S_ = SOLUTION
         (r"that $f(n) = f(n-1) \cdot q(n-1", None),  # cut off
         ("it is 8: not 2x, 1.5x, 2^5 or f(3)", "8"),
         ("x=-3", "-3"),
+        ("The answer is 1 1/2.", "1 1/2"),
+        (r"\boxed{\left\{ x \right .}", r"\left\{ x \right ."),
+        (r"\boxed{7 .}", "7"),
         ("**60**%", "60"),
         ("none at all", None),
         ("", None),
@@ -57,6 +60,8 @@ EQUAL = [
     (r"\begin{pmatrix}1\\(2)\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"), (r"\text{Evelyn}", "evelyn"),
     (r"\text{(C)}", "C"), (r"\text{east}", r"\mathrm{East}"), ("240", r"2 \cdot 5! = 2 \cdot 120 = 240"),
     ("58,500", r"26 \times 2,250=58,\!500"), ("(8,-2)", "P = (x, y) = (8, -2)"), ("x=5", "5 = x"), ("5", "x = y = 5"),
+    ("3/2", "1 1/2"), ("1 1/2", "1.5"), ("-3/2", "-1 1 / 2"), (r"1\frac12", "1 1/2"), ("3 x + 1", "3x+1"),
+    ("58500", "58 500"), ("58 500", "58,500 euros"), ("6", "6 times"), ("2 3", "2 3"),
 ]  # fmt: skip
 
 UNEQUAL = [
@@ -68,6 +73,9 @@ UNEQUAL = [
     (r"1-\frac{1}{\mathrm{e}}", r"1-\frac{1}{\mathrm{2}}"), (r"\text{Evelyn}", "Eve"), ("stop", "post"),
     (r"\text{even}", "odd"), (r"\text{(C)}", "D"), ("3", r"\text{}"), ("3", "}{"),
     ("5", "x = 1, y = 5"), ("5", "x = 1 or x = 5"), ("5", "x >= 5"), ("y=x", "z=x"), ("5", "5 ="), ("5", "x = "),
+    ("11/2", "1 1/2"), ("1 1/2", "11/2"), ("23", "2 3"), ("5", "2 3"), ("558", "58 500"), ("3", "3 quarters"),
+    ("3", "3 halves"), ("1", "1 half"), ("2", "2 thirds"), ("2", "2 fifths"), ("5", "5 squared"), ("5", "5 cubed"),
+    ("2", "2 millions"), ("10", "10 minus"), ("10", "10 plus"), ("5", "5 times six"),
 ]  # fmt: skip
 
 
@@ -122,8 +130,11 @@ def test_an_error_of_math_verify_is_passed_on(monkeypatch: pytest.MonkeyPatch) -
 
 def test_reading_is_linear_in_the_text() -> None:
     """Within the time limit of the tests; quadratic reading of these would take hours."""
-    for piece in (r"\boxed{", r"\boxed{}", "$", r"\[", "1,", "answer is ", "{"):
+    for piece in (r"\boxed{", r"\boxed{}", "$", r"\[", "1,", "answer is ", "{", " ", "\n", " .", "1 "):
         answer_text(piece * 200_000)
+        last_box(rf"\boxed{{1}}{piece * 200_000}x\boxed{{2}}")
+        clean(f"1{piece * 200_000}x")
+        read_as_number(f"1{piece * 200_000}x")
     assert last_box(r"\boxed{1}" * 100_000) == "1"
 
 

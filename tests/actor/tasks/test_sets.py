@@ -69,10 +69,10 @@ def test_all_problems_of_a_file_or_a_draw(tmp_path):
 
 def test_the_runs_own_task_does_not_change_how_a_set_is_read(tmp_path):
     """Options that name the columns and the answer of the run's task are not the set's."""
-    path = write(tmp_path / "set.jsonl", {"problem": "1 + 1?", "answer": "2 = #### 7"})
-    own = {"name": "math", "data": "elsewhere", "question": "q", "answer": "a", "answer_pattern": "####"}
+    path = write(tmp_path / "set.jsonl", {"problem": "1 + 1?", "answer": "2 + 7"})
+    own = {"name": "math", "data": "elsewhere", "question": "q", "answer": "a", "answer_pattern": "[+]"}
     [prompt] = load_sets(config(f"mine:{path}", **own, system="Be brief."))["mine"]
-    assert (prompt.answer, prompt.messages[0]["content"]) == ("2 = #### 7", "Be brief.")
+    assert (prompt.answer, prompt.messages[0]["content"]) == ("2 + 7", "Be brief.")
 
 
 @real

@@ -1,5 +1,6 @@
 """Tables of problems: every format, the draw, and rows and files that are broken."""
 
+import errno
 import json
 import os
 import random
@@ -199,6 +200,47 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     with pytest.raises(UserError, match=r"^[^\n]*file/cache[^\n]*$"):
         open_table(task(write(tmp_path / "all.jsonl", ROWS)), "train")
+
+
+@pytest.mark.parametrize("kind", ["Image", "Audio", "Video", "Pdf", "nested"])
+def test_what_a_row_names_is_not_opened(tmp_path: Path, kind: str) -> None:
+    """A file's metadata can make any column of bytes and path an image, at an address that its rows choose."""
+    storage: Any = {"bytes": b"broken", "path": "http://127.0.0.1:9/x"} if kind == "Pdf" else {"path": "/no/where"}
+    place = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    evil, feature = pa.array([storage] * 4, place), {"_type": kind}
+    if kind == "nested":
+        evil = pa.array([{"a": [storage]}] * 4, pa.struct({"a": pa.list_(place)}))
+        feature = {"a": {"feature": {"_type": "Image"}, "_type": "List"}}
+    text = {"dtype": "string", "_type": "Value"}
+    features = {"question": text, "answer": text, "evil": feature}
+    table = pa.table({"question": ["q"] * 4, "answer": ["7"] * 4, "evil": evil})
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "all.parquet")
+    drawn = problems(task(tmp_path / "all.parquet", num_train=3, num_eval=1), "train", read)
+    assert [drawn[0].answer, *answers(drawn)] == ["7"] * 4
+    assert drawn.table.column_names == ["question", "answer"]
+
+
+def test_a_column_of_objects_of_several_kinds_stays(tmp_path: Path) -> None:
+    """`datasets` decodes it, too, but opens nothing for that."""
+    more: list[Any] = [{"a": 1}, {"a": [1]}, {"a": "x"}]
+    lines = [json.dumps({"question": "q", "answer": "7", "more": [each]}) for each in more]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    assert open_table(task(tmp_path / "all.jsonl"), "train")["more"] == [[each] for each in more]
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated, since root may read any."""
+    write(tmp_path / "train.jsonl", ROWS)
+    for name in ("iterdir", "is_dir"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, _denied)
+            with pytest.raises(UserError, match=rf"^task.data={tmp_path} cannot be read \(Permission denied\)[^\n]*$"):
+                open_table(task(tmp_path), "train")
+
+
+def _denied(path: Path) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 EVIL = "import os\nos.mkdir({trace!r})\nimport datasets\nclass Evil(datasets.GeneratorBasedBuilder): ...\n"
