@@ -68,6 +68,15 @@ def test_each_function_and_the_task_may_take_their_time_for_a_rollout() -> None:
     assert [rewards.seconds_of_a_rollout(with_values(config(each), times)) for each in given] == [1.5, 1.5, 4.5]
 
 
+def test_the_pool_is_told_the_tasks_of_the_evaluation_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imports them before the first call (test_reward_pool.py)."""
+    seen = []
+    monkeypatch.setattr(rewards, "RewardPool", lambda *_, graders, **__: seen.append(graders))
+    for sets in ((), ("math500:x", "gsm8k:y", "aime24:z")):
+        rewards.start(with_values(config({}), {"evaluation.sets": sets}))
+    assert seen == [[], ["gsm8k", "math"]]
+
+
 def test_weights_are_finite() -> None:
     for weight in (math.nan, math.inf, "much"):
         with pytest.raises(UserError, match=r"task\.rewards\.correct"):

@@ -164,7 +164,6 @@ def test_the_prompt_of_an_evaluation_set_is_graded_by_its_task_alone(mixed: rewa
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", [{}, {"format": 1.0}])
 def test_a_set_is_graded_by_its_task_and_the_run_by_its_own_rewards(weights: dict[str, float]) -> None:
-    """math is imported before the first call, which with sympy's start would exceed the time-out."""
     sets = {"task.name": "gsm8k", "evaluation.sets": ("math500:x", "aime24:y")}
     half = Prompt(messages=(), answer="0.5", task="math", metadata={"reward": "correct"})
     with contextlib.closing(rewards.start(with_values(config(weights), sets))) as scored:
