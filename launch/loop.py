@@ -32,12 +32,10 @@ def train(
 ) -> str | None:
     """Run optimizer steps first_step + 1 .. run.steps, with the evaluations and checkpoints that are due.
 
-    Returns why it has stopped before the last step (run.patience); None after the last one.
-
     New rollouts start when `buffer` releases a step's groups. That happens only after the adapter that was learned from
-    them is published, so that no rollout starts with an old adapter. Raises RunFailed after three steps in a row that
-    are skipped (not finite) or without any reward, AdapterMismatch from the channel, and Resized between two steps if
-    the run `can_grow`.
+    them is published, so that no rollout starts with an old adapter. Returns why it has stopped before the last step
+    (run.patience), else None. Raises RunFailed after three steps in a row that are skipped (not finite) or without any
+    reward, AdapterMismatch from the channel, and Resized between two steps if the run `can_grow`.
     """
     run = config.run
     num_without = 0  # steps in a row that trained nothing
