@@ -90,14 +90,15 @@ def check(config: Config, prompt: Prompt) -> None:
             )
 
 
+Calls = Sequence[tuple[Call, Future[Values | str]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Composing:
     """Calls that were started, for the completions of a group."""
 
     own: Scoring
-    others: (
-        Mapping[str, Sequence[tuple[Call, Future[Values | str]]]] | None
-    )  # by the path of a function; None: own alone
+    others: Mapping[str, Calls] | None  # by the path of a function; None: the task's own reward alone
 
 
 class ComposedRewards:
@@ -159,7 +160,7 @@ def _calls(path: str, completions: Sequence[tuple[str, Prompt]]) -> list[Call]:
     return [Call(path, (text,), (prompt,)) for text, prompt in completions]
 
 
-def _values(calls: Sequence[tuple[Call, Future[Values | str]]]) -> Values:
+def _values(calls: Calls) -> Values:
     """The reward of each completion, or the text of a failure; a call that fails as a whole fails all of its own."""
     found: Values = []
     for call, future in calls:
