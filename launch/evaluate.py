@@ -1,7 +1,8 @@
 """Evaluates a checkpoint or a base model on held-out problems, and compares two evaluations of the same problems.
 
 python launch/evaluate.py runs/x/checkpoints/step-000030 [--evaluation.num_samples 8 ...]   with its run's options
-python launch/evaluate.py MODEL --sets gsm8k:FOLDER math500:FOLDER   a base model: its folder, hub name or built-in name
+python launch/evaluate.py MODEL --sets gsm8k:FOLDER math500:FOLDER   a base model: its folder, hub name or built-in
+    name, with launch/configs/evaluate.toml; --config RUN/config.toml asks as that run does, to compare the two
 python launch/evaluate.py --compare BEFORE.jsonl AFTER.jsonl   files of RUN/evaluations/ or of --out
 
 --sets NAME:DATA ...   evaluate these sets alone, instead of the task's problems and evaluation.sets
@@ -29,6 +30,8 @@ from launch.runtime import cluster, workers
 from launch.runtime.channel import AdapterMismatch
 from launch.runtime.recovery import RunFailed
 from learner import checkpoint
+
+BASE_MODEL = cluster.ROOT / "launch" / "configs" / "evaluate.toml"  # options, unless --config names others
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +68,7 @@ def planned(target: str, sets: Sequence[str], options: Sequence[str]) -> Plan:
             )
         checkpoint.check(path)
         return plan.make(load(["--config", str(written), *options], written), trains=False, saved=path)
-    config = load(["--model.path", target, *options], cluster.DEFAULT_CONFIG)
+    config = load(["--model.path", target, *options], BASE_MODEL)
     return plan.make(config, trains=False)
 
 
@@ -92,6 +95,9 @@ def main(argv: Sequence[str]) -> int:
     except (RunFailed, AdapterMismatch, NotWritten) as error:
         print(f"evaluation failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

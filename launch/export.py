@@ -97,7 +97,7 @@ def export(found: Source, out: Path, dtype: str | None, name: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 exported, 2 bad input, or a hub that refuses."""
+    """Exit status: 0 exported, 2 bad input, or a hub that refuses; 130 interrupted."""
     try:
         chosen = options(argv)
         check_started_elsewhere()
@@ -111,6 +111,9 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

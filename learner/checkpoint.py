@@ -125,7 +125,7 @@ def keep_best(saved: Path) -> None:
     Does nothing for a checkpoint that is missing or damaged. Raises NotWritten.
     """
     best = saved.with_name(BEST)
-    if damage(saved) is None and _sums(best) != _sums(saved):
+    if (_sums(best) != _sums(saved) or damage(best)) and damage(saved) is None:
         with written_whole(best) as whole:
             for path in saved.iterdir():
                 if path.name != CHECKSUMS:

@@ -28,7 +28,9 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
             num_unpaired = len(first[name].keys() ^ second[name].keys())
             found[name] = {**_of_pairs(pairs), "num_unpaired": num_unpaired}
     if not found:
-        raise UserError(f"{before} and {after} have no problem in common; compare evaluations of the same sets")
+        raise UserError(
+            f"{before} and {after} have no problem in common; compare the same sets, asked with the same prompts"
+        )
     return {name: found[name] for name in first if name in found}
 
 

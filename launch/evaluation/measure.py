@@ -88,15 +88,15 @@ def _with_interval(name: str, values: Iterable[float]) -> dict[str, float]:
 def problem_record(step: int, name: str, greedy: Group, sampled: Group | None) -> dict[str, Any]:
     """What became of one problem: its greedy completion, and how many of the sampled ones are correct.
 
-    `problem` identifies it in other evaluations: it follows from the question and the answer.
+    `problem` identifies it in other evaluations: it follows from all messages and the answer.
     """
     prompt, first = greedy.prompt, greedy.rollouts[0]
-    question = prompt.messages[-1]["content"]
+    asked = "\n".join(message["content"] for message in prompt.messages)
     record = {
         "step": step,
         "set": name,
-        "problem": hashlib.sha256(f"{question}\n{prompt.answer}".encode()).hexdigest()[:16],
-        "question": question,
+        "problem": hashlib.sha256(f"{asked}\n{prompt.answer}".encode()).hexdigest()[:16],
+        "question": prompt.messages[-1]["content"],
         "answer": prompt.answer,
         "correct": _is_correct(first),
         "truncated": _is_truncated(first),

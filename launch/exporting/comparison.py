@@ -3,6 +3,7 @@
 Computing in float32 leaves one difference between the two: the rounding of the merged weights.
 """
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -72,7 +73,10 @@ def adapter_logprobs(source: Source, prompts: Sequence[np.ndarray]) -> tuple[np.
     policy.load(source.checkpoint)
     with_adapter = np.concatenate([policy.logprobs(tokens) for tokens in prompts])
     with policy.reference():
-        return with_adapter, np.concatenate([policy.logprobs(tokens) for tokens in prompts])
+        base = np.concatenate([policy.logprobs(tokens) for tokens in prompts])
+    del policy
+    gc.collect()  # its layers refer to one another: the merged model would be loaded beside it
+    return with_adapter, base
 
 
 def merged_logprobs(folder: Path, prompts: Sequence[np.ndarray]) -> np.ndarray:

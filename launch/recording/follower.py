@@ -55,10 +55,10 @@ class Follower:
         for record in self._new(METRICS):
             self._mark(METRICS, record["step"])
             self.library.log(record.pop("step"), numbers(record))
-        for record in self._new(ROLLOUTS):
+        for record in self._new(ROLLOUTS) if self.sample_every else ():
             if self.samples and self.samples[0]["step"] != record["step"]:
                 self._send_samples()
-            if self.sample_every and record["step"] % self.sample_every == 0 and len(self.samples) < MAX_SAMPLES:
+            if record["step"] % self.sample_every == 0 and len(self.samples) < MAX_SAMPLES:
                 self.samples.append({column: record.get(column) for column in ("step", *COLUMNS)})
         if len(self.samples) == MAX_SAMPLES:
             self._send_samples()
@@ -83,6 +83,7 @@ class Follower:
                 if not line.endswith(b"\n"):  # it is being written
                     return
                 self.read[name] += len(line)
+                self.say("")
                 record = json.loads(line)
                 if record["step"] > self.sent[name]:
                     yield record

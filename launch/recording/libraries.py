@@ -3,6 +3,7 @@
 Their own environment variables decide where a run goes; what they leave open is set here.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -164,6 +165,7 @@ def flat(tree: Mapping[str, Any], separator: str) -> dict[str, Any]:
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in a record, by their names joined with /. What was not finite is null there, and left out."""
+    """The numbers in a record, by their names joined with /. What is not finite, or null, is left out."""
     leaves = flat(record, "/").items()
-    return {name: value for name, value in leaves if isinstance(value, int | float) and not isinstance(value, bool)}
+    kept = {name: value for name, value in leaves if isinstance(value, int | float) and not isinstance(value, bool)}
+    return {name: value for name, value in kept.items() if math.isfinite(value)}

@@ -19,6 +19,7 @@ from launch.recording.console import PART, Display
 from launch.recording.timeline import StepTimes, Timeline
 from launch.runtime.channel import Published
 from launch.runtime.fleet import Span
+from launch.runtime.resize import Resized
 from learner import checkpoint
 
 EVALUATIONS = "evaluations"  # the folder with a file for each evaluation: what became of each problem
@@ -111,17 +112,18 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close(complete=kind is None)
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        self.close(complete=kind is None or issubclass(kind, Resized), wait=not stopped)
 
-    def close(self, *, complete: bool = False) -> None:
-        """Close the files, and wait for the trackers to send the rest."""
+    def close(self, *, complete: bool = False, wait: bool = True) -> None:
+        """Close the files, and wait for the trackers to send the rest; those that nobody waits for do so alone."""
         self.metrics.close()
         self.rollouts.close()
         self.evaluations.close()
         self.timeline.close()
         for tracker in self.trackers:
             tracker.end(complete=complete)
-        for tracker in self.trackers:
+        for tracker in self.trackers if wait else ():
             tracker.close()
 
 

@@ -253,6 +253,14 @@ def test_the_best_is_a_whole_copy_and_never_the_latest(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-000006"]
 
 
+def test_a_damaged_best_is_copied_again(tmp_path):
+    saved = write(tmp_path, step=4)
+    checkpoint.keep_best(saved)
+    (saved.with_name("best") / "adapter_model.safetensors").write_bytes(b"cut")
+    checkpoint.keep_best(saved)
+    assert checkpoint.damage(saved.with_name("best")) is None
+
+
 def test_a_full_disk_leaves_the_best_as_it_was(tmp_path, monkeypatch):
     checkpoint.keep_best(write(tmp_path, step=4))
     better = write(tmp_path, step=6, state='{"step": 6}')

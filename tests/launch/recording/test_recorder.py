@@ -1,12 +1,16 @@
 """The metrics of the rollouts alone: a task's own parts of the reward are metrics, whatever their names are."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import tiny
 
 from common.types import Group, Score
-from launch.recording.recorder import group_metrics
+from launch.recording import recorder
+from launch.recording.console import Display
+from launch.recording.recorder import Recorder, group_metrics
+from launch.runtime.resize import Resized
 
 
 def group_of(*parts: dict[str, float]) -> Group:
@@ -45,3 +49,37 @@ def test_staleness_counts_the_versions_that_came_since():
     stale = replace(group, rollouts=tuple(replace(rollout, version=version) for rollout, version in versions))
     metrics = group_metrics([stale], 7)
     assert (metrics["staleness/mean"], metrics["staleness/max"]) == (1.25, 3.0)
+
+
+class Tracker:
+    """Records how it is ended."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    def end(self, *, complete: bool) -> None:
+        self.calls.append(complete)
+
+    def close(self) -> None:
+        self.calls.append("waited")
+
+
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [
+        (None, [True, "waited"]),
+        (RuntimeError(), [False, "waited"]),
+        (Resized("it goes on"), [True, "waited"]),  # no failed run: it is continued
+        (KeyboardInterrupt(), [False]),  # Ray leaves a driver that is stopped 15 s
+        (SystemExit(143), [False]),
+    ],
+)
+def test_how_a_run_ends_is_told_to_its_trackers(tmp_path, monkeypatch, error, calls):
+    tracker = Tracker()
+    monkeypatch.setattr(recorder.trackers, "start", lambda *_, **__: [tracker])
+    display = Display("test", steps=1)
+    expected = pytest.raises(type(error)) if error else contextlib.nullcontext()
+    with expected, Recorder(tmp_path, None, display, tiny.config()):
+        if error:
+            raise error
+    assert tracker.calls == calls
