@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.command_line import load
+from common.config import ALL_LINEAR, with_values
 from common.methods import METHODS
 from common.types import UserError
 from launch.experiments import grid
@@ -185,12 +186,18 @@ def test_grids_in_one_folder_share_what_they_have_in_common(scale: str | None, s
     assert len(set(map(repr, {**grids[0], **grids[1], **grids[2]}.values()))) == len({*grids[0], *grids[1], *grids[2]})
 
 
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 def test_the_ready_made_grids_are_the_papers_recipe_and_the_embedded_default() -> None:
     """But for what a grid is about: the method, the steps, and how often it saves and evaluates."""
     about = {"run": True, "method": True, "task": {"data"}}  # data means nothing to the gym of the CPU scale
     for name in ("main_comparison.toml", "alpha_sweep_ah.toml", "alpha_sweep_sa_ah.toml"):
         for scale, source in ((None, "paper_qwen2.5_1.5b.toml"), ("cpu", "default.toml")):
             expected = load([], CONFIGS / source)
+            if scale:  # the paper names its targets, which are all linear modules of this model
+                assert expected.model.lora_targets == (ALL_LINEAR,)
+                expected = with_values(expected, {"model.lora_targets": SEVEN})
             config = grid.cells(GRIDS / name, Path("x"), scale=scale)[0].config
             assert config.model_dump(exclude=about) == expected.model_dump(exclude=about), (name, scale)
             assert config.run.prompts_per_step == expected.run.prompts_per_step
