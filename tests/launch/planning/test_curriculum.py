@@ -99,6 +99,11 @@ def test_a_problem_is_not_drawn_again_before_its_result_unless_all_wait():
     assert 2 not in drawn
 
 
+def test_the_only_problem_of_a_pool_is_drawn_once_before_its_result():
+    made = curriculum(6, state=state_of({3: 0.0}, 6), shares=(0.0, 0.0, 0.1, 0.9))
+    assert sorted(int(prompt.answer) for prompt in made.draw(6)) == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_resumed_curriculum_draws_the_same(tmp_path: Path):
     """With prompts that are drawn ahead of the results, which the checkpoint keeps too."""
     rng = np.random.default_rng(0)
