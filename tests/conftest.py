@@ -2,11 +2,14 @@
 
 import os
 
-# Before any test imports a library that reads them: the tests need no network, and no library may try it.
+# Before any test imports a library that reads them: the tests need no network, and no library may try it. Nor is Ray to
+# start by itself: a thread that outlives its test, and with it the stand-in of ray.get, would start one, and with the
+# end of that Ray, a minute later, pytest's process would end.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
+    RAY_ENABLE_AUTO_CONNECT="0",
     RAY_USAGE_STATS_ENABLED="0",
     TOKENIZERS_PARALLELISM="false",
     VLLM_NO_USAGE_STATS="1",

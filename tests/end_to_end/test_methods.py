@@ -91,11 +91,8 @@ class InProcess(Crew):
     def adapter(self, canary):
         return self.learner.adapter(canary), []
 
-    def commit(self):
-        pass
-
-    def save(self, folder):
-        self.learner.save(folder)
+    def commit(self, run_files=None, **position):
+        self._state, self.position = {**self.learner.files(), **(run_files or {})}, position
 
 
 def metrics(folder) -> dict[str, list[float]]:
@@ -107,7 +104,7 @@ def metrics(folder) -> dict[str, list[float]]:
 @pytest.mark.parametrize("name", [*METHODS, *COMBINATIONS])
 def test_five_steps(running, tmp_path, name):
     checked, started = running
-    several = {"inner_updates": 2} if "holder" in name or name == "gspo" else {}
+    several = {"mini_batches": 4} if "holder" in name or name == "gspo" else {}
     config = checked.config.model_copy(
         update={
             "run": checked.config.run.model_copy(update={"dir": tmp_path, "evaluate_every": 0, "sample_every": 0}),
