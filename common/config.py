@@ -168,9 +168,14 @@ class LearnerConfig(Section):
     gradient_clip: float = Field(1.0, gt=0)
     """Largest gradient norm."""
     inner_updates: int = Field(1, ge=1)
-    """Optimizer updates per batch of rollouts; the ratio differs from 1 only after the first."""
+    """Passes over the batch of a step, each with an update on every mini-batch."""
+    mini_batches: int = Field(1, ge=1)
+    """M: disjoint parts of a step's rollouts that are learned one after the other, with an update each. Advantages,
+    token weights and old log-probabilities are those of the step's start, so ratios differ from 1 after its first
+    update: with M or inner_updates above 1."""
     gradient_accumulation: int = Field(2, ge=1)
-    """Minimum number of micro-batches of a step. It does not change the gradient."""
+    """Minimum number of micro-batches of an update. It does not change the gradient: the paper's 2 may also mean two
+    batches an update, which is run.prompts_per_step = 8."""
     micro_batch_tokens: Annotated[int | None, MACHINE, PLANNED] = Field(None, ge=1)
     """Most tokens of a micro-batch (a longer sequence is a micro-batch by itself); None: set by the memory plan."""
     head_backend: Literal["auto", "torch", "triton", "trl", "liger"] = "auto"

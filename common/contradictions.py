@@ -46,6 +46,11 @@ def contradictions(config: "Config") -> Iterator[str]:
             f"run.prompts_per_step={run.prompts_per_step} of actor.group_size={actor.group_size} are more than "
             f"{MAX_ROLLOUTS} rollouts, the most of a step; lower one of the two"
         )
+    if learner.mini_batches > run.prompts_per_step * actor.group_size:
+        yield (
+            f"learner.mini_batches={learner.mini_batches} is more than the {run.prompts_per_step * actor.group_size} "
+            "rollouts of a step; lower it"
+        )
     if actor.tensor_parallel > 1 and config.cluster.layout == "colocated":
         yield f"actor.tensor_parallel={actor.tensor_parallel} needs devices of its own; set cluster.layout=separate"
     if learner.shard and learner.num_ranks == 1:
@@ -100,11 +105,9 @@ def _of_the_weights_gradient(config: "Config") -> Iterator[str]:
             f"method.weight_gradient=true needs the gradient of method.entropy={method.entropy} at "
             f"entropy_temperature={method.entropy_temperature}, which the head does not make"
         )
-    if method.weight_gradient and learner.inner_updates > 1:
-        yield (
-            f"method.weight_gradient=true needs learner.inner_updates=1, not {learner.inner_updates}; "
-            "change one of the two"
-        )
+    for name in ("inner_updates", "mini_batches"):
+        if method.weight_gradient and (number := getattr(learner, name)) > 1:
+            yield f"method.weight_gradient=true needs learner.{name}=1, not {number}; change one of the two"
 
 
 def _of_decoupled_rewards(config: "Config") -> Iterator[str]:

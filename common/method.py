@@ -59,9 +59,11 @@ class Fields(Section):
         "group_std"
     )
     """How rewards (asymmetric: correct answers) become advantages; or your own function of rewards_PG."""
-    beta_pos: float = Field(0.5)
+    std_ddof: Literal[0, 1] = 0
+    """group_std: the variance of a group's G rewards is a sum of squares divided by G - std_ddof."""
+    beta_pos: float = Field(0.5, ge=0)
     """asymmetric: the power for correct answers; with both powers 0.5 it equals group_std."""
-    beta_neg: float = Field(0.5)
+    beta_neg: float = Field(0.5, ge=0)
     """asymmetric: the power for incorrect answers."""
     decoupled_rewards: bool = False
     """Each reward of task.rewards becomes an advantage within its group before the weighted sum, which is standardised
@@ -82,6 +84,8 @@ class Fields(Section):
     """residual: kappa, the power of the hidden states' distance."""
     alpha: float = Field(0.0)
     """Horizon discount; negative amplifies uncertain tokens."""
+    alpha_end: float | Literal["alpha"] = "alpha"
+    """The discount at the last step; it changes linearly from alpha at the first. alpha: it stays what it is."""
     selective: bool = False
     """Discount only rollouts of negative advantage (Eq. 8)."""
     weight_gradient: bool = False
@@ -102,9 +106,12 @@ class Fields(Section):
     power_start: float = Field(2.0)
     """power-mean: p at the first step; it changes linearly to power_end."""
     power_end: float = Field(-2.0)
-    """power-mean: p at the last step."""
-    power_clip: Literal["sequence", "token"] = "sequence"
-    """power-mean: clip the mean, or each token's ratio before the mean."""
+    """power-mean: p from step power_steps on."""
+    power_steps: int = Field(0, ge=0)
+    """power-mean: the number of steps over which p changes; 0: all steps of the run."""
+    power_clip: Literal["sequence", "token", "both"] = "sequence"
+    """power-mean: clip the mean (sequence), or each token's ratio before the mean (token), or first each token's ratio,
+    to 1 / (1 + clip_low) .. 1 + clip_high whatever its advantage, and then the mean (both)."""
     clip_low: float = Field(0.2, ge=0, le=1)
     """The ratio is clipped below 1 - clip_low; 1: no lower bound."""
     clip_high: float = Field(0.2, ge=0)
@@ -112,7 +119,7 @@ class Fields(Section):
     kl: Literal["none", "k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence from the frozen model."""
     beta: float = Field(0.04, ge=0)
-    """Weight of the KL divergence in the loss."""
+    """Weight of the KL divergence in the loss: of its mean over the tokens of the update, whatever the normaliser."""
     entropy_bonus: float = Field(0.0, ge=0)
     """Weight of the mean entropy in the objective; with entropy_target, its initial value."""
     entropy_target: float = Field(0.0, ge=0)

@@ -43,7 +43,8 @@ _TABLE = (
         name="asym-grpo",
         paper="arXiv 2604.04894",
         equation="-",
-        remark="from consistent notes, not from the paper's text; correct means the exact answer",
+        remark="from notes that agree, not from the paper's text; correct means the exact answer; KL and normaliser "
+        "are ours; its runs have learner.mini_batches=2",
         advantage="asymmetric",
         beta_pos=0.9,
         beta_neg=0.4,
@@ -52,8 +53,9 @@ _TABLE = (
     Method(
         name="erpo",
         paper="arXiv 2603.28204",
-        equation="-",
-        remark="components from one secondary source, combined by us; no results of its authors were found",
+        equation="7-10",
+        remark="from notes that agree on Eq. 7-10; how the parts are added up after Eq. 10 is ours; no accuracy of its "
+        "authors was found",
         token_advantage="erpo-additive",
         normaliser="sequence-mean",
     ),
@@ -61,9 +63,13 @@ _TABLE = (
         name="arca",
         paper="arXiv 2606.00257",
         equation="its code",
-        remark="the paper's text has power 1; its own result is worse than uniform: greedy 0.590 against 0.620",
+        remark="its code has no clip either; the paper's text has power 1; its own result is worse than uniform: "
+        "greedy 0.590 against 0.620",
+        std_ddof=1,
         token_weight="residual",
         normaliser="sequence-mean",
+        kl="none",
+        beta=0.0,
     ),
     Method(
         name="reft",
@@ -77,9 +83,13 @@ _TABLE = (
         name="holder",
         paper="arXiv 2605.12058",
         equation="its code",
-        remark="p has no effect with learner.inner_updates=1; the paper uses 8",
+        remark="p has no effect with one update a step: its runs have learner.mini_batches=8, and p falls over "
+        "power_steps=500 in one of them",
+        std_ddof=1,
         ratio="power-mean",
         normaliser="sequence-mean",
+        kl="none",
+        beta=0.0,
     ),
     Method(
         name="dr-grpo",
@@ -107,23 +117,29 @@ _TABLE = (
         name="gspo",
         paper="arXiv 2507.18071",
         equation="5, 7",
-        remark="with learner.inner_updates=1 its ratio is 1, and it equals grpo",
+        remark="with one update a step its ratio is 1, and it equals grpo without KL: its runs have "
+        "learner.mini_batches=4",
         ratio="sequence",
         normaliser="sequence-mean",
         clip_low=3e-4,
         clip_high=4e-4,
+        kl="none",
+        beta=0.0,
     ),
     Method(
         name="cispo",
         paper="arXiv 2506.13585",
         equation="4, 5",
-        remark="no lower bound; the upper bound is ours, the paper gives none",
+        remark="no lower bound; the upper bound is ours, the paper gives none; its runs have learner.mini_batches=16 "
+        "and DAPO's length penalty: set overlong_buffer",
         ratio="stop-gradient",
         normaliser="token-mean",
         clip_low=1.0,
         clip_high=0.28,
         kl="none",
         beta=0.0,
+        group_filter="accuracy",
+        refill_rounds=3,
     ),
     Method(
         name="entropy-mask",
@@ -142,9 +158,10 @@ _TABLE = (
         name="rloo",
         paper="arXiv 2402.14740",
         equation="-",
-        remark="its advantage with GRPO's loss; the KL is in the loss rather than in the reward",
+        remark="its paper's sum over a completion, divided by actor.max_tokens; the clip is GRPO's, and the KL is in "
+        "the loss rather than in the reward",
         advantage="leave_one_out",
-        normaliser="sequence-mean",
+        normaliser="constant",
     ),
 )
 METHODS = {method.name: method for method in _TABLE}

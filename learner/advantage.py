@@ -7,13 +7,15 @@ from torch import Tensor
 EPSILON = 1e-6
 
 
-def group_std(rewards_PG: Tensor) -> Tensor:
-    """(r_i - mean r) / (std r + 1e-6) within each group, population std (arXiv 2606.05434, Eq. 1).
+def group_std(rewards_PG: Tensor, *, ddof: int = 0) -> Tensor:
+    """(r_i - mean r) / (std r + 1e-6) within each group (arXiv 2606.05434, Eq. 1).
 
-    A group of equal rewards has advantage 0 everywhere.
+    ddof 0 is the population's std, 1 the sample's, which makes all advantages of a group sqrt((G - 1) / G) as large.
+    A group of equal rewards has advantage 0 everywhere, and so has a group of one.
     """
     centred_PG = group_mean(rewards_PG)
-    return centred_PG / (centred_PG.square().mean(dim=-1, keepdim=True).sqrt() + EPSILON)
+    divisor = max(1, rewards_PG.shape[-1] - ddof)
+    return centred_PG / ((centred_PG.square().sum(dim=-1, keepdim=True) / divisor).sqrt() + EPSILON)
 
 
 def group_mean(rewards_PG: Tensor) -> Tensor:
@@ -45,11 +47,9 @@ def asymmetric(correct_PG: Tensor, *, beta_pos: float, beta_neg: float) -> Tenso
     """((1 - p) / p)^beta_pos for a correct rollout, -(p / (1 - p))^beta_neg for an incorrect one (arXiv 2604.04894).
 
     correct_PG holds 1 for a correct rollout and 0 for an incorrect one; p is the fraction of correct ones in the group.
-    All advantages of a group without both kinds are 0. beta .5 and .5 is `group_std` without its epsilon. For other
-    betas the advantages of a group do not sum to zero, as the paper intends.
+    In a group without both kinds all advantages are 0 for a beta above 0, and 1 or -1 for beta 0, since 0^0 = 1. beta
+    .5 and .5 is `group_std` without its epsilon. For other betas the advantages of a group do not sum to zero, as the
+    paper intends.
     """
     p_P1 = correct_PG.mean(dim=-1, keepdim=True)
-    mixed_P1 = (p_P1 > 0) & (p_P1 < 1)
-    odds_P1 = ((1 - p_P1) / p_P1).where(mixed_P1, p_P1.new_ones(()))  # of an incorrect rollout
-    advantages_PG = (odds_P1**beta_pos).where(correct_PG > 0, -(odds_P1**-beta_neg))
-    return advantages_PG * mixed_P1
+    return (((1 - p_P1) / p_P1) ** beta_pos).where(correct_PG > 0, -((p_P1 / (1 - p_P1)) ** beta_neg))

@@ -1,5 +1,6 @@
 """Groups -> packed micro-batches by token budget, and values of scored tokens -> padded [B, T] and back.
 
+A batch is learned in one mini-batch or in several, disjoint ones; each of them is cut into micro-batches.
 A packed sequence is one prompt followed by rollouts of it, so that the prompt is computed once. A micro-batch is packed
 sequences laid end to end without padding; learner/policy/attention.py keeps sequences and rollouts from attending to
 each other.
@@ -7,6 +8,7 @@ each other.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -37,25 +39,44 @@ class Ends(NamedTuple):
 class MicroBatch:
     """L positions, of which N predict a scored token. All tensors int64."""
 
-    index: int  # in the step
+    index: int  # in the batch
     token_ids_L: Tensor
     position_ids_L: Tensor  # a rollout's positions continue those of its prompt
     lengths: tuple[tuple[int, ...], ...]  # for each packed sequence: its prompt, then its rollouts; they sum to L
     ends: Ends  # made from the lengths
     predictor_N: Tensor  # index into L of the position that predicts the token
     target_N: Tensor  # the token's id
-    rollout_N: Tensor  # index of its rollout, 0..B-1
+    rollout_N: Tensor  # index of its rollout in the batch, 0..B-1
     token_N: Tensor  # its index among the sampled tokens of the rollout, 0..T-1
+
+
+class Slices(NamedTuple):
+    """Where a mini-batch lies in its batch."""
+
+    micro_batches: slice
+    rollouts: slice  # of [B]
+    tokens: slice  # of [N]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """The micro-batches of one optimizer step. [N] counts its scored tokens, in micro-batch order."""
+    """The micro-batches of a step, or of one of its mini-batches; [N] counts its scored tokens in their order."""
 
     micro_batches: tuple[MicroBatch, ...]
     mask_BT: Tensor  # bool, true at sampled tokens
-    rollout_N: Tensor  # as in MicroBatch
-    token_N: Tensor
+    rollout_N: Tensor  # index of each token's rollout in mask_BT
+    token_N: Tensor  # as in MicroBatch
+    mini_batches: tuple[Slices, ...]  # of a step; a mini-batch has none
+
+    def part(self, of: Slices) -> "StepBatch":
+        """One of the mini-batches."""
+        return StepBatch(
+            micro_batches=self.micro_batches[of.micro_batches],
+            mask_BT=self.mask_BT[of.rollouts],
+            rollout_N=self.rollout_N[of.tokens] - of.rollouts.start,
+            token_N=self.token_N[of.tokens],
+            mini_batches=(),
+        )
 
     def pad(self, values_N: Tensor) -> Tensor:
         """[N] -> [B, T], 0 outside the mask."""
@@ -79,25 +100,51 @@ class StepBatch:
         return values_BT[self.rollout_N, self.token_N]
 
 
-def pack(groups: Sequence[Group], *, max_tokens: int, min_micro_batches: int, device: torch.device) -> StepBatch:
+def pack(
+    groups: Sequence[Group], *, max_tokens: int, min_micro_batches: int, device: torch.device, mini_batches: int = 1
+) -> StepBatch:
     """Pack the rollouts of `groups`, numbered in their order, into micro-batches of at most `max_tokens` positions.
 
-    A prompt and one rollout that together are longer form a micro-batch of their own. There are at least
-    `min_micro_batches` if there are that many packed sequences. How the step is cut never changes its gradient.
+    A mini-batch is an equal share of the rollouts, in their order; of fewer rollouts than `mini_batches`, each is one.
+    A prompt and one rollout that together are longer form a micro-batch of their own. A mini-batch has at least
+    `min_micro_batches` if it has that many packed sequences. How it is cut never changes its gradient.
     """
-    sequences: list[_Sequence] = []
-    num_rollouts = 0
-    for group in groups:
-        sequences += _pack_group(group.rollouts, num_rollouts, max_tokens)
-        num_rollouts += len(group.rollouts)
-    max_sequences = max(1, len(sequences) // min_micro_batches)
-    cuts = _cut(sequences, max_tokens, max_sequences)
-    micro_batches = tuple(_micro_batch(index, cut, device) for index, cut in enumerate(cuts))
+    micro_batches: list[MicroBatch] = []
+    ends = [(0, 0, 0)]  # of each mini-batch: micro-batches, rollouts and tokens so far
+    for mini_batch in _shares(groups, mini_batches):
+        num_rollouts, num_tokens = ends[-1][1:]
+        sequences: list[_Sequence] = []
+        for rollouts in mini_batch:
+            sequences += _pack_group(rollouts, num_rollouts, max_tokens)
+            num_rollouts += len(rollouts)
+        for cut in _cut(sequences, max_tokens, max(1, len(sequences) // min_micro_batches)):
+            micro_batches.append(_micro_batch(len(micro_batches), cut, device))
+            num_tokens += len(micro_batches[-1].target_N)
+        ends.append((len(micro_batches), num_rollouts, num_tokens))
     rollout_N = torch.cat([m.rollout_N for m in micro_batches])
     token_N = torch.cat([m.token_N for m in micro_batches])
-    mask_BT = torch.zeros(num_rollouts, int(token_N.max()) + 1, dtype=torch.bool, device=device)
+    mask_BT = torch.zeros(ends[-1][1], int(token_N.max()) + 1, dtype=torch.bool, device=device)
     mask_BT[rollout_N, token_N] = True
-    return StepBatch(micro_batches=micro_batches, mask_BT=mask_BT, rollout_N=rollout_N, token_N=token_N)
+    return StepBatch(
+        micro_batches=tuple(micro_batches),
+        mask_BT=mask_BT,
+        rollout_N=rollout_N,
+        token_N=token_N,
+        mini_batches=tuple(Slices(*map(slice, *pair)) for pair in pairwise(ends)),
+    )
+
+
+def _shares(groups: Sequence[Group], number: int) -> Iterable[list[Sequence[Rollout]]]:
+    """The rollouts of `groups` in `number` consecutive shares that differ by one rollout at most, each by group."""
+    firsts = [0, *accumulate(len(group.rollouts) for group in groups)]  # of each group; the last one is B
+    number = min(number, firsts[-1])
+    for i in range(number):
+        start, end = (firsts[-1] * j // number for j in (i, i + 1))
+        parts = (
+            group.rollouts[max(0, start - first) : max(0, end - first)]
+            for group, first in zip(groups, firsts, strict=False)
+        )
+        yield [rollouts for rollouts in parts if rollouts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

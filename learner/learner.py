@@ -3,9 +3,11 @@
 import os
 import resource
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,11 +19,11 @@ from common.adapter import PROBE_VERSION, Adapter, Canary
 from common.config import Config
 from common.types import Group, UpdateResult
 from learner import checkpoint
-from learner.batch import pack
+from learner.batch import StepBatch, pack
 from learner.metrics import per_rollout, step_metrics
-from learner.objective import Objective
+from learner.objective import Objective, Targets
 from learner.optimizer import Optimizer
-from learner.policy.forward import ForwardOutput
+from learner.policy.forward import Demands, ForwardOutput
 from learner.policy.policy import Policy, mixed
 from learner.ranks import Ranks
 from learner.selection import select
@@ -70,7 +72,7 @@ class Learner:
             return self.policy.logprobs(self.canary_token_ids)
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
-        """One optimizer step: `learner.inner_updates` updates on the same groups.
+        """One step: `learner.inner_updates` updates on each of `learner.mini_batches` parts of the same groups.
 
         Where every group is excluded, nothing changes, and the result does not count as a skipped step.
         """
@@ -93,38 +95,57 @@ class Learner:
         if not selection.groups:
             return UpdateResult(metrics=metrics, tokens=(None,) * num_rollouts)
 
-        policy, objective = self.policy, self.objective
+        policy, objective, config = self.policy, self.objective, self.config.learner
         batch = pack(
             selection.groups,
             max_tokens=self.micro_batch_tokens,
-            min_micro_batches=self.config.learner.gradient_accumulation,
+            min_micro_batches=config.gradient_accumulation,
             device=policy.device,
+            mini_batches=config.mini_batches,
         )
         own, demands = self.ranks.part(batch), objective.demands
-
-        def forward(update: int) -> ForwardOutput:
-            seed = mixed(self.config.run.seed, step, update)
-            return self.ranks.whole(policy.forward(own, demands, own_reference, seed=seed), batch)
-
         own_reference = policy.reference_pass(own, demands) if demands.reference else None
         reference = self.ranks.whole(own_reference, batch) if own_reference else None
-        output = forward(0)
+        at_once = config.mini_batches == 1  # the first update can use the graph of this pass
+        with torch.set_grad_enabled(at_once):
+            output = self._forward(batch, demands, step, reference=own_reference)
         targets = objective.targets(output, reference, batch, selection, step)
         metrics |= step_metrics(output.stats, targets, selection, batch, vocab_size=policy.vocab_size)
-        for number in range(self.config.learner.inner_updates):
-            if number:
-                output = forward(number)
-            loss, terms = objective.loss(output, targets, batch)
-            metrics |= terms
-            metrics["gradient/norm"], skipped = self.optimizer.step(loss, step)
-            if skipped:
-                skipped += f" in inner update {number + 1}; those before it were made" if number else ""
-                break
-        else:
-            objective.entropy_bonus = targets.next_entropy_bonus
-        metrics["memory/peak_bytes"] = peak_bytes()
+        terms, skipped = self._updates(batch, targets, step, first=output if at_once else None)
+        metrics |= terms | {"memory/peak_bytes": peak_bytes()}
         tokens = per_rollout(targets, selection, batch, num_rollouts)
         return UpdateResult(metrics=metrics, tokens=tokens, skipped=skipped)
+
+    def _updates(
+        self, batch: StepBatch, targets: Targets, step: int, *, first: ForwardOutput | None
+    ) -> tuple[dict[str, float], str | None]:
+        """The inner updates on each mini-batch, from `first` on, the pass that made the targets, if its graph is kept.
+
+        Returns the means of the terms of the loss over the mini-batches, in their last inner update, and why an update
+        was skipped.
+        """
+        demands = self.objective.demands._replace(residual=False, topk=None, entropy_at_one=False)
+        terms: deque[dict[str, float]] = deque(maxlen=len(batch.mini_batches))
+        skipped = None
+        for number, (inner, slices) in enumerate(product(range(self.config.learner.inner_updates), batch.mini_batches)):
+            part = batch.part(slices)
+            output = first if first and not number else self._forward(part, demands, step, inner)
+            loss, of_loss = self.objective.loss(output, targets.part(slices.tokens), part)
+            norm, skipped = self.optimizer.step(loss, step)
+            terms.append(of_loss | {"gradient/norm": norm})
+            if skipped:
+                skipped += f" in update {number + 1} of the step; those before it were made" if number else ""
+                break
+        else:
+            self.objective.entropy_bonus = targets.next_entropy_bonus
+        return {name: sum(each[name] for each in terms) / len(terms) for name in terms[-1]}, skipped
+
+    def _forward(
+        self, batch: StepBatch, demands: Demands, step: int, inner: int = 0, reference: ForwardOutput | None = None
+    ) -> ForwardOutput:
+        """A pass over the batch by all ranks. Its dropout is that of the inner update, equal in every mini-batch's."""
+        seed = mixed(self.config.run.seed, step, inner)
+        return self.ranks.whole(self.policy.forward(self.ranks.part(batch), demands, reference, seed=seed), batch)
 
     def adapter(self, canary: bool = True) -> Adapter:
         """A copy of the current weights, whose version is the number of steps taken; with a canary on request."""

@@ -24,6 +24,7 @@ def step_metrics(
         "entropy/normalized_mean": stats.entropy_N.mean().item() / math.log(vocab_size),
         "entropy/at_one_normalized_mean": stats.entropy_at_one_N.mean().item() / math.log(vocab_size),
         "entropy/bonus": targets.entropy_bonus,
+        "weight/alpha": targets.alpha,
         "weight/mean": targets.raw_weights_N.mean().item(),
         "weight/negative_mean": _mean(targets.raw_weights_N[negative_N]),  # 0 without any, as in the paper's Table 6
         "weight/effective_fraction": _effective_fraction(targets.token_weights_N),

@@ -3,7 +3,9 @@
 In the learner, only this file and selection.py read the method's fields.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,18 +44,25 @@ def _has_kl(method: MethodConfig) -> bool:
 class Targets:
     """The per-token targets, fixed at the start of a step: [N] over its scored tokens, detached; nats."""
 
+    alpha: float  # the horizon discount
     old_logprobs_N: Tensor
     actor_logprobs_N: Tensor
     reference_logprobs_N: Tensor | None  # None without a reference pass
     entropy_N: Tensor  # the one that the token weights are made of
     advantages_N: Tensor
     raw_weights_N: Tensor  # before normalising
-    token_weights_N: Tensor  # normalised over the step, times importance, so that the objective is a plain sum
+    token_weights_N: Tensor  # normalised over the mini-batch, times importance: the objective is a plain sum
     importance_N: Tensor  # corrects for the difference between the policies of actor and learner
     entropy_slopes_N: Tensor | None  # d objective / d entropy through the weights, for method.weight_gradient
     entropy_bonus: float  # weight of the mean entropy in the objective
     next_entropy_bonus: float  # its value after this step
     power: float  # p of the power-mean ratio
+
+    def part(self, tokens_n: slice) -> "Targets":
+        """The targets of some of the tokens."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        columns: dict[str, Any] = {name: value[tokens_n] for name, value in values.items() if torch.is_tensor(value)}
+        return replace(self, **columns)
 
 
 class Objective:
@@ -76,10 +85,10 @@ class Objective:
         device = stats.logprob_N.device
         advantages_B, group_B = selection.advantages_B.to(device), selection.group_B.to(device)
         entropy_BT = batch.pad(self._weight_entropy(stats)).double().requires_grad_(method.weight_gradient)
-        raw_BT = self._raw_weights(entropy_BT, output, batch, advantages_B)
-        weights_BT = token_weights.normalise(
-            raw_BT, batch.mask_BT, group_B, normaliser=method.normaliser, max_tokens=self.max_tokens
-        )
+        alpha = self._alpha(step)
+        raw_BT = self._raw_weights(entropy_BT, output, batch, advantages_B, alpha)
+        of_mini_batches = [each.rollouts for each in batch.mini_batches]
+        weights_BT = torch.cat([self._normalised(raw_BT[b], batch.mask_BT[b], group_B[b]) for b in of_mini_batches])
         advantages_BT = self._token_advantages(entropy_BT.detach(), output, batch, advantages_B, group_B, reference)
         old_logprobs_N = stats.logprob_N.detach()
         actor_logprobs_N = batch.gather([r.actor_logprobs[r.mask] for g in selection.groups for r in g.rollouts])
@@ -90,6 +99,7 @@ class Objective:
             slopes_N = batch.flatten(slopes_BT).float()
         entropy_bonus, next_entropy_bonus = self._entropy_bonuses(stats)
         return Targets(
+            alpha=alpha,
             old_logprobs_N=old_logprobs_N,
             actor_logprobs_N=actor_logprobs_N,
             reference_logprobs_N=None if reference is None else reference.stats.logprob_N,
@@ -140,6 +150,7 @@ class Objective:
         output: ForwardOutput,
         batch: StepBatch,
         advantages_B: Tensor,
+        alpha: float,
     ) -> Tensor:
         """[B, T] float64: token weights before normalising."""
         method = self.method
@@ -148,7 +159,7 @@ class Objective:
                 entropy_BT,
                 batch.mask_BT,
                 advantages_B,
-                alpha=method.alpha,
+                alpha=alpha,
                 vocab_size=self.vocab_size,
                 selective=method.selective,
             )
@@ -162,6 +173,12 @@ class Objective:
         if method.top_entropy_fraction < 1:
             raw_BT = raw_BT * token_weights.top_entropy(entropy_BT, batch.mask_BT, fraction=method.top_entropy_fraction)
         return raw_BT
+
+    def _normalised(self, raw_BT: Tensor, mask_BT: Tensor, group_B: Tensor) -> Tensor:
+        """[B, T]: the weights of one mini-batch, normalised over it."""
+        return token_weights.normalise(
+            raw_BT, mask_BT, group_B - group_B[0], normaliser=self.method.normaliser, max_tokens=self.max_tokens
+        )
 
     def _token_advantages(
         self,
@@ -224,6 +241,8 @@ class Objective:
         if method.ratio == "sequence":
             return batch.flatten(ratio.sequence(batch.pad(difference_N), batch.mask_BT))
         if method.ratio == "power-mean":
+            if method.power_clip == "both":
+                difference_N = difference_N.clamp(-math.log1p(method.clip_low), math.log1p(method.clip_high))
             if method.power_clip == "token":  # their mean then lies within the bounds too
                 difference_N = pessimistic_clip(
                     difference_N, targets.advantages_N, clip_low=method.clip_low, clip_high=method.clip_high
@@ -232,9 +251,14 @@ class Objective:
         return difference_N
 
     def _power(self, step: int) -> float:
-        """p of the power-mean ratio at 0-based `step`: linear from power_start to power_end."""
-        done = step / max(1, self.num_steps - 1)
-        return self.method.power_start + done * (self.method.power_end - self.method.power_start)
+        """p of the power-mean ratio at 0-based `step`: linear from power_start to power_end, where it stays."""
+        method = self.method
+        return linear(method.power_start, method.power_end, step, method.power_steps or self.num_steps - 1)
+
+    def _alpha(self, step: int) -> float:
+        """The horizon discount at 0-based `step`."""
+        alpha, end = self.method.alpha, self.method.alpha_end
+        return alpha if end == "alpha" else linear(alpha, end, step, self.num_steps - 1)
 
     def _entropy_bonuses(self, stats: HeadStats) -> tuple[float, float]:
         """The bonus of this step and of the next."""
@@ -247,3 +271,8 @@ class Objective:
             step=self.method.entropy_bonus_step,
             maximum=self.method.entropy_bonus_max,
         )
+
+
+def linear(start: float, end: float, step: int, num_steps: int) -> float:
+    """A value that changes linearly from `start` at step 0 to `end` at step `num_steps`, where it stays."""
+    return start + min(1.0, step / max(1, num_steps)) * (end - start)

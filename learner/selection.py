@@ -1,8 +1,9 @@
 """Which rollouts a step trains on, and the advantage of each."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,11 +12,7 @@ from common.method import Fields, function
 from common.types import Group, Rollout, Score
 from learner import advantage
 
-ADVANTAGES = {
-    "group_std": advantage.group_std,
-    "group_mean": advantage.group_mean,
-    "leave_one_out": advantage.leave_one_out,
-}
+ADVANTAGES = {"group_mean": advantage.group_mean, "leave_one_out": advantage.leave_one_out}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +105,10 @@ def _advantages(group: Group, method: Fields, max_tokens: int, weights: Mapping[
     if method.advantage == "asymmetric":
         correct_1G = torch.tensor([[score.correct for score in scores]], dtype=torch.float64)
         return advantage.asymmetric(correct_1G, beta_pos=method.beta_pos, beta_neg=method.beta_neg)[0]
-    compute = ADVANTAGES.get(method.advantage) or function(method.advantage)
+    if method.advantage == "group_std":
+        compute: Callable[..., Tensor] = partial(advantage.group_std, ddof=method.std_ddof)
+    else:
+        compute = ADVANTAGES.get(method.advantage) or function(method.advantage)
     if method.decoupled_rewards:
         weights = _weighted(weights)
         rewards_KG = torch.tensor([[score.parts[name] for score in scores] for name in weights], dtype=torch.float64)

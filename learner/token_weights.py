@@ -1,4 +1,4 @@
-"""Token weights: how much each sampled token counts, and their normalisation over the whole optimizer step.
+"""Token weights: how much each sampled token counts, and their normalisation over the whole update.
 
 Pure functions on padded [B, T] tensors; T counts the sampled tokens of a rollout; 0 outside the mask.
 """
@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-EPSILON = 1e-12  # in `residual`: makes its weights uniform while the adapter is zero
+EPSILON = 1e-12  # in `residual`
+NO_RESIDUAL = 1e-8  # a rollout whose raised norms sum to less has uniform weights, as in ARCA's code
 
 
 def uniform(mask_BT: Tensor) -> Tensor:
@@ -42,9 +43,11 @@ def residual(norm_BT: Tensor, mask_BT: Tensor, *, power: float) -> Tensor:
     """|o| (a_t^power + eps) / sum_s (a_s^power + eps), which has mean 1 in a rollout (ARCA, arXiv 2606.00257).
 
     norm_BT = a_t is the norm of the adapter's change to the last hidden state of the position that predicts token t.
-    All weights are 1 while the adapter is zero.
+    All weights of a rollout are 1 where sum a_s^power is at most 1e-8, as while the adapter is zero.
     """
-    raised_BT = (norm_BT.double() ** power + EPSILON) * mask_BT
+    raised_BT = norm_BT.double() ** power * mask_BT
+    raised_BT = raised_BT.where(raised_BT.sum(dim=1, keepdim=True) > NO_RESIDUAL, torch.zeros_like(raised_BT))
+    raised_BT = (raised_BT + EPSILON) * mask_BT
     return raised_BT * mask_BT.sum(dim=1, keepdim=True) / raised_BT.sum(dim=1, keepdim=True)
 
 
@@ -74,14 +77,14 @@ def top_entropy(entropy_BT: Tensor, mask_BT: Tensor, *, fraction: float) -> Tens
 def normalise(
     weights_BT: Tensor, mask_BT: Tensor, group_B: Tensor, *, normaliser: str, max_tokens: int | None = None
 ) -> Tensor:
-    """Weights divided so that the loss is a plain sum over the tokens of the step.
+    """Weights divided so that the loss is a plain sum over the tokens of an update: of the step, or of a mini-batch.
 
     group_B is the index of each rollout's group, 0..P-1. Every rollout must have a sampled token.
     - "sequence-mean": 1 / (B |o_i|): the mean over rollouts of per-sequence means (Eq. 2)
-    - "token-mean": 1 / (number of sampled tokens of the step)
+    - "token-mean": 1 / (number of sampled tokens)
     - "constant": 1 / (B max_tokens), independent of the lengths (Dr. GRPO, arXiv 2503.20783)
     - "group": 1 / (P sum of the group's weights): Eq. 6 and 9 per group, then the mean over groups
-    - "step": 1 / (sum of all weights of the step)
+    - "step": 1 / (sum of all weights)
     """
     if normaliser == "sequence-mean":
         return weights_BT / (mask_BT.sum(dim=1, keepdim=True) * len(weights_BT))
@@ -91,7 +94,7 @@ def normalise(
     if normaliser == "token-mean":
         return weights_BT / mask_BT.sum()
     if normaliser == "step":
-        return weights_BT / weights_BT.sum()
+        group_B = torch.zeros_like(group_B)
     num_groups = int(group_B.max()) + 1
     sum_P = weights_BT.new_zeros(num_groups).index_add(0, group_B, weights_BT.sum(dim=1))
     sum_P = sum_P.where(sum_P > 0, torch.ones_like(sum_P))  # avoids 0 / 0 for a group whose weights are all 0

@@ -40,7 +40,7 @@ def work_of(measured: Measured, plan: Plan) -> Work:
         groups=tuple(group for step in measured.steps for group in step.groups),
         gradient_bytes=4 * plan.num_adapter_parameters,
         exchange_token_bytes=tuple(4 * number for number in columns),
-        num_reduces=plan.config.learner.inner_updates,
+        num_reduces=plan.config.learner.inner_updates * plan.config.learner.mini_batches,
     )
 
 

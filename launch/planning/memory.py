@@ -5,7 +5,7 @@ With cluster.layout = colocated a GPU holds both sides, with separate the one or
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -209,42 +209,59 @@ def kv_cache_bytes(config: Config, work: Work) -> int:
 
 
 def step_activations(config: Config, work: Work) -> Activations:
-    """The activations of the longest step, with what the head keeps of it."""
+    """The activations of the longest step's largest update, with what the head keeps."""
     assert config.learner.micro_batch_tokens is not None, "the caller has chosen it"
-    step_tokens, max_tokens, sequence = _longest_step(
+    update_tokens, max_tokens, sequence = _longest_update(
         config.run.prompts_per_step,
         config.actor.group_size,
         work.longest_prompt_tokens,
         config.actor.max_tokens,
         config.learner.micro_batch_tokens,
         config.learner.gradient_accumulation,
+        config.learner.mini_batches,
     )
     one = work.activations(sequence, config.learner.recompute)
-    kept = one.kept * step_tokens // sum(sequence) + _head_bytes(config, work)
+    kept = one.kept * update_tokens // sum(sequence) + _head_bytes(config, work)
     return Activations(kept=kept, peak=kept + (one.peak - one.kept) * max_tokens // sum(sequence))
 
 
 def _head_bytes(config: Config, work: Work) -> int:
-    """What the head keeps for a step's N scored tokens: float32 gradients; for some methods hidden states [N, H]."""
+    """What the head keeps for N scored tokens: float32 gradients of an update; of a step, for some methods, hidden
+    states [N, H]."""
     needed = demands(config)
     gradients = 1 + needed.entropy_gradient
     states = 2 if needed.residual else 0  # with the adapter and without
-    scored = config.run.prompts_per_step * config.actor.group_size * config.actor.max_tokens
-    return scored * work.size.hidden * (4 * gradients + _itemsize(config) * states)
+    rollouts = config.run.prompts_per_step * config.actor.group_size
+    learned = math.ceil(rollouts / config.learner.mini_batches)
+    elements = config.actor.max_tokens * work.size.hidden
+    return elements * (learned * 4 * gradients + rollouts * _itemsize(config) * states)
 
 
 @lru_cache
-def _longest_step(
-    num_prompts: int, group_size: int, prompt_tokens: int, completion_tokens: int, max_tokens: int, min_number: int
+def _longest_update(
+    num_prompts: int,
+    group_size: int,
+    prompt_tokens: int,
+    completion_tokens: int,
+    max_tokens: int,
+    min_number: int,
+    mini_batches: int,
 ) -> tuple[int, int, tuple[int, ...]]:
-    """Tokens of the step and of its largest micro-batch, and the lengths of its first packed sequence."""
+    """Tokens of the step's largest mini-batch and micro-batch, and the lengths of its first packed sequence."""
     [group] = synthetic_groups(
         1, group_size, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, vocab_size=1, seed=0
     )
     cpu = torch.device("cpu")
-    batch = pack([group] * num_prompts, max_tokens=max_tokens, min_micro_batches=min_number, device=cpu)
-    lengths: Sequence[int] = [len(micro_batch.token_ids_L) for micro_batch in batch.micro_batches]
-    return sum(lengths), max(lengths), batch.micro_batches[0].lengths[0]
+    batch = pack(
+        [group] * num_prompts,
+        max_tokens=max_tokens,
+        min_micro_batches=min_number,
+        device=cpu,
+        mini_batches=mini_batches,
+    )
+    lengths = [len(micro_batch.token_ids_L) for micro_batch in batch.micro_batches]
+    of_updates = [sum(lengths[each.micro_batches]) for each in batch.mini_batches]
+    return max(of_updates), max(lengths), batch.micro_batches[0].lengths[0]
 
 
 def _itemsize(config: Config) -> int:

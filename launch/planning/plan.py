@@ -166,15 +166,18 @@ def with_resume(config: Config) -> Config:
 
 def warnings(config: Config) -> list[str]:
     """A line for each option that is allowed but has no effect, or none of the one that its name suggests."""
-    method = config.method
+    method, learner = config.method, config.learner
     found = []
-    if config.learner.num_ranks > config.learner.gradient_accumulation:
+    if learner.num_ranks > learner.gradient_accumulation:
         found.append(
-            f"learner.gradient_accumulation={config.learner.gradient_accumulation} is below "
-            f"learner.num_ranks={config.learner.num_ranks}: a step may have fewer micro-batches than ranks"
+            f"learner.gradient_accumulation={learner.gradient_accumulation} is below "
+            f"learner.num_ranks={learner.num_ranks}: an update may have fewer micro-batches than ranks"
         )
-    if method.ratio != "token" and config.learner.inner_updates == 1:
-        found.append(f"ratio={method.ratio} is 1 with learner.inner_updates=1: neither clip nor power has an effect")
+    if method.ratio != "token" and learner.inner_updates == learner.mini_batches == 1:
+        found.append(
+            f"ratio={method.ratio} is 1 with one update a step: neither clip nor power has an effect without "
+            "learner.mini_batches or learner.inner_updates"
+        )
     if config.run.max_staleness and method.importance == "none":
         found.append(f"run.max_staleness={config.run.max_staleness} without method.importance: nothing corrects for it")
     if config.model.lora_dropout > 0 and not demands(config).dropout:

@@ -47,6 +47,8 @@ def empty(tmp_path: Path) -> Path:
         ("--method.alpha inf", "method.alpha='inf': Input should be a finite number"),
         ("--method.clip_low 1.5", "method.clip_low='1.5': Input should be less than or equal to 1"),
         ("--method.weight_gradient true --learner.inner_updates 2", "needs learner.inner_updates=1, not 2"),
+        ("--method.weight_gradient true --learner.mini_batches 2", "needs learner.mini_batches=1, not 2"),
+        ("--learner.mini_batches 17", "learner.mini_batches=17 is more than the 16 rollouts of a step; lower it"),
         ("--method.name grpo --method.weight_gradient true", "has no effect with token_weight=uniform"),
         (
             "--method.entropy topk-partial --learner.head_backend trl",

@@ -88,7 +88,8 @@ def test_warnings_name_what_has_no_effect(empty: Path) -> None:
     assert warnings(load(["--method.name", "grpo"], empty)) == []
     for name in ("holder", "gspo", "cispo"):
         [one] = warnings(load(["--method.name", name], empty))
-        assert "inner_updates=1" in one
-        assert warnings(load(["--method.name", name, "--learner.inner_updates", "2"], empty)) == []
+        assert "is 1 with one update a step" in one
+        for several in ("inner_updates", "mini_batches"):
+            assert warnings(load(["--method.name", name, f"--learner.{several}", "2"], empty)) == []
     [one] = warnings(load(["--method.name", "arca"], empty))
     assert "lora_dropout=0.05 is off" in one

@@ -5,6 +5,7 @@ It shares no code with the learner: no packing, no padded tensors, no head, and 
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +28,24 @@ def state_of(made: Learner) -> State:
 
 
 def gradients(
-    folder: Path, made: Learner, groups: Sequence[Group], *, old: State | None = None, new: State | None = None
+    folder: Path,
+    made: Learner,
+    groups: Sequence[Group],
+    *,
+    old: State | None = None,
+    new: State | None = None,
+    mini_batch: range | None = None,
 ) -> dict[str, Tensor]:
     """Gradient of the loss by every adapter weight, at the first step of a run.
 
     `old` holds the weights at the start of the step, which fix the old log-probabilities, the advantages and the token
-    weights; `new` holds the weights to differentiate at. Both default to the learner's current weights.
+    weights; `new` holds the weights to differentiate at. Both default to the learner's current weights. `mini_batch`
+    holds the numbers of the rollouts that are learned, by default all, in the order of the groups that are kept.
     """
     method, config = made.config.method, made.config.model
-    if method.group_filter == "accuracy":
-        groups = [group for group in groups if len({rollout.score.correct for rollout in group.rollouts}) == 2]
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(made.policy.targets))
-    model = get_peft_model(base, lora).double()
+    groups = kept(groups, method)
+    model = in_float64(folder, config.lora_rank, config.lora_alpha, tuple(made.policy.targets))
+    model.zero_grad()
     model.load_state_dict(old or state_of(made))
     with torch.no_grad():
         olds = [[Tokens(model, rollout, method) for rollout in group.rollouts] for group in groups]
@@ -47,8 +53,22 @@ def gradients(
             references = [[Tokens(model, rollout, method) for rollout in group.rollouts] for group in groups]
     model.load_state_dict(new or old or state_of(made))
     news = [[Tokens(model, rollout, method) for rollout in group.rollouts] for group in groups]
-    loss(method, groups, news, olds, references, max_tokens=made.config.actor.max_tokens).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    taken = mini_batch or range(sum(len(group.rollouts) for group in groups))
+    loss(method, groups, news, olds, references, taken, max_tokens=made.config.actor.max_tokens).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@cache
+def in_float64(folder: Path, rank: int, alpha: float, names: tuple[str, ...]):
+    """The model with an adapter, whose weights the caller loads."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    return get_peft_model(base, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names))).double()
+
+
+def kept(groups: Sequence[Group], method) -> list[Group]:
+    """Without those that the accuracy filter excludes."""
+    mixed = [group for group in groups if len({rollout.score.correct for rollout in group.rollouts}) == 2]
+    return mixed if method.group_filter == "accuracy" else list(groups)
 
 
 class Tokens:
@@ -68,10 +88,14 @@ class Tokens:
             self.weight_entropy = -(top * top.log()).sum(1)
 
 
-def loss(method, groups, news, olds, references, *, max_tokens: int) -> Tensor:
-    """- objective + beta * mean KL - bonus * mean entropy. `news` and its like hold a list of `Tokens` per group."""
+def loss(method, groups, news, olds, references, taken, *, max_tokens: int) -> Tensor:
+    """- objective + beta * mean KL - bonus * mean entropy, over the rollouts whose number is in `taken`.
+
+    `news` and its like hold a list of `Tokens` per group.
+    """
     threshold = entropy_threshold(method, [old for group in olds for old in group])
-    terms_B, weights_P, terms_P, kls = [], [], [], []
+    terms_B, weights_P, terms_P, kls, entropies = [], [], [], [], []
+    number = -1
     for group, new_G, old_G, reference_G in zip(groups, news, olds, references, strict=True):
         advantage_G = advantages(group, method, max_tokens)
         token_GT = [[a] * len(old.entropy) for a, old in zip(advantage_G, old_G, strict=True)]
@@ -81,23 +105,27 @@ def loss(method, groups, news, olds, references, *, max_tokens: int) -> Tensor:
         for new, old, reference, a, token_T, rollout in zip(
             new_G, old_G, reference_G, advantage_G, token_GT, group.rollouts, strict=True
         ):
+            number += 1
+            if number not in taken:
+                continue
             w = weights(method, new if method.weight_gradient else old, reference, a)
             w = w * (old.weight_entropy > threshold)
             terms_B.append(importance(method, old, rollout) * w * surrogate(method, new, old, token_T))
             weight = weight + w.sum()
             kls.append(kl(method, new, reference))
-        weights_P.append(weight)
-        terms_P.append(sum(terms.sum() for terms in terms_B[first:]))
+            entropies.append(new.entropy)
+        if len(terms_B) > first:
+            weights_P.append(weight)
+            terms_P.append(sum(terms.sum() for terms in terms_B[first:]))
     all_terms = torch.cat(terms_B)
     objective = {
         "sequence-mean": lambda: sum(terms.mean() for terms in terms_B) / len(terms_B),
         "token-mean": lambda: all_terms.mean(),
         "constant": lambda: all_terms.sum() / (len(terms_B) * max_tokens),
-        "group": lambda: sum(t / w for t, w in zip(terms_P, weights_P, strict=True)) / len(groups),
+        "group": lambda: sum(t / w for t, w in zip(terms_P, weights_P, strict=True)) / len(terms_P),
         "step": lambda: all_terms.sum() / sum(weights_P),
     }[method.normaliser]()
-    entropy = torch.cat([new.entropy for new_G in news for new in new_G]).mean()
-    return -objective + method.beta * torch.cat(kls).mean() - method.entropy_bonus * entropy
+    return -objective + method.beta * torch.cat(kls).mean() - method.entropy_bonus * torch.cat(entropies).mean()
 
 
 def kl(method, new, reference) -> Tensor:
@@ -147,17 +175,17 @@ def advantages(group: Group, method, max_tokens: int) -> list[float]:
     if method.advantage == "asymmetric":
         p = sum(correct) / count
         if p in (0, 1):
-            return [0.0] * count
+            return [float(method.beta_pos == 0) if c else -float(method.beta_neg == 0) for c in correct]
         return [((1 - p) / p) ** method.beta_pos if c else -((p / (1 - p)) ** method.beta_neg) for c in correct]
     if method.advantage == "leave_one_out":
         return [r - (sum(rewards) - r) / (count - 1) for r in rewards]
     mean = sum(rewards) / count
-    return standardise(rewards) if method.advantage == "group_std" else [r - mean for r in rewards]
+    return standardise(rewards, method.std_ddof) if method.advantage == "group_std" else [r - mean for r in rewards]
 
 
-def standardise(values: list[float]) -> list[float]:
+def standardise(values: list[float], ddof: int = 0) -> list[float]:
     mean = sum(values) / len(values)
-    std = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - ddof))
     return [(v - mean) / (std + 1e-6) for v in values]
 
 
@@ -200,6 +228,8 @@ def surrogate(method, new, old, token_advantage: list[float]) -> Tensor:
     if method.ratio == "stop-gradient":
         return r.clamp(low, high).detach() * a * new.logprob
     if method.ratio == "power-mean":
+        if method.power_clip == "both":
+            r = r.clamp(1 / (1 + method.clip_low), high)
         if method.power_clip == "token":
             r = torch.where(a > 0, r.clamp(max=high), torch.where(a < 0, r.clamp(min=low), r))
         p = method.power_start  # at the first step of a run

@@ -16,6 +16,13 @@ def test_group_std_uses_the_population_std():
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
 
 
+def test_group_std_with_the_sample_std():
+    binary = torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    for ddof, expected in ((1, [1.5, -0.5, -0.5, -0.5]), (0, [1.7321, -0.5774, -0.5774, -0.5774])):
+        assert group_std(binary, ddof=ddof)[0].tolist() == pytest.approx(expected, abs=1e-4)
+    assert group_std(torch.tensor([[5.0]]), ddof=1).item() == 0
+
+
 def test_groups_do_not_see_each_other():
     rewards_PG = torch.tensor([[0.0, 1.0], [10.0, 30.0]])
     torch.testing.assert_close(group_mean(rewards_PG), torch.tensor([[-0.5, 0.5], [-10.0, 10.0]]))
@@ -27,13 +34,22 @@ def test_equal_rewards_give_exactly_zero():
 
 
 @pytest.mark.parametrize(
-    ("num_correct", "positive", "negative"), [(1, 5.7622, -0.4592), (2, 2.6879, -0.6444), (7, 0.1735, -2.1779)]
+    ("num_correct", "positive", "negative"),
+    [(1, 5.7622, -0.4592), (2, 2.6879, -0.6444), (6, 0.3720, -1.5518), (7, 0.1735, -2.1779), (0, 0, 0), (8, 0, 0)],
 )
 def test_asymmetric_oracle(num_correct, positive, negative):
     correct_PG = torch.tensor([[1.0] * num_correct + [0.0] * (8 - num_correct)], dtype=torch.float64)
     got = asymmetric(correct_PG, beta_pos=0.9, beta_neg=0.4)[0]
     assert got[0].item() == pytest.approx(positive, abs=5e-5)
     assert got[-1].item() == pytest.approx(negative, abs=5e-5)
+
+
+@pytest.mark.parametrize("num_correct", [0, 1, 3, 4])
+def test_asymmetric_without_powers_is_the_sign(num_correct):
+    """Where all are correct, or none is, too: 0^0 = 1."""
+    correct_PG = torch.tensor([[1.0] * num_correct + [0.0] * (4 - num_correct)])
+    got = asymmetric(correct_PG, beta_pos=0.0, beta_neg=0.0)
+    assert got.tolist() == [[1.0] * num_correct + [-1.0] * (4 - num_correct)]
 
 
 def test_asymmetric_half_is_group_std_on_a_binary_reward():

@@ -171,12 +171,14 @@ def test_the_probe_of_a_nearly_uniform_model_is_finite(tmp_path):
     assert 0.03 < np.abs(canary.logprobs - canary.base_logprobs).mean() < PROBE_NATS
 
 
-def test_a_saved_learner_resumes_exactly(folder):
-    one = tiny.learner(folder, dropout=0.1)
+@pytest.mark.parametrize("mini_batches", [1, 5])
+def test_a_saved_learner_resumes_exactly(folder, mini_batches):
+    options = {"dropout": 0.1, "mini_batches": mini_batches}
+    one = tiny.learner(folder, **options)
     one.update(tiny.groups())
     files = one.files()
     expected = [one.update(tiny.groups()).metrics for _ in range(2)]
-    other = tiny.learner(folder, dropout=0.1)
+    other = tiny.learner(folder, **options)
     assert other.load_files(files) == 1
     got = [other.update(tiny.groups()).metrics for _ in range(2)]
     for a, b in zip(expected, got, strict=True):

@@ -1,6 +1,7 @@
 """The formulas that methods are composed of against hand numbers, and identities between methods."""
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch
 from common.methods import METHODS
 from learner import erpo, ratio, token_weights
 from learner.advantage import group_mean, leave_one_out
+from learner.batch import pack
 from learner.learner import Learner
 from learner.loss import clipped_surrogate, pessimistic_clip, stop_gradient_surrogate
+from learner.objective import Targets, linear
 from learner.selection import drop_reason, overlong
 
 ALL = torch.ones(1, 3, dtype=torch.bool)
@@ -30,6 +33,45 @@ def folder(tmp_path_factory):
 def test_power_mean_oracle(power, mean):
     got = ratio.power_mean(RATIOS.log(), ALL, power=power).exp()
     torch.testing.assert_close(got, torch.full((1, 3), mean, dtype=torch.float64), rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("power", "both", "gains", "loses"),
+    [
+        (2, 1.022162, 0.946925, 1.371131),
+        (1, 1.011111, 0.9, 1.266667),
+        (0, 1.0, 0.843433, 1.169607),
+        (-1, 0.989011, 0.782609, 1.090909),
+        (-2, 0.978319, 0.725830, 1.032796),
+    ],
+)
+def test_power_means_of_clipped_ratios_oracle(folder, power, both, gains, loses):
+    """The ratio in the surrogate of ratios .5, 1, 2, clipped at .2, for advantages of either sign."""
+    for clip, advantage, expected in (("both", 1, both), ("both", -1, both), ("token", 1, gains), ("token", -1, loses)):
+        ratio_N, _ = objective_ratio(folder, power, clip, advantage)
+        assert ratio_N.tolist() == pytest.approx([expected] * 3, abs=5e-7)
+
+
+@pytest.mark.parametrize("advantage", [1, -1])
+def test_a_ratio_clipped_on_both_sides_has_no_gradient(folder, advantage):
+    _, gradient_N = objective_ratio(folder, 2, "both", advantage)
+    assert gradient_N[[0, 2]].tolist() == [0, 0]
+    assert gradient_N[1] > 0
+
+
+def objective_ratio(folder, power, clip, advantage):
+    """The power mean that the objective takes of one rollout with RATIOS, and the gradient of its first entry."""
+    method = {"name": "holder", "power_start": power, "power_clip": clip, "clip_low": 0.2, "clip_high": 0.2}
+    made = Learner(folder, tiny.config(method=method), np.arange(12))
+    batch = pack([tiny.group(1, [3], [1.0])], max_tokens=99, min_micro_batches=1, device=torch.device("cpu"))
+    nothing_N = torch.zeros(3, dtype=torch.float64)
+    targets = Targets(
+        **{field.name: nothing_N for field in fields(Targets)} | {"advantages_N": nothing_N + advantage, "power": power}
+    )
+    logprobs_N = RATIOS[0].log().requires_grad_()
+    log_ratio_N = made.objective._log_ratio(logprobs_N, targets, batch)
+    (gradient_N,) = torch.autograd.grad(log_ratio_N[0], logprobs_N)
+    return log_ratio_N.detach().exp(), gradient_N
 
 
 def test_power_mean_weights_tokens_by_their_power():
@@ -144,6 +186,13 @@ def test_residual_weights_of_a_zero_adapter_are_uniform():
     )
 
 
+def test_residual_weights_of_tiny_norms_are_uniform_in_their_rollout_alone():
+    norm_BT = torch.tensor([[1e-5, 2e-5, 3e-5], [1.0, 2.0, 3.0]])
+    got = token_weights.residual(norm_BT, torch.ones(2, 3, dtype=torch.bool), power=2.0)
+    assert got[0].tolist() == [1, 1, 1]
+    assert got[1].tolist() == pytest.approx([3 / 14, 12 / 14, 27 / 14])
+
+
 def test_leave_one_out_by_hand():
     got = leave_one_out(torch.tensor([[1.0, 2.0, 6.0]]))
     torch.testing.assert_close(got, torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5]]))
@@ -171,8 +220,13 @@ def update_and_parameters(folder, *, adapter=True, **method):
         ),
         ({"name": "erpo", "erpo_weight": 0.0}, {"name": "grpo"}, True),
         ({"name": "erpo"}, {"name": "grpo"}, False),  # an untrained adapter: policy and reference agree
-        ({"name": "arca"}, {"name": "grpo"}, False),
-        ({"name": "holder", "power_start": 0.0}, {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2}, True),
+        ({"name": "arca"}, {"name": "grpo", "std_ddof": 1, "kl": "none"}, False),
+        ({"name": "gspo"}, {"name": "grpo", "kl": "none"}, True),  # ratio 1
+        (
+            {"name": "holder", "power_start": 0.0, "std_ddof": 0},
+            {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2},
+            True,
+        ),
         ({"name": "holder", "power_start": 2.0}, {"name": "holder", "power_start": -2.0}, True),  # at ratio 1
         (
             {"name": "entropy-mask", "top_entropy_fraction": 1.0},
@@ -181,7 +235,7 @@ def update_and_parameters(folder, *, adapter=True, **method):
         ),
         (
             {"name": "cispo", "clip_low": 1.0},
-            {"name": "grpo", "normaliser": "token-mean", "kl": "none"},
+            {"name": "grpo", "normaliser": "token-mean", "kl": "none", "group_filter": "accuracy"},
             True,
         ),  # ratio 1
     ],
@@ -275,3 +329,30 @@ def test_methods_that_compare_with_the_reference_use_no_dropout(folder, name):
 def test_the_power_runs_from_start_to_end(folder):
     made = Learner(folder, tiny.config(method={"name": "holder"}, steps=5), np.arange(12))
     assert [made.update(tiny.groups()).metrics["ratio/power"] for _ in range(5)] == [2, 1, 0, -1, -2]
+
+
+def test_the_power_ends_after_its_steps():
+    """p of arXiv 2605.12058 over its first 500 steps."""
+    assert [linear(2.0, -2.0, step, 500) for step in (0, 125, 250, 375, 500, 900)] == [2, 1, 0, -1, -2, -2]
+
+
+def test_the_power_steps_are_those_of_the_option(folder):
+    method = {"name": "holder", "power_steps": 2}
+    made = Learner(folder, tiny.config(method=method, steps=5), np.arange(12))
+    assert [made.update(tiny.groups()).metrics["ratio/power"] for _ in range(4)] == [2, 0, -2, -2]
+
+
+def test_alpha_runs_from_start_to_end(folder):
+    method = {"name": "sa-ah-grpo", "alpha": 2.0, "alpha_end": -1.0}
+    made = Learner(folder, tiny.config(method=method, steps=4), np.arange(12))
+    for alpha in (2.0, 1.0, 0.0, -1.0):
+        result = made.update(tiny.groups())
+        assert result.metrics["weight/alpha"] == alpha
+        targets = result.tokens[1]  # of negative advantage
+        expected = np.exp(-alpha * np.cumsum(targets.entropies) / math.log(tiny.V))
+        np.testing.assert_allclose(targets.weights, expected, rtol=1e-5)
+
+
+def test_alpha_stays_without_an_end(folder):
+    made = Learner(folder, tiny.config(method={"name": "ah-grpo"}, steps=2), np.arange(12))
+    assert [made.update(tiny.groups()).metrics["weight/alpha"] for _ in range(2)] == [0.5, 0.5]

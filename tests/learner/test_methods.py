@@ -1,4 +1,4 @@
-"""The gradient of every method's whole loss against the float64 oracle, before and after a first inner update."""
+"""The gradient of every method's whole loss against the float64 oracle, at each of several updates on one batch."""
 
 from dataclasses import replace
 
@@ -20,6 +20,9 @@ VARIANTS = {
     "erpo, multiplicative": {"name": "erpo", "token_advantage": "erpo-multiplicative", "erpo_buckets": 3},
     "arca, power 1": {"name": "arca", "residual_power": 1.0},
     "holder, token clip": {"name": "holder", "power_clip": "token", "clip_low": 0.02, "clip_high": 0.02},
+    "holder, both clips": {"name": "holder", "power_clip": "both", "clip_low": 0.05, "clip_high": 0.02},
+    "sample std": {"name": "grpo", "std_ddof": 1},
+    "asymmetric without powers": {"name": "asym-grpo", "beta_pos": 0.0, "beta_neg": 0.0},
     "gspo, wide clip": {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2},
     "asymmetric advantages with horizon weights": {"name": "sa-ah-grpo", "advantage": "asymmetric", "beta_pos": 0.9},
     "dapo, overlong": {"name": "dapo", "overlong_buffer": 6, "overlong_penalty": 2.0, "advantage": "group_std"},
@@ -42,14 +45,14 @@ def folder(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("tiny"))
 
 
-def both_updates(folder, method, groups):
-    """A learner after two inner updates on one batch, and the weights and the gradient at each.
+def updates(folder, method, groups, mini_batches=1):
+    """A learner after two inner updates on one batch, and the weights and the gradient at each of its updates.
 
     A gradient through the weights is defined at the first update alone.
     """
-    config = tiny.config(
-        method=method, inner_updates=1 if "weight_gradient" in method else 2, learning_rate=2e-2, steps=3
-    )
+    inner_updates = 1 if "weight_gradient" in method else 2
+    options = {"inner_updates": inner_updates, "mini_batches": mini_batches, "learning_rate": 2e-2}
+    config = tiny.config(method=method, steps=3, **options)
     config = config.model_copy(update={"actor": config.actor.model_copy(update={"max_tokens": MAX_TOKENS})})
     made = Learner(folder, config, np.arange(12))
     tiny.move_adapter(made)
@@ -73,11 +76,36 @@ def check(gradient, expected):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_of_every_method(folder, variant):
-    kl = {} if METHODS[VARIANTS[variant]["name"]].kl == "none" else {"beta": BETA}
-    made, seen = both_updates(folder, VARIANTS[variant] | kl, tiny.groups())
+    made, seen = updates(folder, with_kl(VARIANTS[variant]), tiny.groups())
     old = seen[0][0]
     for new, gradient in seen:
         check(gradient, loss_oracle.gradients(folder, made, tiny.groups(), old=old, new=new))
+
+
+def with_kl(method):
+    return method if METHODS[method["name"]].kl == "none" else method | {"beta": BETA}
+
+
+def test_methods_whose_authors_use_no_kl_have_none():
+    without = {name for name, method in METHODS.items() if method.kl == "none" and method.beta == 0}
+    assert without == {"arca", "holder", "dr-grpo", "dapo", "gspo", "cispo", "entropy-mask"}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "reft"])
+def test_gradient_of_every_mini_batch(folder, name):
+    """Five mini-batches cut through groups: rollouts 0 and 1, 2 and 3, 4 to 6 …; each is learned twice.
+
+    entropy-mask has one for each group: the entropies of a group's first tokens tie at its threshold, and packed apart
+    they round differently.
+    """
+    number = 2 if name == "entropy-mask" else 5
+    made, seen = updates(folder, with_kl({"name": name}), tiny.groups(), mini_batches=number)
+    num_rollouts = sum(len(group.rollouts) for group in loss_oracle.kept(tiny.groups(), made.config.method))
+    ends = [num_rollouts * i // number for i in range(number + 1)]
+    assert len(seen) == 2 * number
+    for i, (new, gradient) in enumerate(seen):
+        learned = range(ends[i % number], ends[i % number + 1])
+        check(gradient, loss_oracle.gradients(folder, made, tiny.groups(), old=seen[0][0], new=new, mini_batch=learned))
 
 
 def test_a_masked_opener_is_read_but_not_learned(folder):
@@ -92,5 +120,5 @@ def test_a_masked_opener_is_read_but_not_learned(folder):
             tiny.group(2, [2, 6], [1.0, 0.0], prompt_length=11),
         )
     ]
-    made, seen = both_updates(folder, {"name": "reft", "opening_learned": False, "beta": BETA}, groups)
+    made, seen = updates(folder, {"name": "reft", "opening_learned": False, "beta": BETA}, groups)
     check(seen[0][1], loss_oracle.gradients(folder, made, groups, old=seen[0][0]))
