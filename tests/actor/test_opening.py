@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from actor.engine import Sample
-from actor.opening import Opening
+from actor.opening import Opening, forced_tokens
 from actor.rollout import Sampling, prompt_tokens, roll_out
 from common.command_line import load
 from common.types import Prompt, Score
@@ -113,6 +114,15 @@ def test_tokens_mask_text_and_logprobs_line_up(tokenizer, after, forced, learned
             assert (rollout.actor_logprobs.dtype, rollout.token_ids.dtype) == (np.float32, np.int32)
             openers.append(opener)
         assert [openers.count(opener) for opener in OPENERS] == [2, 2, 2]
+
+
+def test_no_special_token_is_put_before_the_forced_text():
+    """As Llama's tokenizer puts one before any text."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder.resolve("smollm2-135m-instruct"))
+    begin = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    assert tokenizer(TAG).input_ids[0] == begin[1]
+    assert pieces(tokenizer, forced_tokens(tokenizer, TAG)) == PIECES
 
 
 def test_forced_text_and_opener_count_for_the_longest_completion(tokenizer):
