@@ -17,6 +17,7 @@ class Sample:
     logprobs: np.ndarray  # float32 [T], nats at the sampling temperature
     text: str  # decoded without special tokens, cut after the stop string
     finish_reason: str  # "stop" or "length"
+    num_forced_tokens: int = 0  # the first of the T, which were not sampled; their log-probabilities are 0
 
 
 class Engine(Protocol):

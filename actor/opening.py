@@ -16,6 +16,13 @@ class Opening:
     num_candidates: int  # N: the prompt's most likely first tokens
     num_distinct: int  # K: how many of them are picked, uniformly; each begins G / K completions
     learned: bool  # whether the opener is in the loss
+    after: str = ""  # text that is forced before the opener: a completion's first tokens
+
+
+def forced_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of `text` by itself: neither the prompt before it nor the opener behind it is merged into them."""
+    token_ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return token_ids
 
 
 def sample_with_openers(
@@ -33,9 +40,12 @@ def sample_with_openers(
 ) -> list[list[Sample]]:
     """As Engine.sample; of each prompt's completions, equal shares begin with `opening.num_distinct` picked tokens.
 
-    An opener's log-probability is the policy's own. A prompt with fewer candidates than `opening.num_distinct`, since
-    special tokens are excluded, repeats some openers.
+    The tokens of `opening.after` come first; they are not sampled, and their log-probabilities are 0. An opener's is
+    the policy's own. Both count for max_tokens, which must exceed their number. A prompt with fewer candidates than
+    `opening.num_distinct`, since special tokens are excluded, repeats some openers.
     """
+    forced = forced_tokens(tokenizer, opening.after)
+    prompts = [[*prompt, *forced] for prompt in prompts]
     openers = [
         _pick(ids, logprobs, opening.num_distinct, seed)
         for (ids, logprobs), seed in zip(
@@ -51,14 +61,14 @@ def sample_with_openers(
         [[*prompts[i], token_id] for i, _, (token_id, _) in branches],
         num_samples=num_samples // opening.num_distinct,
         temperature=temperature,
-        max_tokens=max_tokens - 1,
+        max_tokens=max_tokens - len(forced) - 1,
         stop=stop,
         seeds=[_branch_seed(seeds[i], branch) for i, branch, _ in branches],
         fixed_length=fixed_length,
     )
     groups: list[list[Sample]] = [[] for _ in prompts]
     for (i, _, opener), drawn in zip(branches, samples, strict=True):
-        groups[i] += [_joined(opener, sample, tokenizer, () if fixed_length else stop) for sample in drawn]
+        groups[i] += [_joined(forced, opener, sample, tokenizer, () if fixed_length else stop) for sample in drawn]
     return groups
 
 
@@ -73,16 +83,21 @@ def _branch_seed(seed: int, branch: int) -> int:
 
 
 def _joined(
-    opener: tuple[int, float], sample: Sample, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]
+    forced: Sequence[int],
+    opener: tuple[int, float],
+    sample: Sample,
+    tokenizer: PreTrainedTokenizerBase,
+    stop: Sequence[str],
 ) -> Sample:
-    """The sample with its opener in front, both decoded together."""
+    """The sample with the forced tokens and its opener in front, all decoded together."""
     token_id, logprob = opener
-    token_ids = np.concatenate([np.array([token_id], dtype=np.int32), sample.token_ids])
+    token_ids = np.concatenate([np.array([*forced, token_id], dtype=np.int32), sample.token_ids])
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
     ends = [text.index(word) + len(word) for word in stop if word in text]
     return Sample(
         token_ids=token_ids,
-        logprobs=np.concatenate([np.array([logprob], dtype=np.float32), sample.logprobs]),
+        logprobs=np.concatenate([np.array([*np.zeros(len(forced)), logprob], dtype=np.float32), sample.logprobs]),
         text=text[: min(ends)] if ends else text,
-        finish_reason=sample.finish_reason,
+        finish_reason="stop" if ends else sample.finish_reason,
+        num_forced_tokens=len(forced),
     )

@@ -35,6 +35,7 @@ class Sampling:
             num_candidates=method.opening_candidates,
             num_distinct=method.opening_distinct,
             learned=method.opening_learned,
+            after=method.opening_after,
         )
         return cls(
             group_size=config.actor.group_size,
@@ -113,12 +114,14 @@ def _rollout(
     prompt_ids: Sequence[int], sample: Sample, score: Score | str, version: int, opening: Opening | None
 ) -> Rollout:
     num_prompt_tokens = len(prompt_ids)
-    first_learned = num_prompt_tokens + (opening is not None and not opening.learned)
+    first_learned = num_prompt_tokens + sample.num_forced_tokens + (opening is not None and not opening.learned)
+    mask = np.arange(num_prompt_tokens + len(sample.token_ids)) >= first_learned
     return Rollout(
         token_ids=np.concatenate([np.asarray(prompt_ids, dtype=np.int32), sample.token_ids]),
         num_prompt_tokens=num_prompt_tokens,
-        mask=np.arange(num_prompt_tokens + len(sample.token_ids)) >= first_learned,
-        actor_logprobs=np.concatenate([np.zeros(num_prompt_tokens, dtype=np.float32), sample.logprobs]),
+        num_forced_tokens=sample.num_forced_tokens,
+        mask=mask,
+        actor_logprobs=np.concatenate([np.zeros(num_prompt_tokens, dtype=np.float32), sample.logprobs]) * mask,
         text=sample.text,
         finish_reason=sample.finish_reason,
         version=version,

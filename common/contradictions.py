@@ -88,8 +88,7 @@ def contradictions(config: "Config") -> Iterator[str]:
     yield from _of_the_weights_gradient(config)
     if method.decoupled_rewards:
         yield from _of_decoupled_rewards(config)
-    if method.opening == "reft":
-        yield from _of_openers(config)
+    yield from _of_openers(config)
     yield from _of_evaluations(config)
 
 
@@ -136,6 +135,13 @@ def _of_decoupled_rewards(config: "Config") -> Iterator[str]:
 
 def _of_openers(config: "Config") -> Iterator[str]:
     method, actor = config.method, config.actor
+    if method.opening != "reft":
+        if method.opening_after:
+            yield (
+                f"method.opening_after={method.opening_after!r} has no effect with method.opening={method.opening}; "
+                "set opening=reft, or leave it out"
+            )
+        return
     if actor.group_size % method.opening_distinct:
         yield (
             f"actor.group_size={actor.group_size} is not a multiple of "
@@ -148,6 +154,12 @@ def _of_openers(config: "Config") -> Iterator[str]:
         )
     if actor.max_tokens == 1:
         yield "actor.max_tokens=1 leaves nothing to sample after the opener of opening=reft; raise it"
+    for word in () if actor.fixed_length else actor.stop:
+        if word in method.opening_after:
+            yield (
+                f"actor.stop has {word!r}, which is in method.opening_after={method.opening_after!r} and would end "
+                "completions before their openers; change one of the two"
+            )
 
 
 def _of_evaluations(config: "Config") -> Iterator[str]:

@@ -55,6 +55,9 @@ class Fields(Section):
     """reft: K, number of candidates that are picked; each begins an equal share of a group."""
     opening_learned: bool = True
     """reft: whether the first token is in the loss."""
+    opening_after: str = ""
+    """reft: text that is forced before the opener, such as a reasoning marker. It is part of the completion, for the
+    reward and for actor.max_tokens, but not in the loss."""
     advantage: Annotated[str, _one_of("advantage", "group_std", "group_mean", "leave_one_out", "asymmetric")] = (
         "group_std"
     )

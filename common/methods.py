@@ -75,7 +75,8 @@ _TABLE = (
         name="reft",
         paper="arXiv 2605.28295",
         equation="-",
-        remark="its opening with GRPO; the paper has G = 8; actor.group_size must be a multiple of opening_distinct",
+        remark="its opening with GRPO; the paper has G = 8; actor.group_size must be a multiple of opening_distinct; "
+        "where the format begins with a tag, set opening_after to it (composite reward: `<start_working_out>\\n`)",
         opening="reft",
         normaliser="sequence-mean",
     ),

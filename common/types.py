@@ -61,11 +61,13 @@ class Score:
 class Rollout:
     """One flat token sequence, prompt and completion, with aligned mask and log-probabilities.
 
-    Example: 3 prompt tokens and 2 sampled ones have mask [F, F, F, T, T].
+    Example: 3 prompt tokens and 2 sampled ones have mask [F, F, F, T, T]; with 1 forced token before these two, which
+    belongs to the completion, [F, F, F, F, T, T].
     """
 
     token_ids: np.ndarray  # int32 [T]
     num_prompt_tokens: int  # length of the prompt, which all rollouts of the group share
+    num_forced_tokens: int = 0  # the completion's first tokens, which were not sampled: those of method.opening_after
     mask: np.ndarray  # bool [T], true where the actor sampled the token (for an opener: only if it is in the loss)
     actor_logprobs: np.ndarray  # float32 [T], nats at the sampling temperature; 0 outside the mask
     text: str  # the completion, cut at a stop string
@@ -76,7 +78,8 @@ class Rollout:
 
     @property
     def num_completion_tokens(self) -> int:
-        return int(self.mask.sum())
+        """All of them: scored, forced, and an opener that is not in the loss."""
+        return len(self.token_ids) - self.num_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,6 +113,8 @@ def make(config: Config, *, trains: bool = True, saved: Path | None = None) -> P
     model = check_model(config, folder)  # before the prompts, which take longer
     config = with_values(config, {"model.lora_targets": targets(model, config.model)})
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if trains:
+        prompts.check_opening(config, tokenizer)
     checked = prompts.check(train, evaluation, config, tokenizer)
     rewards.check(config, train[0])
     canary = prompt_tokens(tokenizer, train[0])[: min(CANARY_TOKENS, config.model.max_length - 1)]

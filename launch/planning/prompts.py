@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
+from actor.opening import forced_tokens
 from actor.tasks import task_module
 from actor.tasks.sets import load_sets
 from actor.tasks.table import Problems
@@ -140,6 +141,16 @@ def check(
         num_evaluation_left_out=sum(len(each.too_long) for each in evaluated.values()),
         longest_tokens=longest,
     )
+
+
+def check_opening(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if the text that openers follow leaves no token of a completion to sample."""
+    num_forced = len(forced_tokens(tokenizer, config.method.opening_after))
+    if num_forced and num_forced + 1 >= config.actor.max_tokens:
+        raise UserError(
+            f"method.opening_after={config.method.opening_after!r} has {num_forced} tokens, which with an opener leave "
+            f"nothing of actor.max_tokens={config.actor.max_tokens} to sample; shorten the one or raise the other"
+        )
 
 
 @dataclass(frozen=True, slots=True)

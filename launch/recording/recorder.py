@@ -167,7 +167,7 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
         "completion/length_mean": mean(lengths),
         "completion/length_max": float(max(lengths)),
         "completion/distinct_openers": mean(
-            len({r.token_ids[r.num_prompt_tokens] for r in group.rollouts}) for group in groups
+            len({r.token_ids[r.num_prompt_tokens + r.num_forced_tokens] for r in group.rollouts}) for group in groups
         ),
         "completion/truncated_fraction": mean(float(r.finish_reason == "length") for r in rollouts),
         "staleness/mean": mean(staleness),

@@ -234,13 +234,15 @@ def test_first_tokens_are_the_most_likely(engine: Remote, reference: Any, tokeni
         assert expected.topk(10).values[-1] - expected[torch.tensor(ids[:10]).long()].min() < 12 * engine.noise
 
 
-def test_openers_begin_equal_shares_of_a_group(engine: Remote, reference: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("after", ["", "Let me see:"])
+def test_openers_begin_equal_shares_of_a_group(engine: Remote, reference: Any, tokenizer: Any, after: str) -> None:
     prompts = [tokenizer(text).input_ids for text in (TEXT, "The capital of France is", "The capital of France is")]
-    opening = Opening(num_candidates=20, num_distinct=3, learned=True)
+    opening = Opening(num_candidates=20, num_distinct=3, learned=True, after=after)
+    forced = tokenizer(after, add_special_tokens=False).input_ids
     options = {"num_samples": 6, "temperature": 0.7, "max_tokens": 12, "stop": ("\n",), "seeds": [5, 6, 7]}
     groups = sample_with_openers(engine, tokenizer, prompts, opening, **options)
     assert same(groups, sample_with_openers(engine, tokenizer, prompts, opening, **options))
-    openers = [[int(sample.token_ids[0]) for sample in group] for group in groups]
+    openers = [[int(sample.token_ids[len(forced)]) for sample in group] for group in groups]
     assert [[group.count(opener) for opener in group] for group in openers] == [[2] * 6] * 3
     assert openers[1] != openers[2], "the seed picks them"
     assert len({sample.token_ids.tobytes() for sample in groups[0]}) > 3, "samples of one opener differ"
@@ -249,8 +251,12 @@ def test_openers_begin_equal_shares_of_a_group(engine: Remote, reference: Any, t
             assert len(sample.token_ids) <= 12
             assert sample.text.endswith("\n") or "\n" not in sample.text
             assert tokenizer.decode(sample.token_ids, skip_special_tokens=True).startswith(sample.text)
+            assert sample.token_ids[: len(forced)].tolist() == forced
+            assert sample.text.startswith(after)
+            assert not sample.logprobs[: len(forced)].any()
             [scored] = score(reference, np.append(prompt, sample.token_ids), 0.7)
-            assert distance(sample.logprobs, scored[len(prompt) - 1 :]) < 6 * engine.noise, "including the opener"
+            own = scored[len(prompt) + len(forced) - 1 :]
+            assert distance(sample.logprobs[len(forced) :], own) < 6 * engine.noise, "including the opener"
 
 
 def test_the_engine_is_one_process_and_frees_its_memory(engine: Remote) -> None:

@@ -59,6 +59,11 @@ def empty(tmp_path: Path) -> Path:
             "actor.group_size=4 is not a multiple of method.opening_distinct=3",
         ),
         ("--method.name reft --method.opening_candidates 2", "is less than method.opening_distinct=4"),
+        ("--method.opening_after <think>", "method.opening_after='<think>' has no effect with method.opening=plain"),
+        (
+            "--method.name reft --method.opening_after </SOLUTION>:",
+            "actor.stop has '</SOLUTION>', which is in method.opening_after='</SOLUTION>:'",
+        ),
         ("--method.overlong_buffer 600", "method.overlong_buffer=600 exceeds actor.max_tokens=512"),
         (
             '--method.decoupled_rewards true --method.overlong_buffer 9 --task.rewards {"a.b":1}',
@@ -155,6 +160,7 @@ def test_null_sets_an_option_back(tmp_path: Path) -> None:
 
 def test_a_dumped_configuration_loads_again_as_the_same(empty: Path, tmp_path: Path) -> None:
     options = ["--method.alpha", "-0.5", "--run.dir", "runs/x", "--task.gym_options", '{"a": [1, 2]}']
+    options += ["--method.opening", "reft", "--method.opening_after", '<a>\n\t"b\\\\ ']
     config = load(options, empty)
     path = tmp_path / "config.toml"
     path.write_text(dump(config))

@@ -36,6 +36,7 @@ OPTIONS = [
 ]
 COMBINATIONS = {
     "reft with sa-ah": {"name": "sa-ah-grpo", "opening": "reft"},
+    "reft after the tag": {"name": "reft", "opening_after": "<start_working_out>\n"},
     "asym with horizon": {
         "name": "sa-ah-grpo",
         "selective": False,
@@ -63,6 +64,7 @@ SIGNALS = {  # what distinguishes the method's metrics from those of plain GRPO
     "entropy-mask": lambda m: all(0.19 < x < 0.27 for x in m["weight/mean"]),
     "rloo": lambda m: max(m["advantage/positive_mean"]) > 1.8,
     "reft with sa-ah": lambda m: SIGNALS["reft"](m) and SIGNALS["sa-ah-grpo"](m),
+    "reft after the tag": lambda m: SIGNALS["reft"](m) and min(m["completion/length_mean"]) >= 10,  # 8 are the tag's
     "asym with horizon": lambda m: SIGNALS["asym-grpo"](m) and SIGNALS["ah-grpo"](m),
     "holder with arca": lambda m: SIGNALS["holder"](m) and SIGNALS["arca"](m),
 }

@@ -170,7 +170,10 @@ def importance(method, old, rollout: Rollout) -> Tensor:
 def advantages(group: Group, method, max_tokens: int) -> list[float]:
     """One advantage per rollout of a group."""
     correct = [r.score.correct for r in group.rollouts]
-    rewards = [r.score.total - penalty(int(r.mask.sum()), method, max_tokens) for r in group.rollouts]
+    lengths = [len(r.token_ids) - r.num_prompt_tokens for r in group.rollouts]
+    rewards = [
+        r.score.total - penalty(length, method, max_tokens) for r, length in zip(group.rollouts, lengths, strict=True)
+    ]
     count = len(rewards)
     if method.advantage == "asymmetric":
         p = sum(correct) / count

@@ -1,5 +1,6 @@
 """A model of two layers with random weights, groups of random tokens, and a learner on both."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,28 @@ def group(seed: int, lengths: list[int], rewards: list[float | None], prompt_len
             for n, reward in zip(lengths, rewards, strict=True)
         ),
     )
+
+
+def forced(group: Group, count: int, masked: int | None = None) -> Group:
+    """The group with `count` forced tokens, the same at the start of each completion, and a mask without the first
+    `masked` ones, by default these; at least a rollout's last token stays scored."""
+    start = group.rollouts[0].num_prompt_tokens
+    text = np.random.default_rng(count).integers(V, size=count)
+
+    def begun(rollout: Rollout) -> Rollout:
+        number = min(count, rollout.num_completion_tokens - 1)
+        mask = np.arange(len(rollout.mask)) >= min(start + (count if masked is None else masked), len(rollout.mask) - 1)
+        return replace(
+            rollout,
+            token_ids=np.concatenate(
+                [rollout.token_ids[:start], text[:number], rollout.token_ids[start + number :]]
+            ).astype(np.int32),
+            mask=mask,
+            actor_logprobs=rollout.actor_logprobs * mask,
+            num_forced_tokens=number,
+        )
+
+    return replace(group, rollouts=tuple(map(begun, group.rollouts)))
 
 
 def groups() -> list[Group]:

@@ -14,9 +14,10 @@ shapes = st.lists(
 )
 
 
-@given(shapes, st.integers(1, 60), st.integers(1, 5))
-def test_every_sampled_token_is_predicted_once_from_the_position_before_it(shapes, budget, accumulation):
+@given(shapes, st.integers(1, 60), st.integers(1, 5), st.integers(0, 3))
+def test_every_sampled_token_is_predicted_once_from_the_position_before_it(shapes, budget, accumulation, num_forced):
     groups = [tiny.group(i, n, [1.0] * len(n), prompt_length=p) for i, (p, n) in enumerate(shapes)]
+    groups = [tiny.forced(group, num_forced) for group in groups]
     rollouts = [r for group in groups for r in group.rollouts]
     batch = pack(groups, max_tokens=budget, min_micro_batches=accumulation, device=CPU)
     seen = set()
@@ -34,7 +35,7 @@ def test_every_sampled_token_is_predicted_once_from_the_position_before_it(shape
             assert micro_batch.token_ids_L[predictor] == rollout.token_ids[position - 1]
             assert micro_batch.position_ids_L[predictor] == position - 1
             seen.add((i, t))
-    assert len(seen) == sum(r.num_completion_tokens for r in rollouts) == len(batch.rollout_N)
+    assert len(seen) == sum(r.mask.sum() for r in rollouts) == len(batch.rollout_N)
 
 
 def test_a_prompt_is_computed_once_per_packed_sequence():

@@ -1,7 +1,5 @@
 """The gradient of every method's whole loss against the float64 oracle, at each of several updates on one batch."""
 
-from dataclasses import replace
-
 import loss_oracle
 import numpy as np
 import pytest
@@ -108,17 +106,30 @@ def test_gradient_of_every_mini_batch(folder, name):
         check(gradient, loss_oracle.gradients(folder, made, tiny.groups(), old=seen[0][0], new=new, mini_batch=learned))
 
 
-def test_a_masked_opener_is_read_but_not_learned(folder):
-    """Each rollout has an opener of its own between the shared prompt and its first learned token."""
+@pytest.mark.parametrize(
+    ("method", "num_forced", "num_masked"),
+    [
+        pytest.param({"name": "reft"}, 0, 1, id="an opener that is not learned"),
+        pytest.param(
+            {"name": "sa-ah-grpo", "alpha": 3.0, "importance": "token-truncate", "importance_cap": 1.2},
+            3,
+            3,
+            id="three forced tokens",
+        ),
+        pytest.param(
+            {"name": "reft", "overlong_buffer": 6, "overlong_penalty": 2.0}, 3, 4, id="three and an opener, all long"
+        ),
+    ],
+)
+def test_masked_first_tokens_are_read_but_not_learned(folder, method, num_forced, num_masked):
+    """They are context alone, between the shared prompt and the first learned token, and count for the length."""
     groups = [
-        replace(
-            group,
-            rollouts=tuple(replace(r, mask=np.arange(len(r.mask)) > r.num_prompt_tokens) for r in group.rollouts),
-        )
+        tiny.forced(group, num_forced, num_masked)
         for group in (
-            tiny.group(1, [7, 3, 9, 2], [4.0, 0.0, 1.5, -0.5]),
-            tiny.group(2, [2, 6], [1.0, 0.0], prompt_length=11),
+            tiny.group(1, [7, 5, 9, 6], [4.0, 0.0, 1.5, -0.5]),
+            tiny.group(2, [5, 8], [1.0, 0.0], prompt_length=11),
         )
     ]
-    made, seen = updates(folder, {"name": "reft", "opening_learned": False, "beta": BETA}, groups)
-    check(seen[0][1], loss_oracle.gradients(folder, made, groups, old=seen[0][0]))
+    made, seen = updates(folder, method | {"beta": BETA}, groups)
+    for new, gradient in seen:
+        check(gradient, loss_oracle.gradients(folder, made, groups, old=seen[0][0], new=new))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from actor.tasks.composite_reward import REASONING
 from common.command_line import load
 from common.config import ALL_LINEAR, with_values
 from common.methods import METHODS
@@ -171,6 +172,8 @@ def test_the_ready_made_grids_hold_the_papers_comparisons(scale: str | None) -> 
         sweep = [(method, -0.25), baseline, *((method, alpha) for alpha in (0.1, 0.25, 0.5, *more))]
         assert methods(f"alpha_sweep_{method.replace('-grpo', '').replace('-', '_')}.toml", scale) == sweep
     assert [name for name, _ in methods("methods.toml", scale)] == list(METHODS)
+    openings = {cell.config.method.opening_after for cell in grid.cells(GRIDS / "methods.toml", Path("x"), scale=scale)}
+    assert openings == {"", f"{REASONING[0]}\n"}, "reft's openers come behind the tag that the format begins with"
 
 
 @pytest.mark.parametrize(("scale", "shared"), [(None, 5 * 3), ("cpu", 3 * 3)])

@@ -62,6 +62,10 @@ def refuse(capsys, *options: str) -> str:
         (["--task.rewards", '{"judges.lenght": 1.0}'], ["task.rewards", "judges.lenght"]),
         (["--task.rewards", '{"correct": "much"}'], ["task.rewards.correct", "much"]),
         (["--method.decoupled_rewards", "true"], ["method.decoupled_rewards", "task.rewards"]),
+        (
+            ["--method.name", "reft", "--method.opening_after", "<start_working_out>\n", "--actor.max_tokens", "9"],
+            [r"method.opening_after='<start_working_out>\n' has 8 tokens", "actor.max_tokens=9", "shorten"],
+        ),
         (["--evaluation.num_problems", "65"], ["65", "64"]),
         (["--run.resume"], ["--run.resume"]),
         (["--actor.tensor_parallel", "3"], ["actor.tensor_parallel=3", "cluster.layout=separate"]),

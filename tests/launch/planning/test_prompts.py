@@ -65,6 +65,18 @@ def checked(config, tokenizer):
     return prompts.check(*prompts.load(config), config, tokenizer)
 
 
+def test_the_text_before_an_opener_leaves_a_token_to_sample(tokenizer):
+    """The tag has 8 tokens, by hand in tests/actor/test_opening.py; an opener is the ninth."""
+
+    def opened(max_tokens):
+        options = ["--method.name", "reft", "--method.opening_after", "<start_working_out>\n"]
+        return load([*options, "--actor.max_tokens", str(max_tokens)], cluster.DEFAULT_CONFIG)
+
+    prompts.check_opening(opened(10), tokenizer)
+    with pytest.raises(UserError, match=r"has 8 tokens, .* nothing of actor\.max_tokens=9 to sample"):
+        prompts.check_opening(opened(9), tokenizer)
+
+
 def test_the_stream_has_the_order_of_earlier_versions():
     """They made the permutation of a pass again for each of its prompts."""
     for seed in (0, 123):

@@ -3,13 +3,14 @@
 import contextlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 
-from common.types import Group, Score
+from common.types import Group, Score, TokenTargets, UpdateResult
 from launch.recording import recorder
 from launch.recording.console import Display
-from launch.recording.recorder import Recorder, group_metrics
+from launch.recording.recorder import Recorder, group_metrics, rollout_records
 from launch.runtime.resize import Resized
 
 
@@ -49,6 +50,35 @@ def test_staleness_counts_the_versions_that_came_since():
     stale = replace(group, rollouts=tuple(replace(rollout, version=version) for rollout, version in versions))
     metrics = group_metrics([stale], 7)
     assert (metrics["staleness/mean"], metrics["staleness/max"]) == (1.25, 3.0)
+
+
+def test_openers_and_lengths_count_forced_tokens_as_the_completions() -> None:
+    """Two forced tokens, which all completions share, then openers of which two are equal."""
+    group = tiny.forced(tiny.group(1, [4, 5, 6, 9], [0.0] * 4), 2)
+    openers = zip(group.rollouts, (3, 4, 3, 5), strict=True)
+    rollouts = tuple(replace(r, token_ids=np.insert(np.delete(r.token_ids, 7), 7, opener)) for r, opener in openers)
+    metrics = group_metrics([replace(group, rollouts=rollouts)], 1)
+    assert metrics["completion/distinct_openers"] == 3.0
+    assert (metrics["completion/length_mean"], metrics["completion/length_max"]) == (6.0, 9.0)
+
+
+def test_the_recorded_tokens_of_a_rollout_are_those_of_its_weights() -> None:
+    """Of a completion with two forced tokens; its text is whole."""
+    group = tiny.forced(tiny.group(1, [4], [0.0]), 2)
+    group = replace(group, rollouts=(replace(group.rollouts[0], text="abcd"),))
+    ids = group.rollouts[0].token_ids
+    targets = TokenTargets(advantage=0.5, entropies=np.array([0.25, 0.75]), weights=np.array([1.0, 0.5]))
+    result = UpdateResult(metrics={}, tokens=(targets,))
+    [record] = rollout_records(1, [group], result, Named())
+    assert record["tokens"] == [f"{ids[7]}", f"{ids[8]}"]
+    assert (record["entropies"], record["weights"], record["text"]) == ([0.25, 0.75], [1.0, 0.5], "abcd")
+
+
+class Named:
+    """A tokenizer that writes a token as its number."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        return " ".join(map(str, token_ids))
 
 
 class Tracker:
