@@ -1,7 +1,8 @@
-"""Calls of asynchronous rewards: all of them wait at the same time, in the event loop of one process.
+"""Calls of asynchronous rewards: up to MAX_CALLS wait at the same time, in the event loop of one process.
 
-A call that exceeds the time-out is cancelled alone. A call that the process leaves unanswered, since a reward has ended
-or blocked it, goes to a worker of the reward pool, where it is alone: so the guilty call fails and the others do not.
+Further calls start as others end, in their order, and the time-out of a call begins when it starts. A call that exceeds
+it is cancelled alone. One that the process leaves unanswered, since a reward has ended or blocked it, goes to a worker
+of the reward pool, where it is alone: so the guilty call fails and the others do not.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from multiprocessing.connection import Connection
 from actor.reward_functions import Call, Values, awaited_values_of, find
 from actor.reward_pool import START_SECONDS, connected, describe, started
 
+MAX_CALLS = 100  # at one time; httpx's default too, whose client fails a call that waits for a connection for 5 s
 GRACE_SECONDS = 2.0  # after the time-out of a call, within which a loop that is not blocked has answered
 TICK_SECONDS = 0.2  # between two looks for calls that are overdue
 
@@ -43,6 +45,8 @@ class AsyncRewards:
         self._alone = alone
         self._numbers = itertools.count()
         self._asked: dict[int, _Asked] = {}  # the calls without an answer, the oldest first
+        self._started_at: dict[int, float] = {}  # of these, when the process started them, the oldest first
+        self._heard_at = 0.0  # from the process
         self._lock = threading.Lock()  # of _asked, _connection and _closed
         self._sending = threading.Lock()  # separate, since a full pipe holds it until the thread below has read on
         self._connection: Connection | None = None  # None: no process takes calls
@@ -114,24 +118,34 @@ class AsyncRewards:
         with contextlib.suppress(EOFError, OSError):
             while not self._overdue():
                 if connection.poll(TICK_SECONDS):
-                    self._answer(*connection.recv())
+                    self._hear(*connection.recv())
 
     def _overdue(self) -> bool:
+        """Whether the process should have answered a call by now; or started one, if none is at work in it."""
         with self._lock:
             oldest = next(iter(self._asked.values()), None)
-        return oldest is not None and time.monotonic() - oldest.at > self._timeout_seconds + GRACE_SECONDS
+        if oldest is None:
+            return False
+        since = next(iter(self._started_at.values()), max(oldest.at, self._heard_at))
+        return time.monotonic() - since > self._timeout_seconds + GRACE_SECONDS
 
-    def _answer(self, number: int, answer: Values | str) -> None:
+    def _hear(self, number: int, answer: Values | str | None) -> None:
+        """The process has started a call (None), or answered it."""
+        self._heard_at = time.monotonic()
+        if answer is None:
+            self._started_at[number] = self._heard_at
+            return
+        del self._started_at[number]
         with self._lock:
-            asked = self._asked.pop(number, None)
-        if asked is not None:
-            asked.answer.set_result(answer)
+            asked = self._asked.pop(number)
+        asked.answer.set_result(answer)
 
     def _hand_over(self, connection: Connection) -> None:
         """Make the calls without an answer alone."""
         with self._lock:
             self._connection = None
             unanswered, self._asked = list(self._asked.values()), {}
+        self._started_at.clear()
         with self._sending:
             connection.close()
         for asked in unanswered:
@@ -156,12 +170,14 @@ class _NotStarted(RuntimeError):
 
 
 async def _work(connection: Connection, timeout_seconds: float) -> None:
-    """Answer calls as they come, until the connection ends."""
-    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    """Answer calls, MAX_CALLS at one time, until the connection ends."""
+    ended, loop, places = asyncio.Event(), asyncio.get_running_loop(), asyncio.Semaphore(MAX_CALLS)
     tasks: set[asyncio.Task[None]] = set()  # the loop itself holds its tasks weakly
 
     async def answer(number: int, call: bytes) -> None:
-        connection.send((number, await _answer(call, timeout_seconds)))
+        async with places:
+            connection.send((number, None))  # it starts
+            connection.send((number, await _answer(call, timeout_seconds)))
 
     def receive() -> None:
         try:

@@ -154,8 +154,15 @@ def _explain(error: Any) -> str:
     return f"{where}={error['input']!r}: {error['msg']}"
 
 
-class _Parser(argparse.ArgumentParser):
-    """The command line, with the text of `--help`. Raises UserError instead of exiting."""
+class Parser(argparse.ArgumentParser):
+    """A command's own parser. Raises UserError, in one line, instead of exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{' '.join(message.split())}; see --help for the options")
+
+
+class _Parser(Parser):
+    """The options of a run, with the text of `--help`."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(
@@ -173,4 +180,4 @@ class _Parser(argparse.ArgumentParser):
                 raise UserError(f"{unknown[1]} {REFUSED[name]}")
             close = difflib.get_close_matches(unknown[1], [f"--{name}" for name in options()], n=1)
             raise UserError(f"unknown option {unknown[1]}; {f'did you mean {close[0]}?' if close else 'see --help'}")
-        raise UserError(f"{' '.join(message.split())}; see --help for the options")
+        super().error(message)

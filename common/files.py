@@ -12,6 +12,7 @@ from types import ModuleType
 
 from common.types import UserError
 
+WEIGHTS = "adapter_model.safetensors"  # in each checkpoint, and in no base model's folder
 OWN_FOLDERS = ("checkpoints", "evaluations", "tensorboard")  # in a run folder; all else in it are files
 Warn = Callable[[str], None]
 NEW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -141,6 +142,16 @@ def is_run_folder(folder: Path) -> bool:
     return (folder / "config.toml").exists() and any(
         (folder / name).exists() for name in ("checkpoints", "metrics.jsonl")
     )
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint, which may be damaged. Raises UserError for any other folder."""
+    run = checkpoint.parent.parent
+    if not (checkpoint / WEIGHTS).is_file() or not (run / "config.toml").is_file():
+        raise UserError(
+            f"{checkpoint} is not a checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030"
+        )
+    return run
 
 
 def check_started_elsewhere() -> None:

@@ -18,14 +18,30 @@ class JsonLines:
 
     def write(self, *records: Mapping[str, Any]) -> None:
         """Append a line for each record, all or none of them. Raises NotWritten, unless it is to warn."""
-        self.file.append(_lines(records).encode(errors="replace"))
+        self.file.append(json_lines(records).encode(errors="replace"))
 
     def close(self) -> None:
         self.file.close()
 
 
-def _lines(records: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """A line for each record. A number that is not finite becomes null: JSON has no NaN."""
+    return "".join(_json(record) + "\n" for record in records)
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # rare: the search below takes longer than the writing
+        return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -56,7 +72,7 @@ def is_count(value: object) -> TypeGuard[int]:
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite a JSON-lines file, atomically, with the records that `keep` accepts. Raises NotWritten, and UserError."""
     if path.exists():
-        write_whole(path, _lines(record for record in read_lines(path) if keep(record)))
+        write_whole(path, json_lines(record for record in read_lines(path) if keep(record)))
 
 
 class MetricsWriter:
@@ -66,8 +82,8 @@ class MetricsWriter:
         self.lines = JsonLines(path)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Scalars of one step. A value that is not finite is written as null: JSON has no NaN. Raises NotWritten."""
-        self.lines.write({"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()})
+        """Scalars of one step; null for one that is not finite. Raises NotWritten."""
+        self.lines.write({"step": step, **metrics})
 
     def close(self) -> None:
         self.lines.close()

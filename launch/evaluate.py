@@ -4,9 +4,6 @@ python launch/evaluate.py runs/x/checkpoints/step-000030 [--evaluation.num_sampl
 python launch/evaluate.py MODEL --sets gsm8k:FOLDER math500:FOLDER   a base model: its folder, hub name or built-in
     name, with launch/configs/evaluate.toml; --config RUN/config.toml asks as that run does, to compare the two
 python launch/evaluate.py --compare BEFORE.jsonl AFTER.jsonl   files of RUN/evaluations/ or of --out
-
---sets NAME:DATA ...   evaluate these sets alone, instead of the task's problems and evaluation.sets
---out FILE.jsonl       write what became of each problem
 """
 
 import argparse
@@ -14,18 +11,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from common.command_line import load
-from common.files import NotWritten, usable, write_whole
+from common.command_line import Parser, load
+from common.files import WEIGHTS, NotWritten, run_of, usable, write_whole
+from common.metrics import json_lines
 from common.types import UserError
 from launch.evaluation import compare, measure
 from launch.planning import plan
 from launch.planning.plan import Plan
-from launch.planning.prompts import OWN
 from launch.runtime import cluster, workers
 from launch.runtime.channel import AdapterMismatch
 from launch.runtime.recovery import RunFailed
@@ -34,17 +30,23 @@ from learner import checkpoint
 BASE_MODEL = cluster.ROOT / "launch" / "configs" / "evaluate.toml"  # options, unless --config names others
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see launch/evaluate.py without arguments")
-
-
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own arguments, and the options of a run among the others. Raises UserError."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--sets", nargs="+")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--compare", nargs=2, type=Path)
+    parser = Parser(
+        usage="launch/evaluate.py CHECKPOINT|MODEL [--sets NAME:DATA ...] [--out FILE.jsonl] [--SECTION.KEY VALUE ...]",
+        description=__doc__,
+        epilog="launch/run.py --help lists the options of a run.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--sets",
+        metavar="NAME:DATA",
+        nargs="+",
+        help="evaluate these sets alone, instead of the task's problems and evaluation.sets",
+    )
+    parser.add_argument("--out", metavar="FILE.jsonl", type=Path, help="write what became of each problem")
+    parser.add_argument("--compare", metavar="FILE.jsonl", nargs=2, type=Path, help="two files of the same problems")
     own, options = parser.parse_known_args(list(argv))
     for path in filter(None, (own.out, *(own.compare or ()))):
         usable(path)
@@ -60,16 +62,13 @@ def planned(target: str, sets: Sequence[str], options: Sequence[str]) -> Plan:
     options += ["--task.rewards", "null", "--method.decoupled_rewards", "false"]  # judges, which grade no evaluation
     if sets:
         options = [*options, "--evaluation.sets", json.dumps(list(sets))]
-    if (path / "adapter_model.safetensors").is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-        written = path.parent.parent / "config.toml"
-        if not (path / "adapter_model.safetensors").is_file() or not written.is_file():
-            raise UserError(
-                f"{path} is not a checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030"
-            )
+    if (path / WEIGHTS).is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        written = run_of(path) / "config.toml"
         checkpoint.check(path)
-        return plan.make(load(["--config", str(written), *options], written), trains=False, saved=path)
-    config = load(["--model.path", target, *options], BASE_MODEL)
-    return plan.make(config, trains=False)
+        config, saved = load(["--config", str(written), *options], written), path
+    else:
+        config, saved = load(["--model.path", target, *options], BASE_MODEL), None
+    return plan.make(config, trains=False, saved=saved, sets_alone=bool(sets))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,17 +77,18 @@ def main(argv: Sequence[str]) -> int:
         own, options = parse(argv)
         if own.compare:
             differences = compare.compare(*own.compare)
-            print(*compare.lines(differences), json.dumps(differences), sep="\n")
+            print(*compare.lines(differences), json_lines([differences]), sep="\n", end="")
             return 0
         if not options or options[0].startswith("-"):
             raise UserError("name a checkpoint or a model: launch/evaluate.py RUN/checkpoints/step-000030 [OPTIONS]")
         checked = planned(options[0], own.sets or (), options[1:])
-        problems = {name: each for name, each in checked.prompts.evaluation.items() if not (own.sets and name == OWN)}
         with cluster.connect(), workers.start(checked) as started:
-            found = measure.evaluate(started.fleet, problems, started.plan.config, step=started.version)
-        print(*measure.lines(found.record), json.dumps(found.record), sep="\n")
+            found = measure.evaluate(
+                started.fleet, checked.prompts.evaluation, started.plan.config, step=started.version
+            )
+        print(*measure.lines(found.record), json_lines([found.record]), sep="\n", end="")
         if own.out:
-            write_whole(own.out, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in found.problems))
+            write_whole(own.out, json_lines(found.problems))
     except UserError as error:
         print(getattr(error, "cause", error), file=sys.stderr)  # `cause`: a worker's, to which Ray adds a traceback
         return 2

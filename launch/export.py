@@ -4,16 +4,17 @@ python launch/export.py RUN/checkpoints/step-000030 --out FOLDER [--merge] [--dt
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 
+from common.command_line import Parser
 from common.config import dump
 from common.files import check_started_elsewhere, usable
 from common.types import UserError
@@ -26,14 +27,9 @@ MOST_LOST, MUCH_LOST = 0.5, 0.1  # part of the update, or of its effect: an expo
 FLOAT32_LOST = 0.01
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help for the options")
-
-
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The parsed command line. Raises UserError if it is invalid."""
-    parser = _Parser(description="Export a checkpoint for PEFT, transformers and vLLM.", allow_abbrev=False)
+    parser = Parser(description="Export a checkpoint for PEFT, transformers and vLLM.", allow_abbrev=False)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="such as RUN/checkpoints/step-000030")
     parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="a new or an empty folder")
     parser.add_argument("--merge", action="store_true", help="a whole model, with the adapter merged into its weights")
@@ -97,7 +93,9 @@ def export(found: Source, out: Path, dtype: str | None, name: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 exported, 2 bad input, or a hub that refuses; 130 interrupted."""
+    """Exit status: 0 exported, 2 bad input, or a hub that refuses; 128 + the signal's number if a signal ended it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # by default nothing would remove the unfinished folder
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         chosen = options(argv)
         check_started_elsewhere()

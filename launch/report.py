@@ -7,11 +7,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if not __package__:  # run as a script: import from the checkout, not from launch/, whose names shadow packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from common.command_line import Parser
 from common.files import usable
 from common.types import UserError
 from launch.reporting.data.runs import read_all
@@ -21,14 +21,9 @@ from launch.reporting.watch import serve
 DEFAULT_PORT = 8377
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help for the options")
-
-
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The parsed command line. Raises UserError if it is invalid."""
-    parser = _Parser(
+    parser = Parser(
         description="Write the report of run folders as one self-contained HTML file.",
         allow_abbrev=False,
     )

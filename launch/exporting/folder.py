@@ -9,9 +9,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from common.files import WEIGHTS
 from common.types import UserError
 from launch.exporting.names import base_name
-from launch.exporting.source import WEIGHTS, Source, base_file
+from launch.exporting.source import Source, base_file
 
 # Copied as they are, so that they mean the same to every version of transformers and vLLM.
 WITH_THE_MODEL = (

@@ -15,14 +15,12 @@ from transformers import PreTrainedModel
 from common.adapter import LORA_A, LORA_B, PEFT_PREFIX, scale
 from common.command_line import load
 from common.config import Config
-from common.files import usable
+from common.files import WEIGHTS, run_of, usable
 from common.metrics import is_count
 from common.types import UserError
 from launch.planning import model_folder, plan
 from learner import checkpoint
 from learner.policy import base as base_model
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 class Factors(NamedTuple):
@@ -57,9 +55,7 @@ class Source:
 
 def read(saved: Path) -> Source:
     """The checkpoint in the folder `saved` of a run folder. Raises UserError, in one line, for anything else."""
-    run = saved.parent.parent
-    if not (saved / WEIGHTS).is_file() or not (run / "config.toml").is_file():
-        raise UserError(f"{saved} is not a checkpoint in a run folder; name one, such as RUN/checkpoints/step-000030")
+    run = run_of(saved)
     checkpoint.check(saved)
     config = load(["--config", str(run / "config.toml")], run / "config.toml")
     base = model_folder.resolve(config.model.path)

@@ -48,7 +48,7 @@ class Plan:
     model_folder: Path
     tokenizer: PreTrainedTokenizerBase
     prompts: Prompts
-    canary_token_ids: np.ndarray  # int32 [T]: the start of the first training prompt
+    canary_token_ids: np.ndarray  # int32 [T]: the start of the first prompt
     resume_from: Path | None  # a checkpoint
     num_adapter_parameters: int
     dtype_reason: str  # why model.dtype is what it is
@@ -91,12 +91,12 @@ class Plan:
         return Curriculum(train, seed=seed, shares=shares, cursor=cursor, left_out=left_out, state=state)
 
 
-def make(config: Config, *, trains: bool = True, saved: Path | None = None) -> Plan:
+def make(config: Config, *, trains: bool = True, saved: Path | None = None, sets_alone: bool = False) -> Plan:
     """Check `config` against the machine, the run folder, the data and the model's own configuration.
 
     A plan that does not train, for an evaluation of the checkpoint `saved` or of the base model (None), has no run
-    folder. Raises UserError for whatever is invalid. The plan is for the GPUs of this machine; `fitted` makes one for
-    others.
+    folder; with `sets_alone` only the problems of evaluation.sets are loaded. Raises UserError for whatever is invalid.
+    The plan is for the GPUs of this machine; `fitted` makes one for others.
     """
     for problem in machine_problems(config):
         raise UserError(problem)
@@ -108,7 +108,8 @@ def make(config: Config, *, trains: bool = True, saved: Path | None = None) -> P
     check_started_elsewhere()
     resume_from = run_folder(config) if trains else saved
     config = _with_planned_options(config)
-    train, evaluation = prompts.load(config)
+    train, evaluation = prompts.load(config, sets_alone=sets_alone)
+    first = next(each[0] for each in (train, *evaluation.values()) if each)
     folder = model_folder.resolve(config.model.path)
     model = check_model(config, folder)  # before the prompts, which take longer
     config = with_values(config, {"model.lora_targets": targets(model, config.model)})
@@ -116,8 +117,8 @@ def make(config: Config, *, trains: bool = True, saved: Path | None = None) -> P
     if trains:
         prompts.check_opening(config, tokenizer)
     checked = prompts.check(train, evaluation, config, tokenizer)
-    rewards.check(config, train[0])
-    canary = prompt_tokens(tokenizer, train[0])[: min(CANARY_TOKENS, config.model.max_length - 1)]
+    rewards.check(config, first)
+    canary = prompt_tokens(tokenizer, first)[: min(CANARY_TOKENS, config.model.max_length - 1)]
     made = Plan(
         config=config,
         unfitted=config,

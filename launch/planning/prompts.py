@@ -91,11 +91,13 @@ class Prompts:
         ]
 
 
-def load(config: Config) -> tuple[Sequence[Prompt], dict[str, Sequence[Prompt]]]:
+def load(config: Config, *, sets_alone: bool = False) -> tuple[Sequence[Prompt], dict[str, Sequence[Prompt]]]:
     """The task's training prompts; and its evaluation prompts (OWN) and those of evaluation.sets, by the set's name.
 
-    Raises UserError for a task without either.
+    With `sets_alone` none of the task's, whose data need not be there. Raises UserError for a task without either.
     """
+    if sets_alone:
+        return (), {**load_sets(config)}
     task = task_module(config.task.name)
     loaded = [task.load(config.task, split) for split in ("train", "eval")]
     # A task of the user's own may load any iterable.
@@ -184,7 +186,7 @@ def _check(
             if num - len(too_long) >= wanted:
                 break
     lengths.keep()
-    if len(too_long) == num:
+    if num and len(too_long) == num:
         raise UserError(f"task.max_prompt_tokens={limit} leaves out all {num} {kind}; raise it")
     return _Checked(num, frozenset(too_long), longest)
 

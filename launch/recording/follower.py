@@ -9,6 +9,7 @@ tracker-LIBRARY.log; tracker-LIBRARY.json there has the id with which a resumed 
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,8 +22,10 @@ if not __package__:  # run as a script: import from the checkout, not from launc
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.files import NotWritten, write_whole
+from common.metrics import is_count
 from launch.recording.libraries import LIBRARIES, Run, flat, numbers
 
+ID = r"[\w-][^/\\\x00-\x1f]*"  # no path to another folder, which begins with a dot or has a slash
 SECONDS = 1.0  # between two looks at the files
 END_SECONDS = 60  # for what is left to send when the run has ended
 MAX_SAMPLES = 16  # rows of the sample table of a step that is a multiple of run.sample_every
@@ -38,13 +41,26 @@ class Follower:
         self.folder = folder
         self.say = say
         self.state = folder / f"tracker-{library}.json"
-        before = json.loads(self.state.read_text()) if self.state.exists() else {"id": None, "sent": {}}
-        self.sent = dict.fromkeys(FILES, -1) | before["sent"]  # the last step of each file
+        id, sent = self._before()
+        self.sent = dict.fromkeys(FILES, -1) | sent  # the last step of each file
         self.read = dict.fromkeys(FILES, 0)  # bytes
         self.sample_every = config["run.sample_every"]
         self.samples: list[dict[str, Any]] = []  # of one step, whose lines may still be being written
-        self.library = LIBRARIES[library](Run(folder=folder, config=config, id=before["id"], say=say))
+        self.library = LIBRARIES[library](Run(folder=folder, config=config, id=id, say=say))
         self._save()
+
+    def _before(self) -> tuple[str | None, dict[str, int]]:
+        """The id of the tracker's run, and the steps sent, from the follower before this one; None without any.
+
+        Raises ValueError for what none has written: the folder may come from a stranger, and an id may become a path.
+        """
+        if not self.state.exists():
+            return None, {}
+        state = json.loads(self.state.read_text())
+        id, sent = (state.get("id"), state.get("sent")) if isinstance(state, dict) else (None, None)
+        if not (isinstance(id, str) and re.fullmatch(ID, id) and isinstance(sent, dict)):
+            raise ValueError(f"{self.state} holds no run of a tracker; remove it to start another one")
+        return id, {name: step for name, step in sent.items() if name in FILES and is_count(step)}
 
     def send(self) -> None:
         """Send what is new. A sample table is sent when it is full, or the lines of a later step are there."""

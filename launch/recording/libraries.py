@@ -55,8 +55,6 @@ class Wandb:
     def __init__(self, run: Run) -> None:
         import wandb
 
-        if run.id is not None and not re.fullmatch(r"[\w-]+", run.id):  # a part of a path, and maybe a stranger's
-            raise ValueError(f"{run.id!r} is no id of a run; remove tracker-wandb.json to start another one")
         for name, value in {
             "WANDB_PROJECT": PROJECT,
             "WANDB_NAME": run.name,
@@ -84,7 +82,7 @@ class Wandb:
         self.run.log({"step": step, name: table})
 
     def report(self, path: Path) -> None:
-        self.run.log({"report": self.make_html(path.read_text(), inject=False)})
+        self.run.log({"report": self.make_html(path.read_text(encoding="utf-8"), inject=False)})
 
     def finish(self, *, complete: bool) -> None:
         self.run.finish(exit_code=0 if complete else 1)

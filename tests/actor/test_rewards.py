@@ -14,8 +14,6 @@ import psutil
 import pytest
 
 from actor import rewards
-from actor.async_rewards import AsyncRewards
-from actor.reward_functions import Call
 from actor.reward_pool import RewardPool
 from actor.rewards import ComposedRewards, composed
 from actor.tasks import gsm8k
@@ -232,20 +230,6 @@ def test_asynchronous_calls_of_a_killed_process_are_made_again(odd: rewards.Rewa
     prompt = Prompt(messages=(), answer="1", metadata={"folder": str(tmp_path)})
     assert totals(score(odd, ["2", "kill once", "3"], prompt)) == [2.0, 1.0, 3.0]
     assert (tmp_path / "seen").exists()
-
-
-def test_a_hung_judge_is_cancelled_in_a_process_that_stays() -> None:
-    """No call is handed to a worker of the pool: the event loop has gone on."""
-    alone: list[Call] = []
-
-    def never(call: Call) -> Any:
-        alone.append(call)
-
-    with contextlib.closing(AsyncRewards(["judges.odd"], timeout_seconds=1.0, alone=never)) as waiting:
-        calls = [waiting.call(Call("judges.odd", (text,), (PROMPT,))) for text in ("hang", "1", "hang", "2")]
-        failure = "time-out: no reward within 1 s"
-        assert [call.result(timeout=60) for call in calls] == [failure, [1.0], failure, [2.0]]
-    assert alone == []
 
 
 def test_close_ends_calls_that_wait() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 
 import pytest
@@ -136,3 +137,18 @@ def test_a_value_that_is_not_finite_is_null(tmp_path):
     writer.write(1, {"a": float("nan"), "b": float("-inf"), "c": 0.5})
     writer.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": None, "b": None, "c": 0.5}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_strict_reader_of_json_reads_any_record(tmp_path, value):
+    """NaN and Infinity, which Python's json writes, are no JSON."""
+    record = {"step": 1, "reward_mean": value, "sets": {"x": {"wilson95": [value, 1.0]}}, "tokens": (value, "NaN", 0)}
+    JsonLines(tmp_path / "evaluations.jsonl").write(record, {"step": 2, "reward_mean": 1.5})
+    first, second = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(first, parse_constant=pytest.fail) == {
+        "step": 1,
+        "reward_mean": None,
+        "sets": {"x": {"wilson95": [None, 1.0]}},
+        "tokens": [None, "NaN", 0],
+    }
+    assert second == '{"step": 2, "reward_mean": 1.5}'

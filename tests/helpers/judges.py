@@ -20,6 +20,7 @@ TOGETHER = 8  # calls that `together` waits for
 _client = httpx.AsyncClient(timeout=None)
 _arrived: list[str] = []
 _all_there = asyncio.Event()
+_num_inside = 0
 _loops: set[asyncio.AbstractEventLoop] = set()
 
 
@@ -69,6 +70,23 @@ async def together(completion: str, prompt: Prompt) -> float:
     if len(_arrived) == TOGETHER:
         _all_there.set()
     await _all_there.wait()
+    return float(completion)
+
+
+async def crowd(completion: str, prompt: Prompt) -> float:
+    """How many calls are there, this one included, after a moment in which others start."""
+    global _num_inside
+    _num_inside += 1
+    await asyncio.sleep(0.1)
+    inside = _num_inside
+    await asyncio.sleep(float(completion))
+    _num_inside -= 1
+    return float(inside)
+
+
+async def trap(completion: str, prompt: Prompt) -> float:
+    """Leave something behind that blocks the loop after the answer."""
+    asyncio.get_running_loop().call_later(0.2, time.sleep, 600)
     return float(completion)
 
 

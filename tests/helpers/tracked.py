@@ -70,7 +70,7 @@ class Settings:
     def __init__(self, **_): pass
 
 class Table:
-    def __init__(self, **_): pass
+    def __init__(self, *_, **__): pass
 Html = Table
 
 class Run:
@@ -78,7 +78,7 @@ class Run:
     def define_metric(self, *_, **__): pass
     def log(self, row):
         {{log}}
-        with open(os.environ["STUB_LOG"], "a") as file: print(row["step"], file=file)
+        with open(os.environ["STUB_LOG"], "a") as file: print(row.get("step", min(row)), file=file)
     def finish(self, exit_code):
         {{finish}}
         with open(os.environ["STUB_LOG"], "a") as file: print("exit", exit_code, file=file)
@@ -88,7 +88,7 @@ class Run:
 def install(folder: Path, **what: str) -> None:
     """Make `folder` one from which `import wandb` takes the stub, with code for init, log and finish.
 
-    It appends to the file $STUB_LOG: a line with the step for each log, and the exit code.
+    It appends to the file $STUB_LOG: a line for each log, with the step or without one the name, and the exit code.
     """
     (folder / "wandb").mkdir(parents=True)
     code = STUB.format(**{"init": "pass", "log": "pass", "finish": "pass"} | what)

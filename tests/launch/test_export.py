@@ -1,6 +1,7 @@
 """launch/export.py: what it writes loads with PEFT and transformers and computes what the learner does."""
 
 import json
+import signal
 from pathlib import Path
 
 import local_run
@@ -197,6 +198,26 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch, capsys):
         f"--out {tmp_path / 'out'} cannot be written (No space left on device); make room, or name another folder"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing(run, tmp_path, monkeypatch, number):
+    """In the middle of the weights, when the unfinished folder is there."""
+    seen: list[int] = []
+
+    def ended(*_: object) -> None:
+        seen.append(len(list(tmp_path.glob(".out.*"))))
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(merge, "save_file", ended)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit) as ending:
+            exported(run, tmp_path / "out", "--merge")
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert (ending.value.code, seen, list(tmp_path.iterdir())) == (128 + number, [1], [])
 
 
 @pytest.mark.parametrize(

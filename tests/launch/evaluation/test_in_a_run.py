@@ -9,6 +9,7 @@ import local_run
 import pytest
 from local_run import comparable
 
+from actor.rollout import prompt_tokens
 from common.command_line import load
 from common.config import dump
 from common.metrics import read_lines
@@ -204,21 +205,49 @@ def test_the_command_evaluates_the_best(start, tmp_path, svamp, capsys):
     assert (record["step"], list(record["sets"])) == (2, ["other"])
 
 
+def saved_by(options: list[str], folder: Path) -> Path:
+    """The checkpoint of step 4, without weights, of a run with these options."""
+    folder.mkdir()
+    (folder / "config.toml").write_text(dump(load(options, DEFAULT_CONFIG)))
+    saved = folder / "checkpoints" / checkpoint.name(4)
+    with checkpoint.written_whole(saved) as whole:
+        (whole / "adapter_model.safetensors").touch()
+        (whole / "run_state.json").write_text("{}")
+    return saved
+
+
+def test_sets_alone_need_no_data_of_the_run(model, tmp_path, svamp):
+    """It may lie on the machine that trained, and be large; the canary is then the first problem of the sets."""
+    task = ["--task.name", "math", "--task.data", "no/such.jsonl", "--task.system", "Be brief."]
+    saved = saved_by(local_run.options(model, tmp_path / "run", *task), tmp_path / "run")
+    planned = evaluate.planned(str(saved), [f"svamp:{svamp}"], [])
+    assert {name: len(each) for name, each in planned.prompts.evaluation.items()} == {"svamp": 2}
+    first = planned.prompts.evaluation["svamp"][0]
+    assert first.messages[0]["content"] == "Be brief.", "the run's options decide how a set is asked"
+    canary = planned.canary_token_ids.tolist()
+    assert len(canary) > 50 and canary == prompt_tokens(planned.tokenizer, first)[: len(canary)]
+    with pytest.raises(UserError, match="no/such"):
+        evaluate.planned(str(saved), (), [])
+
+
 def test_a_checkpoint_is_evaluated_where_the_judges_of_its_run_are_missing(model, tmp_path):
     """Its config.toml names a module that is not here; no evaluation calls it."""
     judged = ["--task.rewards", '{"no_such_module.judge": 1.0}', "--method.decoupled_rewards", "true"]
     options = local_run.options(model, tmp_path / "run", *judged, "--method.name", "grpo")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.toml").write_text(dump(load(options, DEFAULT_CONFIG)))
-    saved = tmp_path / "run" / "checkpoints" / checkpoint.name(4)
-    with checkpoint.written_whole(saved) as whole:
-        (whole / "adapter_model.safetensors").touch()
-        (whole / "run_state.json").write_text("{}")
+    saved = saved_by(options, tmp_path / "run")
     planned = evaluate.planned(str(saved), (), [])
     assert (planned.config.task.rewards, planned.resume_from) == ({}, saved)
     assert planned.config.run.steps == 4, "the other options are the run's"
     with pytest.raises(UserError, match="no_such_module"):  # a run, and the plan of an experiment's cell, do need it
         plan.make(load(options, DEFAULT_CONFIG), trains=False)
+
+
+def test_help_lists_the_commands_own_options(capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "--sets NAME:DATA" in out and "launch/run.py --help" in out
 
 
 @pytest.mark.parametrize(
@@ -232,7 +261,7 @@ def test_a_checkpoint_is_evaluated_where_the_judges_of_its_run_are_missing(model
         (["MODEL", "--sets", "svamp"], "is not NAME:DATA"),
         (["MODEL", "--sets", "svamp:no/such.jsonl"], "evaluation.sets, svamp: .*no/such.jsonl"),
         (["MODEL", "--out", "no/such/folder/x.jsonl"], "not a file in a folder that is there"),
-        (["--compare", "x.jsonl"], "expected 2 arguments"),
+        (["--compare", "x.jsonl"], "expected 2 arguments; see --help"),
     ],
 )
 def test_other_command_lines_are_one_line(start, model, capsys, argv, message):

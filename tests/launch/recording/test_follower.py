@@ -85,9 +85,31 @@ def test_a_step_is_lost_rather_than_sent_twice(tmp_path, sent):
     }
 
 
-def test_an_id_from_a_stranger_leads_nowhere(tmp_path):
-    """W&B's offline folder is named by it."""
+@pytest.mark.parametrize("id", ["../../x", "..", ".x", "a/b", "a\\b", "", "a\nb", 3, None, ["a"], {"a": 1}])
+def test_an_id_from_a_stranger_leads_nowhere(tmp_path, sent, id):
+    """A library makes paths and addresses of it, such as that of W&B's offline folder."""
     folder = written(tmp_path / "run")
-    (folder / "tracker-wandb.json").write_text('{"id": "../../x", "sent": {}}')
-    with pytest.raises(ValueError, match="is no id of a run"):
+    (folder / "tracker-wandb.json").write_text(json.dumps({"id": id, "sent": {}}))
+    with pytest.raises(ValueError, match=r"tracker-wandb.json holds no run of a tracker; remove it to start another"):
         started(folder)
+    assert sent == []
+
+
+@pytest.mark.parametrize("state", ["[]", "3", '{"id": "x"}', '{"id": "x", "sent": []}'])
+def test_a_damaged_state_is_one_line(tmp_path, sent, state):
+    folder = written(tmp_path / "run")
+    (folder / "tracker-wandb.json").write_text(state)
+    with pytest.raises(ValueError, match="holds no run of a tracker"):
+        started(folder)
+    assert sent == []
+
+
+@pytest.mark.parametrize("id", ["3f2a9c1b", "sa-ah-grpo run 2 (b) 01ab2f", "my.method.x run 01ab2f", "0" * 32])
+def test_the_ids_that_libraries_give_are_taken(tmp_path, sent, id):
+    """W&B's, trackio's (method, folder, hexadecimal digits) and MLflow's; steps that are none are left out."""
+    folder = written(tmp_path / "run")
+    steps = {"metrics.jsonl": 3, "rollouts.jsonl": "4", "evaluations.jsonl": -1, "other": 5}
+    (folder / "tracker-wandb.json").write_text(json.dumps({"id": id, "sent": steps}))
+    following = started(folder)
+    assert sent == [("start", id, "sa-ah-grpo run")]
+    assert following.sent == {"metrics.jsonl": 3, "rollouts.jsonl": -1, "evaluations.jsonl": -1}

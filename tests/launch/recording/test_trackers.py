@@ -17,7 +17,7 @@ from tracked import CHATTER, record, tracked, written
 
 from common.config import Config, with_values
 from common.metrics import JsonLines, keep_lines
-from launch import run
+from launch import report, run
 from launch.recording import follower, trackers
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -104,6 +104,20 @@ def test_a_tracker_of_a_killed_run_sends_the_rest_and_ends(stub, here):
     while "exit" not in (logged.read_text() if logged.exists() else "") and time.monotonic() < deadline:
         time.sleep(0.1)
     assert logged.read_text().split("\n") == ["2", "1", "2", "3", "2", "exit 1", ""]
+
+
+def test_the_report_of_a_run_that_has_ended_is_sent_later(stub, here):
+    """As the README says: by the follower alone, which sends nothing again."""
+    logged = stub()
+    folder = written(here / "run")
+    record(folder, 1)
+    with tracked(folder, "wandb"):
+        pass
+    assert logged.read_text().split("\n") == ["1", "exit 0", ""]
+    assert report.main([str(folder)]) == 0
+    command = [sys.executable, follower.__file__, "wandb", str(folder)]
+    subprocess.run(command, input=b"complete", check=True, timeout=60, capture_output=True)
+    assert logged.read_text().split("\n") == ["1", "exit 0", "report", "exit 0", ""]
 
 
 def test_a_run_without_a_writable_folder_goes_on(here):

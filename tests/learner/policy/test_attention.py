@@ -95,3 +95,21 @@ def test_without_lengths_it_is_plainly_causal(window):
     query, key, value = (torch.randn(1, HEADS, 6, D, dtype=torch.float64) for _ in range(3))
     output, _ = packed_attention(torch.nn.Module(), query, key, value, None, scaling=0.3, sliding_window=window)
     torch.testing.assert_close(output[0].transpose(0, 1), plain(query[0], key[0], value[0], 0.3, window))
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "others"),
+    [
+        ("a mask", torch.ones(1, 1, 6, 6, dtype=torch.bool), {}),
+        ("s_aux", None, {"s_aux": torch.zeros(HEADS)}),  # attention sinks, as of gpt-oss
+        ("softcap", None, {"softcap": 50.0}),  # of the scores, as of Gemma 2
+    ],
+)
+def test_what_would_be_left_out_is_refused(name, mask, others):
+    """Every model calls with its own keywords: what is None, or does not change the result, is taken."""
+    query, key, value = (torch.randn(1, heads, 6, D) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    with pytest.raises(ValueError, match=f"the model's attention has {name}, which packed attention would leave out"):
+        packed_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3, **others)
+    unset = dict.fromkeys(others) | {"dropout": 0.0, "position_ids": None}
+    output, _ = packed_attention(torch.nn.Module(), query, key, value, None, scaling=0.3, **unset)
+    assert output.shape == (1, 6, HEADS, D)
