@@ -87,8 +87,8 @@ def variance_ratio(left: list[Run], right: list[Run]) -> Estimate:
     """Ratio of geometric mean training variances of paired runs, with a bootstrap over seeds and over their steps.
 
     Each resample draws seeds, and within a seed moving blocks of steps, the same for both runs of a pair: their prompts
-    are the same. Seeds differ by the noise of their steps, too, which so counts twice: the interval is up to sqrt(2) too wide.
-    Percentiles 2.5 and 97.5, fixed seed. No interval for runs of different lengths or without numbers.
+    are the same. Seeds differ by the noise of their steps, too, which so counts twice: the interval is up to sqrt(2)
+    too wide. Percentiles 2.5 and 97.5, fixed seed. No interval for runs of different lengths or without numbers.
     """
     halves = [[run.series("reward/mean")[len(run.steps) // 2 :] for run in side] for side in (left, right)]
     lengths = {len(half) for side in halves for half in side}
