@@ -17,7 +17,7 @@ FOOTNOTES: Mapping[str, str] = {
     "repeated": "The paper's 1.5B rows of GRPO and AH-GRPO have exactly the variance and the KL of its 3B rows.",
     "one-seed": "The paper's 3.6× comes from one seed (123), without an interval, and compares 180 steps of SA-AH-GRPO "
     "with 150 of the others: the second halves are not the same steps.",
-    "final-claim": "The paper's section 1 claims the highest final Pass@1 for SA-AH-GRPO; its own table has .846 = .846 "
+    "final-claim": "The paper's section 1 claims the highest final Pass@1 for SA-AH-GRPO; its table has .846 = .846 "
     "(GRPO) < .848 (AH-GRPO) at 3B.",
     "half-width": "The paper prints .848 ± .032; its formula gives .03147, so ± .031. Of .831 it should be ± .033.",
     "quarters": "f₋ is always a multiple of 1/4, as of one group of 4 and not of a step's 16 rollouts.",
