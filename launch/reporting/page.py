@@ -172,6 +172,6 @@ def _settings_table(runs: Sequence[Run]) -> Table:
 
 def _claims_table(verdicts: Sequence[Verdict]) -> Table:
     """The claims for a CSV file; the page has them as a list."""
-    words = ("claim", "setting", "verdict", "reason", "paper")
+    words = ("claim", "setting", "verdict", "reason", "paired", "p_value", "needed", "paper")
     rows = tuple(tables.words_row([getattr(each, word) for word in words]) for each in verdicts)
     return Table(key="claims", title="The paper's claims", caption="", columns=words, rows=rows)

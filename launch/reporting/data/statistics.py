@@ -31,8 +31,15 @@ class Estimate:
 
 
 def student(freedom: float) -> float:
-    """97.5 % quantile of Student's t; a fraction of a degree of freedom is dropped, so that it is never too small."""
-    return STUDENT[min(max(int(freedom), 1), len(STUDENT)) - 1]
+    """97.5 % quantile of Student's t; a fraction of a degree of freedom is dropped, so that it is never too small.
+
+    Beyond the table by the expansion of Cornish and Fisher, which is right to 1e-4 there.
+    """
+    whole = max(int(freedom), 1)
+    if whole <= len(STUDENT):
+        return STUDENT[whole - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * whole) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * whole**2)
 
 
 def finite(values: Sequence[float] | np.ndarray) -> np.ndarray:

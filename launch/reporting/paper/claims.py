@@ -3,8 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from launch.reporting.data.groups import Group
 from launch.reporting.data.measures import at_end, base, change, final, highest_later, lowest, mean_kl, peak, variance
+from launch.reporting.data.pairing import block_length, common_seeds, of_seeds, variance_ratio
 from launch.reporting.data.runs import Run
 from launch.reporting.data.statistics import difference, mean, ratio
 from launch.reporting.paper.verdicts import Claim, Finished, Measured, Missing, Verdict, judge, require_comparable
@@ -13,7 +16,7 @@ MARGIN = 0.02  # of Pass@1; the paper's section 7 asks for caution below it
 KL_BOUND = 0.010
 
 
-def variance_ratio(high: str, low: str) -> Callable[[Finished], Measured]:
+def less_variance(high: str, low: str) -> Callable[[Finished], Measured]:
     """How many times the training variance of `high` is that of `low`."""
 
     def measure(runs: Finished) -> Measured:
@@ -21,7 +24,8 @@ def variance_ratio(high: str, low: str) -> Callable[[Finished], Measured]:
         for group in (a, b):
             if (group.per_seed(variance) == 0).any():
                 raise Missing(f"a seed of {group.label} has a training variance of 0: no ratio")
-        return f"training variance, {_name(a)} / {_name(b)}", ratio(a.per_seed(variance), b.per_seed(variance))
+        compared = _compared(f"training variance, {_name(a)} / {_name(b)}", a, b, variance, of_ratio=True)
+        return compared._replace(note=compared.note + _blocks(a, b))
 
     return measure
 
@@ -33,7 +37,7 @@ def gain(value: Callable[[Run], float], words: str, left: str, right: str) -> Ca
         a, b = runs.pair(left, right)
         if value is peak and a.evaluated_steps != b.evaluated_steps:
             raise Missing(f"{a.label} and {b.label} were not evaluated at the same steps: peaks are not comparable")
-        return f"{words}, {_name(a)} − {_name(b)}", difference(a.per_seed(value), b.per_seed(value))
+        return _compared(f"{words}, {_name(a)} − {_name(b)}", a, b, value)
 
     return measure
 
@@ -43,19 +47,19 @@ def own(value: Callable[[Run], float], words: str, role: str = "SA-AH-GRPO") -> 
 
     def measure(runs: Finished) -> Measured:
         group = runs.one(role)
-        return f"{words}, {group.label}", mean(group.per_seed(value))
+        return _of_one(f"{words}, {group.label}", group, value)
 
     return measure
 
 
 def largest_kl(runs: Finished) -> Measured:
     """The mean KL of the one of the paper's methods that is the strongest evidence against a bound on all of them."""
-    measured = [(f"mean KL, {g.label}", mean(g.per_seed(mean_kl))) for g in runs.groups if g.role]
+    measured = [_of_one(f"mean KL, {g.label}", g, mean_kl) for g in runs.groups if g.role]
     if not measured:
         raise Missing("no finished run of the paper's methods")
-    above = [pair for pair in measured if pair[1].low > KL_BOUND]
-    unsure = [pair for pair in measured if not pair[1].has_interval]
-    return (above or unsure or [max(measured, key=lambda pair: pair[1].high)])[0]
+    above = [pair for pair in measured if pair.estimate.low > KL_BOUND]
+    unsure = [pair for pair in measured if not pair.estimate.has_interval]
+    return (above or unsure or [max(measured, key=lambda pair: pair.estimate.high)])[0]
 
 
 def _pooled(groups: Sequence[Group]) -> Group:
@@ -70,8 +74,7 @@ def positive_over_negative(runs: Finished) -> Measured:
     if not above or not below:
         raise Missing("no finished sweep of AH-GRPO with alphas of both signs")
     require_comparable([*above, *below])
-    estimate = difference(_pooled(above).per_seed(final), _pooled(below).per_seed(final))
-    return "final Pass@1, AH-GRPO with α > 0 − α < 0", estimate
+    return _compared("final Pass@1, AH-GRPO with α > 0 − α < 0", _pooled(above), _pooled(below), final)
 
 
 def negative_over_base(runs: Finished) -> Measured:
@@ -79,7 +82,35 @@ def negative_over_base(runs: Finished) -> Measured:
     if not (negative := [g for g in runs.sweep("AH-GRPO") if g.alpha < 0]):
         raise Missing("no finished run of AH-GRPO with a negative α")
     require_comparable(negative)
-    return "final − base Pass@1, AH-GRPO with α < 0", mean(_pooled(negative).per_seed(_gain_over_base))
+    return _of_one("final − base Pass@1, AH-GRPO with α < 0", _pooled(negative), _gain_over_base)
+
+
+def _of_one(words: str, group: Group, value: Callable[[Run], float]) -> Measured:
+    values = group.per_seed(value)
+    return Measured(words, mean(values), values)
+
+
+def _compared(
+    words: str, left: Group, right: Group, value: Callable[[Run], float], *, of_ratio: bool = False
+) -> Measured:
+    """Two groups by Welch over all their seeds, and the seeds that both have as pairs."""
+    a, b = left.per_seed(value), right.per_seed(value)
+    common, alone = common_seeds(left, right)
+    pairs = [of_seeds(left, a, common), of_seeds(right, b, common)]
+    differences = np.subtract(*(np.log(pairs) if of_ratio else pairs))
+    note = f"; without a pair: seeds {', '.join(map(str, alone))}" if alone else ""
+    return Measured(words, (ratio if of_ratio else difference)(a, b), differences, True, of_ratio, note)
+
+
+def _blocks(left: Group, right: Group) -> str:
+    """In words, the ratio of training variances with the noise of steps in it: for one run of each paired seed."""
+    common, _ = common_seeds(left, right)
+    sides = [[next(run for run in group.runs if run.seed == seed) for seed in common] for group in (left, right)]
+    found = variance_ratio(*sides) if common else None
+    if found is None or not found.has_interval:
+        return ""
+    length = block_length(len(sides[0][0].steps) - len(sides[0][0].steps) // 2)
+    return f"; seeds and steps resampled in blocks of {length}: [{found.low:.2f}, {found.high:.2f}]"
 
 
 def _name(group: Group) -> str:
@@ -95,63 +126,74 @@ CLAIMS = (
     Claim(
         words="SA-AH-GRPO trains with less variance than GRPO",
         paper="3B: 0.0885 / 0.0246 = 3.6×; 1.5B: 0.0885 / 0.1718 = 0.5×",
-        measure=variance_ratio("GRPO", "SA-AH-GRPO"),
+        of_paper=0.0885 / 0.0246,
+        measure=less_variance("GRPO", "SA-AH-GRPO"),
         threshold=1.0,
         digits=2,
     ),
     Claim(
         words="The reduction is 3.6-fold or more",
         paper="3B: 3.6×, one seed, 150 against 180 steps",
-        measure=variance_ratio("GRPO", "SA-AH-GRPO"),
+        of_paper=3.6,
+        measure=less_variance("GRPO", "SA-AH-GRPO"),
         threshold=3.6,
         digits=2,
     ),
     Claim(
         words="SA-AH-GRPO trains with less variance than AH-GRPO",
         paper="3B: 0.0630 / 0.0246 = 2.6×; 1.5B: 0.0630 / 0.1718 = 0.4×",
-        measure=variance_ratio("AH-GRPO", "SA-AH-GRPO"),
+        of_paper=0.0630 / 0.0246,
+        measure=less_variance("AH-GRPO", "SA-AH-GRPO"),
         threshold=1.0,
         digits=2,
     ),
     Claim(
         words=f"SA-AH-GRPO loses no peak accuracy against GRPO (not more than {MARGIN:g})",
         paper="3B: .858 against .852; 1.5B: .686 against .668",
+        of_paper=0.006,
         measure=gain(peak, "peak Pass@1", "SA-AH-GRPO", "GRPO"),
         threshold=-MARGIN,
     ),
     Claim(
         words="SA-AH-GRPO ends with a higher Pass@1 than GRPO",
         paper="3B: .846 against .846; 1.5B: .686 against .660",
+        of_paper=0.026,
         measure=gain(final, "final Pass@1", "SA-AH-GRPO", "GRPO"),
     ),
     Claim(
         words="SA-AH-GRPO ends with a higher Pass@1 than AH-GRPO",
         paper="3B: .846 against .848; 1.5B: .686 against .650",
+        of_paper=0.036,
         measure=gain(final, "final Pass@1", "SA-AH-GRPO", "AH-GRPO"),
     ),
     Claim(
         words="SA-AH-GRPO improves on the base model",
         paper="3B: .846 against .831 (measured: .846); 1.5B: .686 against .637 (measured: .652)",
+        of_paper=0.034,
         measure=own(_gain_over_base, "final − base Pass@1"),
     ),
     Claim(
         words="AH-GRPO improves on the base model",
         paper="3B: .848 against .831 (measured: .846); 1.5B: .650 against .637 (measured: .652)",
+        of_paper=0.002,
         measure=own(_gain_over_base, "final − base Pass@1", "AH-GRPO"),
     ),
     Claim(
         words="GRPO improves on the base model",
         paper="3B: .846 against .831 (measured: .846); 1.5B: .660 against .637 (measured: .652)",
+        of_paper=0.008,
         measure=own(_gain_over_base, "final − base Pass@1", "GRPO"),
     ),
     Claim(
         words="AH-GRPO with positive α ends above AH-GRPO with negative α",
         paper="1.5B: .640 to .654 against .634",
+        of_paper=0.014,
         measure=positive_over_negative,
     ),
     Claim(
         words="AH-GRPO with negative α ends below the base model",
         paper="1.5B: .634 against .637 (measured: .652)",
+        of_paper=-0.018,
         measure=negative_over_base,
         below=True,
     ),
@@ -171,6 +213,7 @@ CLAIMS = (
     Claim(
         words="Entropy falls during training",
         paper="3B: H̄ .0291 → .0092; 1.5B: .0432 → .0246",
+        of_paper=-0.0199,
         measure=own(lambda run: change(run, "entropy/normalized_mean"), "H̄, last − first steps"),
         below=True,
         digits=4,
@@ -178,17 +221,20 @@ CLAIMS = (
     Claim(
         words="The discount weakens by itself: the weight of negative rollouts rises",
         paper="3B: w̄₋ .174 → .619; 1.5B: .143 → .340",
+        of_paper=0.445,
         measure=own(lambda run: change(run, "weight/negative_mean"), "w̄₋, last − first steps"),
     ),
     Claim(
         words="The mean weight stays above 0.5 at every step",
         paper="smallest of the steps shown, 3B: .516; 1.5B: .580",
+        of_paper=0.516,
         measure=own(lambda run: lowest(run, "weight/mean"), "smallest w̄ of a run"),
         threshold=0.5,
     ),
     Claim(
         words="Completions become shorter",
         paper="3B: 243 → 171 tokens; 1.5B: 151 → 142",
+        of_paper=-72.0,
         measure=own(lambda run: change(run, "completion/length_mean"), "tokens, last − first steps"),
         below=True,
         digits=1,
@@ -196,6 +242,7 @@ CLAIMS = (
     Claim(
         words="The mean KL stays below 0.010 with every method",
         paper="at most .00785 (3B), .00986 (1.5B)",
+        of_paper=0.00785,
         measure=largest_kl,
         threshold=KL_BOUND,
         below=True,
@@ -204,6 +251,7 @@ CLAIMS = (
     Claim(
         words="SA-AH-GRPO moves further from the reference than AH-GRPO",
         paper="mean KL, 3B: .00785 against .00512; 1.5B: .00986 against .00512",
+        of_paper=0.00273,
         measure=gain(mean_kl, "mean KL", "SA-AH-GRPO", "AH-GRPO"),
         digits=5,
     ),

@@ -17,6 +17,12 @@ FOOTNOTES: Mapping[str, str] = {
     "repeated": "The paper's 1.5B rows of GRPO and AH-GRPO have exactly the variance and the KL of its 3B rows.",
     "one-seed": "The paper's 3.6× comes from one seed (123), without an interval, and compares 180 steps of SA-AH-GRPO "
     "with 150 of the others: the second halves are not the same steps.",
+    "final-claim": "The paper's section 1 claims the highest final Pass@1 for SA-AH-GRPO; its table has .846 = .846 "
+    "(GRPO) < .848 (AH-GRPO) at 3B.",
+    "half-width": "The paper prints .848 ± .032; its formula gives .03147, so ± .031. Of .831 it should be ± .033.",
+    "quarters": "f₋ is always a multiple of 1/4, as of one group of 4 and not of a step's 16 rollouts.",
+    "constant": "f₋ = 0 with a reward standard deviation of .602 would need every group to be constant.",
+    "share": "The mean weights of this row need the negative rollouts to be 1.6 % of the tokens, at f₋ .25.",
     "base": "The paper lowers its measured base by 1.5 points (.846 → .831 for 3B, .652 → .637 for 1.5B). Against the "
     "measured base the gain at 3B is 0.",
     "partial": "The paper calls its run at α 0.25 partial (steps 30 and 60 only) and yet prints five checkpoints.",
@@ -66,10 +72,11 @@ RESULTS: Mapping[str, tuple[Result, ...]] = {
     "Qwen2.5-3B": (
         _base(0.831),
         _row("GRPO", 0.0, (0.852, 0.840, 0.844, 0.848, 0.846), 0.0885, 0.00537, method="token-mean"),
-        _row("AH-GRPO", 0.5, (0.860, 0.862, 0.846, 0.844, 0.848), 0.0630, 0.00512),
+        _row("AH-GRPO", 0.5, (0.860, 0.862, 0.846, 0.844, 0.848), 0.0630, 0.00512, final="half-width"),
         _row(
             *("SA-AH-GRPO", 0.5, (0.858, 0.844, 0.858, 0.854, 0.854, 0.846), 0.0246, 0.00785),
             method="denominator",
+            final="final-claim",
             variance="one-seed",
         ),
     ),
@@ -126,4 +133,10 @@ DIAGNOSTIC_METRICS = (
     "advantage/negative_fraction",
     "completion/length_mean",
 )
-DIAGNOSTIC_NOTES: Mapping[tuple[str, float], str] = {("Qwen2.5-3B", 120): "std"}
+DIAGNOSTIC_NOTES: Mapping[tuple[str, float], str] = {
+    ("Qwen2.5-3B", 5): "quarters",
+    ("Qwen2.5-3B", 30): "constant",
+    ("Qwen2.5-3B", 120): "std",
+    ("Qwen2.5-1.5B", 5): "quarters",
+    ("Qwen2.5-1.5B", 30): "share",
+}

@@ -3,14 +3,17 @@
 Verdicts use Student's and Welch's intervals, which hold their level for few seeds; only finished runs count.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
 from launch.reporting.data.groups import PAPER_ALPHA, Group, differences
-from launch.reporting.data.statistics import Estimate
+from launch.reporting.data.pairing import EXACT_PAIRS, MAX_SEEDS, permutation, seeds_needed
+from launch.reporting.data.statistics import Estimate, finite, mean
 
 HOLDS, FAILS, INCONCLUSIVE = "holds", "does not hold", "inconclusive"
 IN_WHICH_METHODS_DIFFER = {"method.name", "method.alpha", "method.token_weight", "method.selective"}
@@ -25,13 +28,24 @@ class Verdict:
     setting: str
     verdict: str  # one of HOLDS, FAILS, INCONCLUSIVE
     reason: str
+    paired: str = "-"  # the difference (or ratio) of paired seeds with its interval
+    p_value: str = "-"  # of their sign flips
+    needed: str = "-"  # how many paired seeds would find the paper's effect
 
 
 class Missing(Exception):
     """The runs hold no numbers for a claim; the message names what is missing."""
 
 
-Measured = tuple[str, Estimate]  # what was measured, in words, and its value
+class Measured(NamedTuple):
+    """What was measured, in words, and its value; and the number of each seed, or the difference of each pair."""
+
+    words: str
+    estimate: Estimate
+    per_seed: np.ndarray  # float [seeds]; of a ratio the differences of the logarithms
+    paired: bool = False
+    ratio: bool = False
+    note: str = ""  # seeds left out of the pairing, and the interval of a block bootstrap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +55,7 @@ class Claim:
     words: str
     paper: str
     measure: Callable[["Finished"], Measured]
+    of_paper: float | None = None  # its number for this quantity; of its models the one that is further off
     threshold: float = 0.0
     below: bool = False
     digits: int = 3
@@ -94,21 +109,55 @@ def require_comparable(groups: Sequence[Group]) -> None:
 
 def judge(claim: Claim, setting: str, groups: Sequence[Group]) -> Verdict:
     """Holds or fails if the whole interval is on one side of the threshold; otherwise inconclusive."""
+    stub = Verdict(claim=claim.words, paper=claim.paper, setting=setting, verdict=INCONCLUSIVE, reason="")
     try:
-        words, estimate = claim.measure(Finished(groups))
+        measured = claim.measure(Finished(groups))
+        words, estimate = measured.words, measured.estimate
         if not np.isfinite(estimate.value):
             raise Missing(f"{words}: not recorded in these runs")
         found = f"{words}: {estimate.value:.{claim.digits}f}"
         if not estimate.has_interval:
             raise Missing(f"{found} ({_seeds(estimate.num)}); an interval needs two seeds that differ")
     except Missing as missing:
-        return Verdict(claim=claim.words, paper=claim.paper, setting=setting, verdict=INCONCLUSIVE, reason=str(missing))
+        return replace(stub, reason=str(missing))
     above, under = estimate.low > claim.threshold, estimate.high < claim.threshold
     verdict = INCONCLUSIVE if not (above or under) else HOLDS if above != claim.below else FAILS
-    interval = f"[{estimate.low:.{claim.digits}f}, {estimate.high:.{claim.digits}f}]"
     relation = "lies above" if above else "lies below" if under else "contains"
-    reason = f"{found}, 95 % {interval} {relation} {claim.threshold:g} ({_seeds(estimate.num)})"
-    return Verdict(claim=claim.words, paper=claim.paper, setting=setting, verdict=verdict, reason=reason)
+    interval = _interval(estimate, claim.digits)
+    reason = f"{found}, 95 % {interval} {relation} {claim.threshold:g} ({_seeds(estimate.num)}){measured.note}"
+    return _with_pairs(replace(stub, verdict=verdict, reason=reason), claim, measured)
+
+
+def _with_pairs(verdict: Verdict, claim: Claim, measured: Measured) -> Verdict:
+    """The verdict with what its paired seeds say: interval, p against the threshold, seeds that would decide it."""
+
+    def scaled(value: float) -> float:
+        return math.log(value) if measured.ratio else value
+
+    numbers = finite(measured.per_seed)
+    if len(numbers) < 2 or np.ptp(numbers) == 0:
+        return verdict
+    threshold = scaled(claim.threshold)
+    p_value = f"{permutation(numbers - threshold):.3g}" + ("" if len(numbers) <= EXACT_PAIRS else " (sampled)")
+    needed = verdict.needed
+    if claim.of_paper is not None and (effect := scaled(claim.of_paper) - threshold):
+        needed = str(seeds_needed(effect, float(numbers.std(ddof=1))) or f"more than {MAX_SEEDS}")
+    return replace(verdict, paired=_paired(measured, numbers, claim.digits), p_value=p_value, needed=needed)
+
+
+def _paired(measured: Measured, numbers: np.ndarray, digits: int) -> str:
+    """The mean of paired differences, or the ratio, with Student's interval; "-" for a measure of one method."""
+    if not measured.paired:
+        return "-"
+    found = mean(numbers)
+    if measured.ratio:
+        low, high = math.exp(found.low), math.exp(found.high)
+        found = replace(found, value=math.exp(found.value), low=low, high=high)
+    return f"{found.value:.{digits}f} {_interval(found, digits)}"
+
+
+def _interval(estimate: Estimate, digits: int) -> str:
+    return f"[{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
 def decided(found: Sequence[Verdict]) -> dict[str, list[Verdict]]:
