@@ -170,8 +170,8 @@ class LearnerConfig(Section):
     inner_updates: int = Field(1, ge=1)
     """Passes over the batch of a step, each with an update on every mini-batch."""
     mini_batches: int = Field(1, ge=1)
-    """M: disjoint parts of a step's rollouts that are learned one after the other, with an update each. Advantages,
-    token weights and old log-probabilities are those of the step's start, so ratios differ from 1 after its first
+    """M: disjoint parts of a step's groups that are learned one after the other, with an update each. Advantages, token
+    weights and old log-probabilities are those of the step's start, so ratios differ from 1 after its first
     update: with M or inner_updates above 1."""
     gradient_accumulation: int = Field(2, ge=1)
     """Minimum number of micro-batches of an update. It does not change the gradient: the paper's 2 may also mean two

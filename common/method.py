@@ -111,7 +111,7 @@ class Fields(Section):
     power_end: float = Field(-2.0)
     """power-mean: p from step power_steps on."""
     power_steps: int = Field(0, ge=0)
-    """power-mean: the number of steps over which p changes; 0: all steps of the run."""
+    """power-mean: p reaches power_end after so many steps; 0: at the last step of the run."""
     power_clip: Literal["sequence", "token", "both"] = "sequence"
     """power-mean: clip the mean (sequence), or each token's ratio before the mean (token), or first each token's ratio,
     to 1 / (1 + clip_low) .. 1 + clip_high whatever its advantage, and then the mean (both)."""

@@ -85,7 +85,7 @@ _TABLE = (
         paper="arXiv 2605.12058",
         equation="its code",
         remark="p has no effect with one update a step: its runs have learner.mini_batches=8, and p falls over "
-        "power_steps=500 in one of them",
+        "power_steps=500 in one of them; truncated completions, which score 0 there, keep their reward",
         std_ddof=1,
         ratio="power-mean",
         normaliser="sequence-mean",

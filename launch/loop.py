@@ -72,7 +72,7 @@ def train(
         num_without = num_without + 1 if reason else 0
         if num_without == MAX_STEPS_WITHOUT_TRAINING:
             raise RunFailed(f"{num_without} steps in a row trained nothing; stopped at step {step}: {reason}")
-        if due(step, run.checkpoint_every, run.steps) or best.is_best(config, step) or stopped:
+        if due(step, run.checkpoint_every, run.steps) or (evaluates and best.is_best(config, step)) or stopped:
             best.tidy(config, save(run.dir, workers))
         if stopped:
             return stopped

@@ -8,7 +8,7 @@ each other.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -105,7 +105,7 @@ def pack(
 ) -> StepBatch:
     """Pack the rollouts of `groups`, numbered in their order, into micro-batches of at most `max_tokens` positions.
 
-    A mini-batch is an equal share of the rollouts, in their order; of fewer rollouts than `mini_batches`, each is one.
+    A mini-batch is an equal share of the groups, in their order, or, where these are fewer, an equal part of one group.
     A prompt and one rollout that together are longer form a micro-batch of their own. A mini-batch has at least
     `min_micro_batches` if it has that many packed sequences. How it is cut never changes its gradient.
     """
@@ -135,16 +135,20 @@ def pack(
 
 
 def _shares(groups: Sequence[Group], number: int) -> Iterable[list[Sequence[Rollout]]]:
-    """The rollouts of `groups` in `number` consecutive shares that differ by one rollout at most, each by group."""
-    firsts = [0, *accumulate(len(group.rollouts) for group in groups)]  # of each group; the last one is B
-    number = min(number, firsts[-1])
-    for i in range(number):
-        start, end = (firsts[-1] * j // number for j in (i, i + 1))
-        parts = (
-            group.rollouts[max(0, start - first) : max(0, end - first)]
-            for group, first in zip(groups, firsts, strict=False)
-        )
-        yield [rollouts for rollouts in parts if rollouts]
+    """The rollouts of `groups` in `number` consecutive shares, each by group: whole groups, or parts of one group."""
+    if number <= len(groups):
+        for start, end in pairwise(_ends(len(groups), number)):
+            yield [group.rollouts for group in groups[start:end]]
+        return
+    parts = [end - start for start, end in pairwise(_ends(number, len(groups)))]  # of each group
+    for group, num_parts in zip(groups, parts, strict=True):
+        for start, end in pairwise(_ends(len(group.rollouts), min(num_parts, len(group.rollouts)))):
+            yield [group.rollouts[start:end]]
+
+
+def _ends(total: int, number: int) -> list[int]:
+    """The bounds of `number` parts of `total` things that differ by one at most: 0, …, total."""
+    return [total * i // number for i in range(number + 1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -121,8 +121,8 @@ class Learner:
     ) -> tuple[dict[str, float], str | None]:
         """The inner updates on each mini-batch, from `first` on, the pass that made the targets, if its graph is kept.
 
-        Returns the means of the terms of the loss over the mini-batches, in their last inner update, and why an update
-        was skipped.
+        Returns the means of the terms of the loss over the last update of each mini-batch, and why an update was
+        skipped, which ends the step.
         """
         demands = self.objective.demands._replace(residual=False, topk=None, entropy_at_one=False)
         terms: deque[dict[str, float]] = deque(maxlen=len(batch.mini_batches))

@@ -7,7 +7,7 @@ The file has the tables of a run's configuration, which all cells share, and
     models = ["Qwen/Qwen2.5-1.5B-Instruct"]        # model.path; default: that of [model]
     variants = [
         { name = "ah-grpo_alpha-0.5", method = { name = "ah-grpo", alpha = 0.5 } },
-        { name = "holder", method = { name = "holder" }, learner = { inner_updates = 2 } },
+        { name = "holder", method = { name = "holder" }, learner = { mini_batches = 8 } },
     ]
 
     [scale.cpu.run]                                # --scale cpu: overrides the tables above, [grid] included

@@ -176,6 +176,15 @@ def warnings(config: Config) -> list[str]:
             f"learner.gradient_accumulation={learner.gradient_accumulation} is below "
             f"learner.num_ranks={learner.num_ranks}: an update may have fewer micro-batches than ranks"
         )
+    if learner.num_ranks * learner.mini_batches > config.run.prompts_per_step and learner.num_ranks > 1:
+        found.append(
+            f"learner.mini_batches={learner.mini_batches} of run.prompts_per_step={config.run.prompts_per_step} may "
+            f"have fewer micro-batches than learner.num_ranks={learner.num_ranks}"
+        )
+    if method.kl == "none" and method.beta > 0:
+        found.append(f"method.beta={method.beta} has no effect with kl=none; set method.kl=k3")
+    if method.alpha_end != "alpha" and method.token_weight != "horizon":
+        found.append(f"method.alpha_end={method.alpha_end} has no effect with token_weight={method.token_weight}")
     if method.ratio != "token" and learner.inner_updates == learner.mini_batches == 1:
         found.append(
             f"ratio={method.ratio} is 1 with one update a step: neither clip nor power has an effect without "

@@ -91,5 +91,12 @@ def test_warnings_name_what_has_no_effect(empty: Path) -> None:
         assert "is 1 with one update a step" in one
         for several in ("inner_updates", "mini_batches"):
             assert warnings(load(["--method.name", name, f"--learner.{several}", "2"], empty)) == []
+    [one] = warnings(load(["--method.name", "grpo", "--method.kl", "none"], empty))
+    assert "beta=0.04 has no effect with kl=none" in one
+    [one] = warnings(load(["--method.name", "grpo", "--method.alpha_end", "1"], empty))
+    assert "alpha_end=1.0 has no effect with token_weight=uniform" in one
+    several = ["--learner.mini_batches", "4", "--learner.num_ranks", "2", "--learner.gradient_accumulation", "2"]
+    [one] = warnings(load(several, empty))
+    assert "mini_batches=4 of run.prompts_per_step=4 may have fewer micro-batches than learner.num_ranks=2" in one
     [one] = warnings(load(["--method.name", "arca"], empty))
     assert "lora_dropout=0.05 is off" in one

@@ -1,5 +1,7 @@
 """learner.mini_batches: one batch learned in disjoint parts, with everything but the current policy fixed."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import tiny
@@ -18,16 +20,29 @@ def folder(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("tiny"))
 
 
+def nearly_equal(numbers):
+    numbers = list(numbers)
+    assert max(numbers) - min(numbers) <= 1
+
+
 @given(shapes, st.integers(1, 9), st.integers(1, 60), st.integers(1, 3))
-def test_every_rollout_is_in_one_mini_batch_of_nearly_equal_size(shapes, number, budget, accumulation):
+def test_mini_batches_are_whole_groups_or_equal_parts_of_one(shapes, number, budget, accumulation):
     groups = [tiny.group(i, lengths, [1.0] * len(lengths)) for i, lengths in enumerate(shapes)]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     batch = pack(groups, max_tokens=budget, min_micro_batches=accumulation, device=CPU, mini_batches=number)
     parts = [batch.part(slices) for slices in batch.mini_batches]
     sizes = [len(part.mask_BT) for part in parts]
-    assert len(parts) == min(number, len(rollouts))
-    assert sum(sizes) == len(rollouts)
-    assert max(sizes) - min(sizes) <= 1
+    firsts, bounds = (np.cumsum([0, *each]).tolist() for each in (sizes, map(len, shapes)))
+    assert firsts[-1] == bounds[-1]
+    if number <= len(groups):
+        assert len(parts) == number
+        assert set(firsts) <= set(bounds)
+        nearly_equal(sum(start <= bound < end for bound in bounds) for start, end in pairwise(firsts))
+    else:
+        assert len(parts) <= number
+        assert set(bounds) <= set(firsts)
+        for first, last in pairwise(bounds):
+            nearly_equal(end - start for start, end in pairwise(firsts) if first <= start < last)
     assert [m.index for part in parts for m in part.micro_batches] == list(range(len(batch.micro_batches)))
     values_N = batch.gather([np.arange(r.num_completion_tokens) + 100 * i for i, r in enumerate(rollouts)])
     first = 0
@@ -40,10 +55,19 @@ def test_every_rollout_is_in_one_mini_batch_of_nearly_equal_size(shapes, number,
 
 
 def test_whole_groups_share_their_prompt():
-    """Four groups in two mini-batches are not cut: the prompt of each is computed once."""
+    """The prompt of each group is computed once."""
     groups = [tiny.group(i, [3] * 4, [1.0] * 4) for i in range(4)]
     batch = pack(groups, max_tokens=999, min_micro_batches=1, device=CPU, mini_batches=2)
     assert [m.lengths for m in batch.micro_batches] == [((5, 3, 3, 3, 3),) * 2] * 2
+
+
+@pytest.mark.parametrize(("number", "sizes"), [(3, [3, 4, 4]), (2, [3, 8]), (5, [3, 2, 2, 2, 2]), (9, [1] * 11)])
+def test_a_failed_reward_moves_no_cut(number, sizes):
+    """Groups of 3, 4 and 4 rollouts: a lone rollout of a group would weigh as much as a whole one."""
+    groups = [tiny.group(i, [3] * n, [1.0] * n) for i, n in enumerate((3, 4, 4))]
+    batch = pack(groups, max_tokens=999, min_micro_batches=1, device=CPU, mini_batches=number)
+    got = [len(batch.part(slices).mask_BT) for slices in batch.mini_batches]
+    assert got == (sizes if number < 9 else [1, 1, 1, 1, 1, 2, 1, 1, 2])
 
 
 def test_without_a_change_of_the_weights_every_ratio_is_exactly_one(folder):

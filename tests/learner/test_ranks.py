@@ -119,6 +119,21 @@ def test_the_gradient_is_the_same_for_any_number_of_ranks(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["sa-ah-grpo", "arca", "holder"])
+def test_mini_batches_are_the_same_for_any_number_of_ranks(
+    folder: Path, pool: ProcessPoolExecutor, variant: str
+) -> None:
+    """A mini-batch has fewer micro-batches than four ranks, and others compute them than in the first pass."""
+    options = {"dropout": 0.3, "micro_batch_tokens": 60, "mini_batches": 3, "double": True}
+    [alone] = rank_processes.on_ranks(pool, 1, updates, folder, {"name": variant}, options)
+    for world in (2, 4):
+        for each in rank_processes.on_ranks(pool, world, updates, folder, {"name": variant}, options):
+            assert relative(each["gradient"], alone["gradient"]) < 1e-12
+            assert relative(each["weights"], alone["weights"]) < 1e-9
+            assert each["skipped"] == [None] * 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["sa-ah-grpo", "arca", "weight gradient over the step"])
 def test_in_float64_the_gradient_is_the_same_to_its_rounding(
     folder: Path, pool: ProcessPoolExecutor, variant: str

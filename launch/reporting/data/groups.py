@@ -13,7 +13,10 @@ from launch.reporting.data.runs import OF_ONE_RUN, Run
 
 PAPER_ALPHA = 0.5
 # The fields that make a method what it is: with another value of one of them it is a composition of methods.
-IDEAS = ("opening", "advantage", "token_advantage", "token_weight", "selective", "top_entropy_fraction", "ratio")
+IDEAS = (
+    *("opening", "advantage", "token_advantage", "token_weight", "alpha_end", "selective", "top_entropy_fraction"),
+    "ratio",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

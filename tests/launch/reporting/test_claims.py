@@ -49,8 +49,9 @@ def test_a_composition_is_none_of_the_papers_methods_and_its_label_has_the_field
     (alone,) = group(read_all([tmp_path]))
     assert (alone.role, alone.label) == ("", "sa-ah-grpo, α 0.5, advantage=asymmetric")
     run_folders.write(tmp_path / "plain", passes={0: 0.5, 4: 0.5})
+    run_folders.write(tmp_path / "a falling alpha", settings={"method": {"alpha_end": 0.0}})
     runs = read_all([tmp_path])
-    assert {g.role for g in group(runs)} == {"", "SA-AH-GRPO"}
+    assert sorted(g.role for g in group(runs)) == ["", "", "SA-AH-GRPO"]
     assert "one seed" in verdict(runs, "SA-AH-GRPO improves on the base").reason  # of the plain one alone
 
 
