@@ -231,8 +231,12 @@ def _head_bytes(config: Config, work: Work) -> int:
     needed = demands(config)
     gradients = 1 + needed.entropy_gradient
     states = 2 if needed.residual else 0  # with the adapter and without
-    rollouts = config.run.prompts_per_step * config.actor.group_size
-    learned = math.ceil(rollouts / config.learner.mini_batches)
+    prompts, group_size, parts = config.run.prompts_per_step, config.actor.group_size, config.learner.mini_batches
+    rollouts = prompts * group_size
+    # Of the largest mini-batch: whole groups, or a part of one.
+    learned = (
+        math.ceil(prompts / parts) * group_size if parts <= prompts else math.ceil(group_size / (parts // prompts))
+    )
     elements = config.actor.max_tokens * work.size.hidden
     return elements * (learned * 4 * gradients + rollouts * _itemsize(config) * states)
 
