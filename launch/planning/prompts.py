@@ -146,8 +146,15 @@ def check(
 
 
 def check_opening(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError if the text that openers follow leaves no token of a completion to sample."""
-    num_forced = len(forced_tokens(tokenizer, config.method.opening_after))
+    """Raise UserError if the text that openers follow leaves no token of a completion to sample, or if the completion's
+    text would not begin with it: special tokens are no part of that text."""
+    forced = forced_tokens(tokenizer, config.method.opening_after)
+    num_forced = len(forced)
+    if (text := tokenizer.decode(forced, skip_special_tokens=True)) != config.method.opening_after:
+        raise UserError(
+            f"method.opening_after={config.method.opening_after!r} reaches the reward as {text!r} with this model's "
+            "tokenizer; use a text without special tokens"
+        )
     if num_forced and num_forced + 1 >= config.actor.max_tokens:
         raise UserError(
             f"method.opening_after={config.method.opening_after!r} has {num_forced} tokens, which with an opener leave "

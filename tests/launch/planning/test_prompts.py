@@ -77,6 +77,12 @@ def test_the_text_before_an_opener_leaves_a_token_to_sample(tokenizer):
         prompts.check_opening(opened(9), tokenizer)
 
 
+def test_special_tokens_before_an_opener_would_not_reach_the_reward(tokenizer):
+    config = load(["--method.name", "reft", "--method.opening_after", "<|im_start|>Well,"], cluster.DEFAULT_CONFIG)
+    with pytest.raises(UserError, match="reaches the reward as 'Well,' with this model's tokenizer"):
+        prompts.check_opening(config, tokenizer)
+
+
 def test_the_stream_has_the_order_of_earlier_versions():
     """They made the permutation of a pass again for each of its prompts."""
     for seed in (0, 123):
