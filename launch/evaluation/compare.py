@@ -20,7 +20,7 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     samples, `mean_difference` is that of the fraction of correct samples. Raises UserError for files that no evaluation
     writes, and for two without a common problem.
     """
-    first, second = _read(before), _read(after)
+    first, second = read_problems(before), read_problems(after)
     found = {}
     for name in first.keys() & second.keys():
         if common := first[name].keys() & second[name].keys():
@@ -74,8 +74,11 @@ def lines(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         )
 
 
-def _read(path: Path) -> Records:
-    """The records of a file. A problem that a set has twice counts once: its greedy completion is the same."""
+def read_problems(path: Path) -> Records:
+    """The records of a file. A problem that a set has twice counts once: its greedy completion is the same.
+
+    Raises UserError for a file that no evaluation writes.
+    """
     if not path.is_file():
         raise UserError(f"{path} is not a file; name one of RUN/evaluations/ or of launch/evaluate.py --out")
     records: Records = {}

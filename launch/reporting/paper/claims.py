@@ -8,6 +8,7 @@ import numpy as np
 from launch.reporting.data.groups import Group
 from launch.reporting.data.measures import at_end, base, change, final, highest_later, lowest, mean_kl, peak, variance
 from launch.reporting.data.pairing import block_length, common_seeds, of_seeds, variance_ratio
+from launch.reporting.data.problems import by_problem
 from launch.reporting.data.runs import Run
 from launch.reporting.data.statistics import difference, mean, ratio
 from launch.reporting.paper.verdicts import Claim, Finished, Measured, Missing, Verdict, judge, require_comparable
@@ -37,7 +38,12 @@ def gain(value: Callable[[Run], float], words: str, left: str, right: str) -> Ca
         a, b = runs.pair(left, right)
         if value is peak and a.evaluated_steps != b.evaluated_steps:
             raise Missing(f"{a.label} and {b.label} were not evaluated at the same steps: peaks are not comparable")
-        return _compared(f"{words}, {_name(a)} − {_name(b)}", a, b, value)
+        compared = _compared(f"{words}, {_name(a)} − {_name(b)}", a, b, value)
+        if value is not final:
+            return compared
+        sides = zip(*_paired_runs(a, b), strict=True)
+        pairs = [((one, one.num_steps), (other, other.num_steps)) for one, other in sides]
+        return compared._replace(note=compared.note + by_problem(pairs))
 
     return measure
 
@@ -47,7 +53,10 @@ def own(value: Callable[[Run], float], words: str, role: str = "SA-AH-GRPO") -> 
 
     def measure(runs: Finished) -> Measured:
         group = runs.one(role)
-        return _of_one(f"{words}, {group.label}", group, value)
+        measured = _of_one(f"{words}, {group.label}", group, value)
+        if value is not _gain_over_base:
+            return measured
+        return measured._replace(note=by_problem([((run, run.num_steps), (run, 0)) for run in group.runs]))
 
     return measure
 
@@ -102,11 +111,16 @@ def _compared(
     return Measured(words, (ratio if of_ratio else difference)(a, b), differences, True, of_ratio, note)
 
 
+def _paired_runs(left: Group, right: Group) -> list[list[Run]]:
+    """One run of each seed that both groups have, of either group."""
+    common, _ = common_seeds(left, right)
+    return [[next(run for run in group.runs if run.seed == seed) for seed in common] for group in (left, right)]
+
+
 def _blocks(left: Group, right: Group) -> str:
     """In words, the ratio of training variances with the noise of steps in it: for one run of each paired seed."""
-    common, _ = common_seeds(left, right)
-    sides = [[next(run for run in group.runs if run.seed == seed) for seed in common] for group in (left, right)]
-    found = variance_ratio(*sides) if common else None
+    sides = _paired_runs(left, right)
+    found = variance_ratio(*sides) if sides[0] else None
     if found is None or not found.has_interval:
         return ""
     length = block_length(len(sides[0][0].steps) - len(sides[0][0].steps) // 2)

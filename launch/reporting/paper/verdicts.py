@@ -139,9 +139,13 @@ def _with_pairs(verdict: Verdict, claim: Claim, measured: Measured) -> Verdict:
         return verdict
     threshold = scaled(claim.threshold)
     p_value = f"{permutation(numbers - threshold):.3g}" + ("" if len(numbers) <= EXACT_PAIRS else " (sampled)")
+    effect = float(numbers.mean()) - threshold  # where the paper has no number
+    if claim.of_paper is not None:
+        effect = scaled(claim.of_paper) - threshold
     needed = verdict.needed
-    if claim.of_paper is not None and (effect := scaled(claim.of_paper) - threshold):
-        needed = str(seeds_needed(effect, float(numbers.std(ddof=1))) or f"more than {MAX_SEEDS}")
+    if effect:
+        seeds = seeds_needed(effect, float(numbers.std(ddof=1)))
+        needed = f"{seeds or f'more than {MAX_SEEDS}'}{' (for the effect found)' if claim.of_paper is None else ''}"
     return replace(verdict, paired=_paired(measured, numbers, claim.digits), p_value=p_value, needed=needed)
 
 
