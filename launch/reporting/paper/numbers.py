@@ -20,7 +20,8 @@ FOOTNOTES: Mapping[str, str] = {
     "final-claim": "The paper's section 1 claims the highest final Pass@1 for SA-AH-GRPO; its table has .846 = .846 "
     "(GRPO) < .848 (AH-GRPO) at 3B.",
     "half-width": "The paper prints .848 ± .032; its formula gives .03147, so ± .031. Of .831 it should be ± .033.",
-    "quarters": "f₋ is always a multiple of 1/4, as of one group of 4 and not of a step's 16 rollouts.",
+    "quarters": "f₋ is always a multiple of 1/4, as of one group of 4 and not of a step's 16 rollouts. The paper's "
+    "text lets it be 1, which advantages that are centred within their groups cannot reach.",
     "constant": "f₋ = 0 with a reward standard deviation of .602 would need every group to be constant.",
     "share": "The mean weights of this row need the negative rollouts to be 1.6 % of the tokens, at f₋ .25.",
     "base": "The paper lowers its measured base by 1.5 points (.846 → .831 for 3B, .652 → .637 for 1.5B). Against the "
