@@ -35,6 +35,7 @@ OBJECT_STORE_BYTES = 512 << 20  # a few adapter versions and groups; Ray's own d
 JOB_STOP_SECONDS = 15  # Ray kills a driver that has not stopped by then
 SUPERVISOR_STOP_SECONDS = 20
 ANSWER_SECONDS = 10
+REGISTER_SECONDS = 600  # a worker on a busy machine needs more than Ray's 60 to import what it needs
 
 OPEN = (
     "warning: the Ray at {} has token authentication off: whoever reaches its ports can run any program there; run "
@@ -130,13 +131,15 @@ def _supervised(*, job_server: bool) -> Iterator[str]:
     environment = {
         "PYTHONPATH": _python_path(),
         "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
+        # Ray's first driver waits for workers that it starts ahead: without end if one takes too long to register.
+        "RAY_prestart_worker_first_driver": "0",
         "RAY_worker_niceness": "0",  # at Ray's default of 15 any other process on the machine starves the training
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",  # no other node: all of its servers listen on loopback
         "RAY_ADDRESS": "",  # Ray's own commands would take "local" for an address
     }
     supervisor = child(
         [sys.executable, "-m", "launch.runtime.cluster", str(job_server).lower()],
-        env={**os.environ, **environment},
+        env={"RAY_worker_register_timeout_seconds": str(REGISTER_SECONDS), **os.environ, **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,

@@ -50,6 +50,13 @@ with connect():
     print(*ray.get(of_modules.remote()))
 """
 
+CONNECTED = """
+from launch.runtime.cluster import connect
+
+with connect():
+    print("connected", flush=True)
+"""
+
 JOB = """
 import sys
 if "--dry-run" not in sys.argv:
@@ -100,6 +107,14 @@ def test_bad_input_ends_in_one_line_before_ray_is_started(environment: dict[str,
     assert done.stderr == "unknown option --run.stepps; did you mean --run.steps?\n"
     assert done.stdout == ""
     assert not list(Path(environment["RAY_TMPDIR"]).glob("ray*"))
+
+
+@pytest.mark.slow
+def test_workers_that_start_slowly_do_not_hold_a_driver_up(environment: dict[str, str]) -> None:
+    """No worker imports Ray within a second. By default a driver waits for two, which Ray has given up by then."""
+    slow = {**environment, "RAY_worker_register_timeout_seconds": "1"}
+    done = subprocess.run([sys.executable, "-c", CONNECTED], cwd=ROOT, env=slow, capture_output=True, timeout=100)
+    assert done.stdout == b"connected\n"
 
 
 @pytest.mark.slow
