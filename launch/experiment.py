@@ -39,7 +39,8 @@ def describe(cells: Sequence[Cell], todo: Sequence[Cell]) -> str:
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own options, and those of launch/run.py."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --config GRID.toml [--scale NAME] [--dir runs/NAME] [--cores N] [--dry-run] [OPTIONS]",
+        usage="%(prog)s --config GRID.toml [--scale NAME] [--dir runs/NAME] [--cores N] [--seeds N ...] [--dry-run] "
+        "[OPTIONS]",
         prog="launch/experiment.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,6 +51,7 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--scale", help="a table [scale.NAME] of the grid, such as cpu")
     parser.add_argument("--dir", type=Path, help="folder of the cells (default: runs/GRID or runs/GRID-SCALE)")
     parser.add_argument("--cores", type=int, help="processors per cell if there is no GPU (default: all of a machine)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the grid's seeds")
     parser.add_argument("--dry-run", action="store_true", help="check all cells, start none")
     try:
         arguments, options = parser.parse_known_args(list(argv))
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments, options = _arguments(argv)
         folder = arguments.dir
-        cells = grid.cells(arguments.config, folder, scale=arguments.scale, options=options)
+        cells = grid.cells(arguments.config, folder, scale=arguments.scale, options=options, seeds=arguments.seeds)
         if arguments.dry_run:
             print(describe(cells, runner.unfinished(cells)))
             return 0

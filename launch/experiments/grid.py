@@ -67,8 +67,15 @@ class Cell:
     config: Config
 
 
-def cells(path: Path, folder: Path, *, scale: str | None = None, options: Sequence[str] = ()) -> list[Cell]:
-    """The cells of the grid file `path`, with run folders in `folder`.
+def cells(
+    path: Path,
+    folder: Path,
+    *,
+    scale: str | None = None,
+    options: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+) -> list[Cell]:
+    """The cells of the grid file `path`, with run folders in `folder`; of some of its `seeds` alone if they are given.
 
     They are ordered by seed, so that an unfinished grid has runs of every variant. Raises UserError for an invalid file
     or invalid options.
@@ -91,8 +98,10 @@ def cells(path: Path, folder: Path, *, scale: str | None = None, options: Sequen
             except UserError as error:
                 raise UserError(f"variant {variant.name}: {error}") from None
     _check_distinct(kinds, grid.seeds)
+    if unknown := sorted(set(seeds or ()) - set(grid.seeds)):
+        raise UserError(f"--seeds {unknown[0]} is not in grid.seeds={list(grid.seeds)}; name some of these")
     made = []
-    for seed, (kind, config) in product(grid.seeds, kinds):
+    for seed, (kind, config) in product([s for s in grid.seeds if seeds is None or s in seeds], kinds):
         name = f"{kind}_seed-{seed}"
         config = with_values(config, {"run.dir": usable(folder / name), "run.seed": seed})
         made.append(Cell(name=name, kind=kind, config=config))
