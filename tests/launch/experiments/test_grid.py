@@ -7,12 +7,14 @@ import pytest
 
 from actor.tasks.composite_reward import REASONING
 from common.command_line import load
+from common.method import Method
 from common.methods import METHODS
 from common.types import UserError
 from launch.experiments import grid
 
 CONFIGS = Path(__file__).resolve().parents[3] / "launch" / "configs"
 GRIDS = CONFIGS / "grids"
+OF_HORIZON = ["main_comparison", "alpha_sweep_ah", "alpha_sweep_sa_ah", "alpha_schedule", "entropy_topk"]  # one loss
 
 TOML = """
 [run]
@@ -178,35 +180,50 @@ def test_the_ready_made_grids_hold_the_papers_comparisons(scale: str | None) -> 
 @pytest.mark.parametrize(("scale", "shared"), [(None, 5 * 3), ("cpu", 4 * 3)])
 def test_grids_in_one_folder_share_what_they_have_in_common(scale: str | None, shared: int) -> None:
     """Every seed of the baseline, of AH 0.5 and of SA-AH 0.5 (on the 1.5B model): equal names are equal runs."""
-    names = ("main_comparison.toml", "alpha_sweep_ah.toml", "alpha_sweep_sa_ah.toml")
-    grids = [{cell.name: cell.config for cell in grid.cells(GRIDS / name, Path("x"), scale=scale)} for name in names]
+    grids = [
+        {c.name: c.config for c in grid.cells(GRIDS / f"{name}.toml", Path("x"), scale=scale)} for name in OF_HORIZON
+    ]
     in_two = {name for one, other in combinations(grids, 2) for name in one.keys() & other.keys()}
     assert len(in_two) == shared
     for name in in_two:
         one, *others = [each[name] for each in grids if name in each]
         assert all(other == one for other in others), name
-    assert len(set(map(repr, {**grids[0], **grids[1], **grids[2]}.values()))) == len({*grids[0], *grids[1], *grids[2]})
+    every = {name: config for each in grids for name, config in each.items()}
+    assert len(set(map(repr, every.values()))) == len(every)
 
 
 def test_the_ready_made_grids_are_the_papers_recipe() -> None:
     """But for what a grid is about: the method, the steps, and how often it saves and evaluates."""
     about = {"run": True, "method": True}
     expected = load([], CONFIGS / "paper_qwen2.5_1.5b.toml")
-    for name in ("main_comparison.toml", "alpha_sweep_ah.toml", "alpha_sweep_sa_ah.toml"):
-        config = grid.cells(GRIDS / name, Path("x"))[0].config
+    for name in OF_HORIZON:
+        config = grid.cells(GRIDS / f"{name}.toml", Path("x"))[0].config
         assert config.model_dump(exclude=about) == expected.model_dump(exclude=about), name
         assert config.run.prompts_per_step == expected.run.prompts_per_step
         assert config.method.entropy == expected.method.entropy == "topk-partial"
 
 
-@pytest.mark.parametrize(("name", "num"), [("main_comparison", 8), ("alpha_sweep_ah", 4), ("alpha_sweep_sa_ah", 4)])
+@pytest.mark.parametrize("scale", [None, "cpu"])
+def test_the_ready_made_grids_ask_what_the_paper_leaves_open(scale: str | None) -> None:
+    def first_seed(name: str) -> list[Method]:
+        cells = grid.cells(GRIDS / f"{name}.toml", Path("x"), scale=scale)
+        return [cell.config.method for cell in cells if cell.config.run.seed == 1]
+
+    schedules = [(method.alpha, method.alpha_end) for method in first_seed("alpha_schedule")]
+    assert schedules == [(0.0, "alpha"), (0.5, "alpha"), (0.5, 0.0), (0.0, 0.5)]
+    estimates = [(method.entropy, method.entropy_topk) for method in first_seed("entropy_topk")]
+    assert estimates[:2] == [("topk-partial", 50), ("topk-partial", 500)]
+    assert [entropy for entropy, _ in estimates[2:]] == ["exact"]
+
+
+@pytest.mark.parametrize(("name", "num"), [(name, 8 if name == "main_comparison" else 4) for name in OF_HORIZON])
 def test_the_cpu_scale_has_paired_seeds_of_one_task(name: str, num: int) -> None:
     """All but method, seed and folder are equal, in float32: cells of different processors may be compared."""
     cells = grid.cells(GRIDS / f"{name}.toml", Path("x"), scale="cpu")
     assert len({cell.config.run.seed for cell in cells}) == num
     assert len({repr(cell.config.model_dump(exclude={"run": {"dir", "seed"}, "method": True})) for cell in cells}) == 1
     config = cells[0].config
-    assert (config.model.dtype, config.method.entropy, config.task.example) == ("float32", "exact", False)
+    assert (config.model.dtype, config.task.example) == ("float32", False)
 
 
 def test_some_seeds_of_a_grid(file: Path) -> None:
